@@ -1,0 +1,237 @@
+"""Text generation: an eager shell that checks its arguments, around one compiled program (prefill, then a scan)."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import KVCache, Params, check_ids, check_side, decode_step, prefill
+from gpt2_jax.modules import Array
+from gpt2_jax.sampling import Greedy, History
+
+SMALLEST_BUCKET = 32
+
+
+class Generation(NamedTuple):
+    """Generated tokens, without the prompts."""
+
+    ids: Array  # int32[B, N]; after a row's stop id, `pad_id`
+    lengths: Array  # int32[B], tokens made by each row, its stop id included
+    logprobs: (
+        Array  # float32[B, N], the model's own log-probability of each id, before any transform; 0 after the stop
+    )
+
+
+class _State(NamedTuple):
+    """What a row of tokens needs to go on: `token` is chosen and emitted, but not yet read by the model."""
+
+    token: Array  # int32[B]
+    done: Array  # bool[B]
+    ids: Array  # int32[B, S], every token at its slot
+    step: Array  # int32[], tokens chosen so far
+    cache: KVCache
+
+
+def generate(
+    params: Params,
+    ids: Array,
+    lengths: Array | None = None,
+    key: Array | None = None,
+    *,
+    config: GPT2Config,
+    max_new_tokens: int,
+    sampler: Any = None,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int | None = None,
+    padding_side: str = "right",
+) -> Generation:
+    """Continues each prompt of a batch by up to `max_new_tokens` tokens.
+
+    Prompts are padded to a bucket of 32, 64, 128, ... columns, so that few lengths mean few compilations; `config`,
+    `max_new_tokens`, the sampler's structure and the number of stop ids are the rest of what a program depends on.
+
+    Args:
+      params: the parameters.
+      ids: `int[B, P]`, the prompts. Padding may hold any id of the vocabulary.
+      lengths: `int[B]`, how many ids of each row are real, at least 1; all of them by default.
+      key: for samplers that draw, one key, from which row `i` gets `fold_in(key, i)`, or one key per row, `key[B]`.
+        A row's tokens depend on its own key and prompt alone (up to the rounding of differently shaped products),
+        and a longer run begins with the shorter run's tokens.
+      config: the model's configuration.
+      max_new_tokens: `N`, at least 1.
+      sampler: `Greedy()` by default; see `gpt2_jax.sampling`.
+      stop_ids: ids that end a row; the config's `eos_token_id` by default, `()` for none.
+      pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first stop id, or 0.
+      padding_side: "right" or "left", where the padding of `ids` is.
+
+    Raises:
+      ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed `n_positions`, a
+        sampler that draws without a key, or an argument of the wrong shape.
+    """
+    ids, lengths, row_keys, sampler, stops, pad = _check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
+    )
+    return _generate(params, ids, lengths, row_keys, sampler, stops, pad, config=config, max_new_tokens=max_new_tokens)
+
+
+def stream(
+    params: Params,
+    ids: Array,
+    lengths: Array | None = None,
+    key: Array | None = None,
+    *,
+    config: GPT2Config,
+    max_new_tokens: int,
+    chunk: int = 8,
+    sampler: Any = None,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int | None = None,
+    padding_side: str = "right",
+) -> Iterator[Generation]:
+    """Yields what `generate` would return in pieces: the first token, then `chunk` tokens at a time.
+
+    Takes and checks `generate`'s arguments, and ends as soon as every row has. The programs depend on the lengths'
+    buckets, not on `max_new_tokens`.
+    """
+    if chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    ids, lengths, row_keys, sampler, stops, pad = _check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
+    )
+    cache_len = ids.shape[1] + bucket(-(-max_new_tokens // chunk) * chunk)
+
+    def pieces():
+        state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, config=config, cache_len=cache_len)
+        yield out
+        made = 1
+        while made < max_new_tokens and not np.all(state.done):
+            state, out = _advance_jit(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
+            left = max_new_tokens - made
+            out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
+            made += out.ids.shape[1]
+            yield out
+
+    return pieces()
+
+
+def bucket(length: int, largest: int | None = None) -> int:
+    """Rounds a length up to the next of 32, 64, 128, ..., at most `largest`."""
+    size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return size if largest is None else min(size, largest)
+
+
+def _begin(params, ids, lengths, row_keys, sampler, stops, *, config, cache_len):
+    """Reads the prompts and chooses the first token of each row."""
+    logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len)
+    seen = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
+    step = jnp.int32(0)
+    token = sampler(_fold(row_keys, step), logits, History(seen, cache.valid, step))
+    state = _State(token, jnp.isin(token, stops), seen, step + 1, cache)
+    logprob = _logprob(logits, token)
+    return state, Generation(token[:, None], jnp.ones_like(token), logprob[:, None])
+
+
+def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
+    """Chooses `steps` more tokens of each row: `steps` times a decode step, then the sampler."""
+
+    def step(state, _):
+        ids = jax.lax.dynamic_update_slice_in_dim(state.ids, state.token[:, None], state.cache.slot, axis=1)
+        logits, cache = decode_step(params, state.token, state.cache, config=config)
+        token = sampler(_fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
+        token = jnp.where(state.done, pad, token)
+        logprob = jnp.where(state.done, 0.0, _logprob(logits, token))
+        live = ~state.done
+        return _State(token, state.done | jnp.isin(token, stops), ids, state.step + 1, cache), (token, live, logprob)
+
+    state, (tokens, live, logprobs) = jax.lax.scan(step, state, length=steps)
+    return state, Generation(tokens.T, live.sum(axis=0, dtype=jnp.int32), logprobs.T)
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, max_new_tokens):
+    cache_len = ids.shape[1] + max_new_tokens
+    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, config=config, cache_len=cache_len)
+    _, rest = _advance(params, state, row_keys, sampler, stops, pad, config=config, steps=max_new_tokens - 1)
+    return Generation(
+        jnp.concatenate([first.ids, rest.ids], axis=1),
+        first.lengths + rest.lengths,
+        jnp.concatenate([first.logprobs, rest.logprobs], axis=1),
+    )
+
+
+_begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len"))
+_advance_jit = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
+
+
+def _logprob(logits, token):
+    """Log-probability of `token[B]` under `logits[B, V]`, in float32."""
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+
+
+def _fold(row_keys, step):
+    """The keys of one step, `key[B]`; None stays None."""
+    return None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
+
+
+def _check_arguments(ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side):
+    """Checks what a user passed and returns it in the core's terms: right-padded buckets, row keys, arrays."""
+    ids = np.asarray(check_ids(ids, config))
+    rows, width = ids.shape
+    check_side(padding_side)
+    lengths = np.full(rows, width) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (rows,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(
+            f"`lengths` must be integers of shape [{rows}], got {lengths.dtype} of shape {list(lengths.shape)}."
+        )
+    if rows and not (lengths.min() >= 1 and lengths.max() <= width):
+        bad = lengths.min() if lengths.min() < 1 else lengths.max()
+        raise ValueError(f"`lengths` must be in 1 to {width}, the columns of `ids`; got {bad}.")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be a positive integer, got {max_new_tokens!r}.")
+    longest = int(lengths.max(initial=1))
+    if longest + max_new_tokens > config.n_positions:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens and `max_new_tokens` is {max_new_tokens}, together"
+            f" {longest + max_new_tokens}, but the model has {config.n_positions} positions: shorten one."
+        )
+    if padding_side == "left":
+        ids = np.stack([np.roll(row, length - width) for row, length in zip(ids, lengths, strict=True)])
+    ids = ids[:, :longest]
+    ids = np.pad(ids, ((0, 0), (0, bucket(longest, config.n_positions) - longest)))
+
+    sampler = Greedy() if sampler is None else sampler
+    if key is None and not isinstance(sampler, Greedy):
+        raise ValueError(f"`key` must be given for a sampler that draws, such as {type(sampler).__name__}.")
+    stop_ids = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
+    if pad_id is None:
+        pad_id = config.pad_token_id
+    if pad_id is None:
+        pad_id = stop_ids[0] if stop_ids else 0
+    for name, values in (("stop_ids", stop_ids), ("pad_id", (pad_id,))):
+        for value in values:
+            if not 0 <= value < config.vocab_size:
+                raise ValueError(f"`{name}` must be in [0, {config.vocab_size}) (`vocab_size`), got {value}.")
+    return (
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
+        None if key is None else _row_keys(key, rows),
+        sampler,
+        jnp.asarray(stop_ids, jnp.int32),
+        jnp.int32(pad_id),
+    )
+
+
+def _row_keys(key, rows):
+    """Returns one typed key per row, from one key or from `rows` of them (typed, or raw uint32 data)."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(f"`key` must be one key or {rows} keys, one per row; got shape {list(key.shape)}.")
+    return key

@@ -1,0 +1,226 @@
+"""GPT-2 as linen modules. Knows one forward pass; what it is for (scoring, prefill, decoding) is the caller's.
+
+Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP width, V vocabulary.
+
+Precision, in one place: matrix products and activations run in `config.dtype` with `config.precision`; LayerNorm
+statistics, attention scores, softmax and logits are in `wide_dtype(config)`, float32 or better. Parameters come in any
+dtype and are cast where they are used.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gpt2_jax.config import GPT2Config
+
+Array = jax.Array
+Tap = Callable[[str, Array], Array]  # (site, activation) -> activation; what reads or changes activations
+LayerCache = tuple[Array, Array]  # keys and values, each [B, S, H, K]
+
+# HF's names (transformers/activations.py) -> functions.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": nn.gelu,  # the tanh approximation, which OpenAI trained with
+    "gelu_pytorch_tanh": nn.gelu,
+    "gelu_python_tanh": nn.gelu,
+    "gelu_accurate": nn.gelu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_python": lambda x: nn.gelu(x, approximate=False),
+    "gelu_fast": lambda x: 0.5 * x * (1 + jnp.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu_10": lambda x: jnp.clip(nn.gelu(x, approximate=False), -10, 10),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "relu6": nn.relu6,
+    "leaky_relu": nn.leaky_relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+def wide_dtype(config: GPT2Config) -> jnp.dtype:
+    """Returns the dtype of statistics, softmax and logits: float32, or float64 when the model computes in it."""
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+def no_tap(site: str, x: Array) -> Array:
+    """Leaves every activation as it is."""
+    del site
+    return x
+
+
+def below(tap: Tap, prefix: str) -> Tap:
+    """Returns the tap as seen by a submodule, which names its sites without the `prefix`."""
+    return tap if tap is no_tap else lambda site, x: tap(f"{prefix}.{site}", x)
+
+
+def dropout(key: Array | None, x: Array, rate: float) -> Array:
+    """Zeroes each element of `x` with probability `rate`, independently, and rescales the rest; without a key, `x`.
+
+    PyTorch's law: linen's attention dropout would share one mask among the rows and heads.
+    """
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def split_key(key: Array | None, count: int) -> list[Array | None]:
+    """Splits a dropout key that may be absent."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dense(config: GPT2Config, features: int, name: str, stddev: float) -> Callable[[Array], Array]:
+    """Returns a `Dense` layer, `[..., in] -> [..., features]`, whose kernel starts as N(0, stddev).
+
+    The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on CPU.
+    """
+    layer = nn.Dense(
+        features,
+        dtype=config.dtype,
+        param_dtype=wide_dtype(config),
+        precision=config.precision,
+        kernel_init=nn.initializers.normal(stddev),
+        name=name,
+    )
+    return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def layer_norm(config: GPT2Config, name: str) -> nn.LayerNorm:
+    """Returns a LayerNorm with GPT-2's epsilon and a two-pass variance: linen's default, E[x^2] - E[x]^2, cancels."""
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon,
+        dtype=config.dtype,
+        param_dtype=wide_dtype(config),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def residual_stddev(config: GPT2Config) -> float:
+    """Returns the initial deviation of the projections into the residual stream (GPT-2 paper, section 2.3)."""
+    return config.initializer_range / math.sqrt(2 * config.n_layer)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, `[B, T, D] -> [B, T, D]`, over its own keys or a cache of `S` slots."""
+
+    config: GPT2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, mask, past: LayerCache | None, slot, tap: Tap, key):
+        config = self.config
+        wide = wide_dtype(config)
+        pattern_key, out_key = split_key(key, 2)
+
+        qkv = dense(config, 3 * config.n_embd, "c_attn", config.initializer_range)(x)  # [B, T, 3D]
+        q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim), 3, axis=2)  # [B, T, H, K]
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        if past is not None:  # [B, S, H, K]
+            k, v = (
+                lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(past, (k, v), strict=True)
+            )
+
+        scores = jnp.einsum("bthk,bshk->bhts", q, k, precision=config.precision, preferred_element_type=wide)
+        scores = tap("scores", scores * self.scale())
+        # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead of NaN.
+        pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)  # [B, H, T, S]
+        pattern = tap("pattern", dropout(pattern_key, pattern, config.attn_pdrop))
+        z = jnp.einsum("bhts,bshk->bthk", pattern.astype(v.dtype), v, precision=config.precision)
+        z = tap("z", z).reshape(x.shape)  # [B, T, D]
+        out = dense(config, config.n_embd, "c_proj", residual_stddev(config))(z)
+        return tap("out", dropout(out_key, out, config.resid_pdrop)), (k, v)
+
+    def scale(self) -> float:
+        """Returns what the scores are multiplied by (HF's `scale_attn_*` flags)."""
+        scale = self.config.head_dim**-0.5 if self.config.scale_attn_weights else 1.0
+        return scale / (self.layer + 1) if self.config.scale_attn_by_inverse_layer_idx else scale
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer, `[B, T, D] -> [B, T, D]`."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, tap: Tap, key):
+        config = self.config
+        x = tap("pre", dense(config, config.mlp_width, "c_fc", config.initializer_range)(x))  # [B, T, F]
+        x = tap("post", ACTIVATIONS[config.activation_function](x))
+        x = dense(config, config.n_embd, "c_proj", residual_stddev(config))(x)  # [B, T, D]
+        return tap("out", dropout(key, x, config.resid_pdrop))
+
+
+class Block(nn.Module):
+    """One layer: two residual lines, each behind its LayerNorm."""
+
+    config: GPT2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, mask, past: LayerCache | None, slot, tap: Tap, key):
+        config = self.config
+        attn_key, mlp_key = split_key(key, 2)
+        x = tap("resid_pre", x)
+        normed = tap("ln_1.out", layer_norm(config, "ln_1")(x))
+        attn, present = Attention(config, self.layer, name="attn")(
+            normed, mask, past, slot, below(tap, "attn"), attn_key
+        )
+        x = tap("resid_mid", x + attn)
+        normed = tap("ln_2.out", layer_norm(config, "ln_2")(x))
+        x = x + MLP(config, name="mlp")(normed, below(tap, "mlp"), mlp_key)
+        return tap("resid_post", x), present
+
+
+class Blocks(nn.Module):
+    """The layers in a Python loop: a scan would copy each layer's weights out of a stack on every step."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, mask, past: tuple[LayerCache, ...] | None, slot, tap: Tap, key):
+        presents = []
+        for i, block_key in enumerate(split_key(key, self.config.n_layer)):
+            layer_past = None if past is None else past[i]
+            block = Block(self.config, i, name=str(i))
+            x, present = block(x, mask, layer_past, slot, below(tap, str(i)), block_key)
+            presents.append(present)
+        return x, tuple(presents)
+
+
+class GPT2(nn.Module):
+    """The transformer up to the last LayerNorm, `ids[B, T] -> hidden[B, T, D]` and each layer's keys and values.
+
+    `mask[B or 1, 1, T, S]` says which keys each query sees. With `past`, a tuple of caches, the new keys and values
+    are written from `slot` on and `S` is the cache's length; without, `S` is `T`.
+    """
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(
+        self, ids, positions, mask, past: Any = None, slot: Any = 0, tap: Tap = no_tap, dropout_key: Any = None
+    ):
+        config = self.config
+        embed_key, blocks_key = split_key(dropout_key, 2)
+        x = self.embed("wte", config.vocab_size)(ids) + self.embed("wpe", config.n_positions)(positions)  # [B, T, D]
+        x = tap("embed", dropout(embed_key, x, config.embd_pdrop))
+        x, presents = Blocks(config, name="h")(x, mask, past, slot, below(tap, "h"), blocks_key)
+        return tap("ln_f.out", layer_norm(config, "ln_f")(x)), presents
+
+    def embed(self, name: str, rows: int) -> nn.Embed:
+        """Returns an embedding table of `rows` rows."""
+        config = self.config
+        init = nn.initializers.normal(config.initializer_range)
+        return nn.Embed(
+            rows, config.n_embd, dtype=config.dtype, param_dtype=wide_dtype(config), embedding_init=init, name=name
+        )

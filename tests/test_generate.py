@@ -1,0 +1,158 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpt2_jax
+from gpt2_jax import Categorical, Chain, GPT2Config, Greedy, Temperature, TopK, TopP, generate, stream
+from gpt2_jax.generate import _generate, bucket
+
+TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=3, eos_token_id=None, bos_token_id=None)
+SAMPLER = Categorical(Chain((Temperature(1.5), TopK(30), TopP(0.95))))
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger weights than GPT-2's, so that the texts of different prompts differ.
+    return jax.tree.map(lambda x: 5 * x, gpt2_jax.init(jax.random.key(0), TINY))
+
+
+@pytest.fixture
+def prompts(rng):
+    return rng.integers(0, 61, (4, 9)), np.array([9, 3, 1, 6])
+
+
+def keys(count):
+    return jax.random.split(jax.random.key(7), count)
+
+
+def test_a_rows_text_is_the_same_alone_and_in_a_batch(params, prompts):
+    ids, lengths = prompts
+    together = generate(params, ids, lengths, keys(4), config=TINY, max_new_tokens=12, sampler=SAMPLER)
+    for i in range(4):
+        alone = generate(
+            params, ids[i : i + 1], lengths[i : i + 1], keys(4)[i : i + 1], config=TINY, max_new_tokens=12,
+            sampler=SAMPLER,
+        )  # fmt: skip
+        np.testing.assert_array_equal(alone.ids[0], together.ids[i])
+        np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-5)
+
+
+def test_the_padding_side_and_its_content_change_nothing(params, prompts):
+    ids, lengths = prompts
+    right = generate(params, ids, lengths, keys(4), config=TINY, max_new_tokens=12, sampler=SAMPLER)
+    left = np.stack([np.roll(row, 9 - length) for row, length in zip((ids + 1) % 61, lengths, strict=True)])
+    place = np.arange(9)[None] >= 9 - lengths[:, None]
+    left = np.where(place, (left - 1) % 61, left)
+    chex.assert_trees_all_equal(
+        generate(params, left, lengths, keys(4), config=TINY, max_new_tokens=12, sampler=SAMPLER, padding_side="left"),
+        right,
+    )
+
+
+def test_a_longer_run_begins_with_the_shorter_ones_tokens(params, prompts):
+    short = generate(params, *prompts, jax.random.key(1), config=TINY, max_new_tokens=5, sampler=SAMPLER)
+    long = generate(params, *prompts, jax.random.key(1), config=TINY, max_new_tokens=12, sampler=SAMPLER)
+    np.testing.assert_array_equal(long.ids[:, :5], short.ids)
+
+
+def test_stream_yields_what_generate_returns(params, prompts):
+    options = {"config": TINY, "sampler": SAMPLER, "stop_ids": (5, 9, 30, 31, 32, 33)}
+    whole = generate(params, *prompts, jax.random.key(2), max_new_tokens=23, **options)
+    for chunk in (1, 4):
+        pieces = list(stream(params, *prompts, jax.random.key(2), max_new_tokens=23, chunk=chunk, **options))
+        ids = np.concatenate([piece.ids for piece in pieces], axis=1)
+        np.testing.assert_array_equal(ids, whole.ids[:, : ids.shape[1]])
+        np.testing.assert_array_equal(sum(np.asarray(piece.lengths) for piece in pieces), whole.lengths)
+        np.testing.assert_allclose(
+            np.concatenate([piece.logprobs for piece in pieces], axis=1), whole.logprobs[:, : ids.shape[1]], atol=1e-5
+        )
+
+
+def test_one_key_is_folded_with_the_rows_number(params, prompts):
+    key = jax.random.key(3)
+    row_keys = jnp.stack([jax.random.fold_in(key, i) for i in range(4)])
+    one = generate(params, *prompts, key, config=TINY, max_new_tokens=5, sampler=SAMPLER)
+    many = generate(params, *prompts, row_keys, config=TINY, max_new_tokens=5, sampler=SAMPLER)
+    raw = generate(params, *prompts, jax.random.PRNGKey(3), config=TINY, max_new_tokens=5, sampler=SAMPLER)
+    chex.assert_trees_all_equal(one, many, raw)
+
+
+def test_a_stop_id_ends_its_row_and_padding_follows(params, prompts):
+    free = generate(params, *prompts, config=TINY, max_new_tokens=20)
+    stops = (int(free.ids[0, 3]), int(free.ids[1, 7]))
+    out = generate(params, *prompts, config=TINY, max_new_tokens=20, stop_ids=stops, pad_id=60)
+    for i in range(4):
+        hits = np.flatnonzero(np.isin(free.ids[i], stops))
+        length = hits[0] + 1 if hits.size else 20
+        assert out.lengths[i] == length
+        np.testing.assert_array_equal(out.ids[i, :length], free.ids[i, :length])
+        assert (np.asarray(out.ids[i, length:]) == 60).all() and not np.asarray(out.logprobs[i, length:]).any()
+    assert out.lengths[0] <= 4
+
+
+def test_logprobs_are_the_models_own(params, prompts):
+    ids, lengths = prompts
+    out = generate(params, ids, lengths, jax.random.key(4), config=TINY, max_new_tokens=6, sampler=SAMPLER)
+    for i, length in enumerate(lengths):
+        whole = np.concatenate([ids[i, :length], out.ids[i]])[None]
+        logp = jax.nn.log_softmax(gpt2_jax.apply(params, whole, config=TINY))[0, length - 1 : -1]
+        np.testing.assert_allclose(out.logprobs[i], logp[np.arange(6), np.asarray(out.ids[i])], atol=1e-5)
+
+
+def test_the_whole_context_can_be_used(params, rng):
+    ids = rng.integers(0, 61, (1, 50))
+    out = generate(params, ids, config=TINY, max_new_tokens=14)
+    whole = np.concatenate([ids, out.ids], axis=1)
+    greedy = gpt2_jax.apply(params, whole, config=TINY).argmax(-1)
+    np.testing.assert_array_equal(greedy[0, 49:-1], out.ids[0])
+
+
+def test_new_numbers_prompts_and_seeds_compile_nothing_new(params, rng):
+    _generate.clear_cache()
+    for i in range(20):
+        width = 1 + (7 * i) % 32  # one bucket
+        sampler = Categorical(Chain((Temperature(0.5 + 0.1 * i), TopK(30), TopP(0.9 - 0.01 * i))))
+        generate(
+            params, rng.integers(0, 61, (2, width)), None, jax.random.key(i), config=TINY, max_new_tokens=4,
+            sampler=sampler, stop_ids=(i,), pad_id=i,
+        )  # fmt: skip
+    assert _generate._cache_size() == 1
+    generate(params, rng.integers(0, 61, (2, 33)), config=TINY, max_new_tokens=4)
+    assert _generate._cache_size() == 2
+
+
+def test_buckets_are_powers_of_two_up_to_the_largest():
+    assert [bucket(n, 1000) for n in (1, 32, 33, 64, 65, 513, 1000)] == [32, 32, 64, 64, 128, 1000, 1000]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ids": [[1, 61]]}, r"`ids` must be in \[0, 61\).*got 61"),
+        ({"lengths": [0]}, "`lengths` must be in 1 to 3, the columns of `ids`; got 0"),
+        ({"lengths": [4]}, "`lengths` must be in 1 to 3, the columns of `ids`; got 4"),
+        ({"lengths": [1, 2]}, r"`lengths` must be integers of shape \[1\], got int64 of shape \[2\]"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be a positive integer, got 0"),
+        ({"max_new_tokens": 62}, "prompt has 3 tokens and `max_new_tokens` is 62, together 65, .* 64 positions"),
+        ({"sampler": SAMPLER}, "`key` must be given .* Categorical"),
+        ({"key": keys(3), "sampler": SAMPLER}, r"one key or 1 keys, one per row; got shape \[3\]"),
+        ({"padding_side": "up"}, "`padding_side` must be"),
+        ({"stop_ids": (61,)}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 61"),
+        ({"pad_id": -1}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got -1"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(params, changes, message):
+    arguments = {"ids": [[1, 2, 3]], "lengths": None, "key": None, "config": TINY, "max_new_tokens": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        generate(params, **arguments)
+    with pytest.raises(ValueError, match=message):
+        stream(params, **arguments)
+
+
+def test_greedy_is_the_default(params, prompts):
+    chex.assert_trees_all_equal(
+        generate(params, *prompts, config=TINY, max_new_tokens=4),
+        generate(params, *prompts, config=TINY, max_new_tokens=4, sampler=Greedy()),
+    )
