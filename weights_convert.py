@@ -72,8 +72,9 @@ def verify(written, source):
     ids = np.random.default_rng(0).integers(config.vocab_size, size=(2, min(32, config.n_positions)))
     ours = np.asarray(gpt2_jax.apply(params, ids, config=config.replace(dtype="float32")))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = source or (Path(scratch) / "hf" if is_params_file(written) else written)
-        if folder.parent == Path(scratch):
+        folder = source or written
+        if is_params_file(folder):
+            folder = Path(scratch) / "model"
             weights.save(folder, params, config)
         model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
@@ -117,7 +118,8 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     args = parser.parse_args(argv)
     try:
-        convert(args)
+        with jax.enable_x64(True):  # so that float64 weights stay what they are
+            convert(args)
     except (ValueError, OSError) as error:
         print(f"weights_convert: {error}", file=sys.stderr)
         return 2

@@ -4,11 +4,14 @@ from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.weights import CheckpointError, from_hf, load, save, to_hf
 
 __all__ = [
     "PRESETS",
     "Categorical",
     "Chain",
+    "CheckpointError",
     "GPT2Config",
     "Generation",
     "Greedy",
@@ -17,12 +20,17 @@ __all__ = [
     "MinP",
     "Temperature",
     "TopK",
+    "Tokenizer",
     "TopP",
     "apply",
     "decode_step",
+    "from_hf",
     "generate",
     "init",
+    "load",
     "prefill",
+    "save",
     "stream",
+    "to_hf",
     "unembed",
 ]

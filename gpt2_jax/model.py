@@ -71,7 +71,7 @@ def apply(
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where its values can be
         seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such an id gives NaN.
     """
-    ids = check_ids(ids, config)
+    ids = check_ids(ids, config, longest=config.n_positions)
     check_side(padding_side)
     positions = jnp.arange(ids.shape[1])[None]
     mask = positions[:, None, None, :] <= positions[:, None, :, None]  # [1, 1, T, S]
@@ -105,7 +105,7 @@ def prefill(
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
-    ids = check_ids(ids, config)
+    ids = check_ids(ids, config, longest=config.n_positions)
     rows, width = ids.shape
     slots = config.n_positions if cache_len is None else cache_len
     if slots < width:
@@ -165,14 +165,14 @@ def forward(params: Params, ids, positions, mask, *, config: GPT2Config, **optio
     return GPT2(config).apply({"params": body}, ids, positions, mask, **options)
 
 
-def check_ids(ids: Array, config: GPT2Config) -> Array:
-    """Returns `ids` as an array; raises `ValueError` unless it is one `[B, T]` of integers that the model can read."""
+def check_ids(ids: Array, config: GPT2Config, *, longest: int | None = None) -> Array:
+    """Returns `ids` as an array; raises `ValueError` unless it is one `[B, T]` of ids, at most `longest` a row."""
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"`ids` must be an integer array of shape [B, T], got {ids.dtype} of shape {list(ids.shape)}."
         )
-    if not 1 <= ids.shape[1] <= config.n_positions:
+    if ids.shape[1] < 1 or (longest is not None and ids.shape[1] > longest):
         raise ValueError(f"`ids` must have 1 to {config.n_positions} (`n_positions`) columns, got {ids.shape[1]}.")
     if not isinstance(ids, jax.core.Tracer) and ids.size:
         values = np.asarray(ids)

@@ -38,6 +38,7 @@ LEAF = {
     "c_fc": "kernel",
 }
 PREFIX = "transformer."
+LISTED = 50  # lines of names in one error
 BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 
 DEMO = Path(__file__).parent / "assets" / "demo"
@@ -137,7 +138,7 @@ def save(
 
 
 def save_params(file: str | Path, params: Params, config: GPT2Config | None = None, *, overwrite: bool = True) -> None:
-    """Writes any tree of arrays to one safetensors file, names joined by ".", with `config` in its metadata."""
+    """Writes nested dicts of arrays to one safetensors file, names joined by ".", with `config` in its metadata."""
     flat = {name: np.asarray(leaf) for name, leaf in _flatten(params)}
     metadata = {"format": "gpt2_jax"} | ({} if config is None else {"config": json.dumps(config.to_dict())})
     with replacing(file, overwrite=overwrite) as temporary:
@@ -314,6 +315,8 @@ def _check_names(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         if name in found and tuple(found[name]) != shape
     ]
     if problems := missing + unexpected + misshapen:
+        if len(problems) > LISTED:
+            problems[LISTED:] = [f"and {len(problems) - LISTED} more"]
         raise CheckpointError(
             f"The weights do not fit the config: {len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(misshapen)} of another shape.\n  " + "\n  ".join(problems)
@@ -375,7 +378,7 @@ def _check_finite(array: np.ndarray, name: str) -> None:
 
 def _to_jax(array: np.ndarray, name: str) -> jax.Array:
     """Returns `array` on the device. On CPU the two may share memory, so `array` must be nobody else's."""
-    if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise CheckpointError(f"{name} would be {array.dtype.name}: set `jax_enable_x64`, or ask for another `dtype`.")
     return jax.device_put(array)
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 
 SHAPE = {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
 CONFIG = GPT2Config(**SHAPE)
+ROOT = Path(__file__).parents[1]
 
 
 def hf_model(**changes):
@@ -232,8 +234,31 @@ def test_demo_needs_no_torch():
         "config, params = weights.load('demo')\n"
         "print(config.n_embd, params['wte']['embedding'].shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "192 (4096, 192)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory by Linux's /proc")
+def test_loading_takes_little_more_memory_than_the_params(tmp_path):
+    config = GPT2Config(vocab_size=20000, n_embd=768, n_layer=6)
+    weights.save(tmp_path / "model", weights.from_hf(random_state(config), config), config)
+    code = (
+        "import sys, jax\n"
+        "from gpt2_jax import weights\n"
+        "def kilobytes(key):\n"
+        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key))\n"
+        "weights.load('demo')\n"
+        "open('/proc/self/clear_refs', 'w').write('5')  # forgets the peak so far\n"
+        "before = kilobytes('VmRSS')\n"
+        "params = jax.block_until_ready(weights.load(sys.argv[1])[1])\n"
+        "size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))\n"
+        "print((kilobytes('VmHWM') - before) * 1024 / size)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment)
+    assert float(done.stdout) < 1.3
 
 
 # Writing.
@@ -361,6 +386,12 @@ def test_missing_unexpected_and_misshapen_are_reported_together():
         "  unexpected: score.weight [2, 8]\n"
         "  wpe.weight: expected [16, 8], got [17, 8]"
     )
+
+
+def test_a_long_report_is_cut():
+    with pytest.raises(CheckpointError, match=r"(?s)148 missing, 0 unexpected.*\n  and 98 more$") as caught:
+        weights.from_hf({}, GPT2Config())
+    assert str(caught.value).count("\n") == 51
 
 
 def test_config_of_another_size(tmp_path):
@@ -601,7 +632,7 @@ def test_unreachable_hub_points_to_the_demo(tmp_path):
 def test_offline_mode(tmp_path):
     code = "from gpt2_jax import weights; weights.load('gpt2')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert "ConnectionError: There is no folder" in done.stderr
 
 
@@ -678,6 +709,16 @@ def test_convert_leaves_nothing_when_verification_fails(tmp_path, capsys, monkey
     assert convert(source, tmp_path / target, "--verify") == 2
     assert "Expected logits within 0.0001 of PyTorch's, got 1: nothing was written" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+
+def test_convert_keeps_float64(tmp_path):
+    source = hf_folder(tmp_path / "in", dtype=torch.float64)
+    with jax.enable_x64(False):
+        assert convert(source, tmp_path / "p.safetensors") == 0
+        assert convert(tmp_path / "p.safetensors", tmp_path / "out", "--verify") == 0
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("in", "out")]
+    assert files[0]["transformer.wte.weight"].dtype == np.float64
+    assert_same_bits(*files)
 
 
 def test_convert_takes_the_config_from_elsewhere(tmp_path, capsys):

@@ -1,0 +1,151 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import gpt2_jax
+from gpt2_jax import cli, weights
+from gpt2_jax.tokenizer import Tokenizer
+
+BLOCK = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+RUN = BLOCK + "from gpt2_jax.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A cache of compiled programs that the runs share."""
+    return os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def run(environment):
+    """Runs the command without torch and transformers, with the packaged model unless told otherwise."""
+
+    def run(*arguments, **options):
+        demo = [] if "--from_pretrained" in arguments else ["--from_pretrained", "demo"]
+        command = [sys.executable, "-c", RUN, *arguments, *demo]
+        options = {"capture_output": True, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 120} | options
+        return subprocess.run(command, **options)
+
+    return run
+
+
+def mistake(capsys, *arguments):
+    """Standard error of a command line that fails before it loads anything."""
+    with pytest.raises(SystemExit) as exit:
+        cli.main(list(arguments))
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_greedy_text_is_what_the_library_generates(run):
+    prompt = "Once upon a time there was a"
+    done = run(prompt, "--max_tokens", "20")
+    assert done.returncode == 0, done.stderr
+    config, params = gpt2_jax.load("demo")
+    tokenizer = Tokenizer.load(weights.DEMO)
+    out = gpt2_jax.generate(params, np.array([tokenizer.encode(prompt)]), config=config, max_new_tokens=20)
+    assert done.stdout.decode() == prompt + tokenizer.decode(out.ids[0]) + "\n"
+    assert b"2,6" in done.stderr and b"tokens/s" in done.stderr
+
+
+def test_samples_are_repeated_by_their_seed_and_written_as_json(run):
+    options = ("The king", "The queen", "--do_sample", "--top_k", "40", "--top_p", "0.9", "--min_p", "0.01")
+    options += ("--temperature", "0.9", "--num_samples", "2", "--max_tokens", "9", "--json", "--quiet")
+    one, two, other = (run(*options, "--seed", seed) for seed in ("5", "5", "6"))
+    assert one.returncode == 0 and one.stderr == b"", one.stderr
+    assert one.stdout == two.stdout != other.stdout
+    records = [json.loads(line) for line in one.stdout.splitlines()]
+    assert [record["prompt"] for record in records] == ["The king"] * 2 + ["The queen"] * 2
+    assert records[0]["text"] != records[1]["text"]
+    tokenizer = Tokenizer.load(weights.DEMO)
+    for record in records:
+        assert record["finish_reason"] == "length" and record["text"] == tokenizer.decode(record["ids"])
+        assert len(record["ids"]) == len(record["logprobs"]) == 9 and max(record["logprobs"]) < 0
+
+
+def test_a_prompt_is_read_from_standard_input_and_a_text_stops_before_its_stop(run):
+    prompt = b"There was once a poor man"
+    free = run("--max_tokens", "30", input=prompt, stdin=None)
+    text = free.stdout.decode().removesuffix("\n").removeprefix(prompt.decode())
+    stop = text[len(text) // 2 :][:4]
+    cut = run("--max_tokens", "30", "--stop", stop, "--json", input=prompt + b"\n", stdin=None)
+    record = json.loads(cut.stdout)
+    assert record["text"] == text[: text.index(stop)] and record["finish_reason"] == "stop"
+
+
+def test_ctrl_c_keeps_the_text_and_exits_with_130(environment):
+    command = [sys.executable, "-c", RUN, "Once upon a time", "--from_pretrained", "demo", "--max_tokens", "240"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    seen = process.stdout.read(len("Once upon a time"))
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert seen == b"Once upon a time"
+    assert process.returncode == 130 and b"interrupted" in errors and b"Traceback" not in errors
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(run, environment, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("A", "--max_tokens", "2", env=environment | {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert done.returncode == 0 and b"cannot be written" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_text_that_is_not_utf8_is_named(run):
+    done = run(input=b"caf\xe9 noir", stdin=None)
+    assert done.returncode == 2 and done.stderr.startswith(b"gpt2-jax: Standard input must be UTF-8, but ")
+    assert b"at byte 3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["A", "--from_pretrained", "nowhere/at/all"], "There is no folder nowhere/at/all"),
+        (["A", "--from_pretrained", "gpt2"], '"demo", which comes with the package'),
+        ([""], "The prompt '' is empty"),
+        (["word " * 5000], "but the model has 256 positions"),
+        (["A", "--max_tokens", "300"], "`max_new_tokens` is 300"),
+        (["A", "--device", "tpu"], "--device tpu: JAX finds no such device here"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_no_traceback(run, environment, arguments, message):
+    environment = {name: value for name, value in environment.items() if name != "JAX_PLATFORMS"}
+    done = run(*arguments, env=environment)
+    assert done.returncode == 2 and done.stdout == b""
+    assert message in done.stderr.decode() and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--temperature", "0.5"], "--temperature acts on random draws: add --do_sample"),
+        (["--do_sample", "--temperature", "0"], "--temperature must be greater than 0, got 0.0"),
+        (["--do_sample", "--top_p", "1.5"], "--top_p must be in [0, 1], got 1.5"),
+        (["--do_sample", "--top_k", "0"], "--top_k must be at least 1, got 0"),
+        (["--do_sample", "--min_p", "nan"], "--min_p must be in [0, 1], got nan"),
+        (["--num_samples", "2"], "--num_samples would repeat"),
+        (["--max_tokens", "0"], "--max_tokens must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be in [0, 4294967296), got -1"),
+        (["--stop", ""], "--stop must not be empty"),
+        (["--lines"], "--lines reads standard input"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_options_out_of_range_are_named(capsys, arguments, message):
+    assert message in mistake(capsys, "A", *arguments)
+
+
+def test_no_stop_text_is_ever_shown_in_part():
+    tokenizer = Tokenizer.gpt2()
+    ids = tokenizer.encode("one two END three")
+    row = cli.Row("", tokenizer, ["two END"], ())
+    shown = [row.push([token], [0.0]) for token in ids]
+    assert "".join(shown) + row.finish() == "one "
+    row = cli.Row("", tokenizer, ["two ENDING"], ())
+    shown = [row.push([token], [0.0]) for token in ids]
+    assert "".join(shown) + row.finish() == "one two END three"
