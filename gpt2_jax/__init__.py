@@ -5,7 +5,7 @@ from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.weights import CheckpointError, from_hf, load, save, to_hf
+from gpt2_jax.weights import CheckpointError, from_hf, load, resolve, save, to_hf
 
 __all__ = [
     "PRESETS",
@@ -29,6 +29,7 @@ __all__ = [
     "init",
     "load",
     "prefill",
+    "resolve",
     "save",
     "stream",
     "to_hf",
