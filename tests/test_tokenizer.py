@@ -1,46 +1,197 @@
 import json
+import random
+import re
+import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import regex
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax import Tokenizer
+from gpt2_jax import Tokenizer, resolve, tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
-CASES = [
-    json.loads(line)
-    for file in ("vectors.jsonl", "stress.jsonl")
-    for line in (DATA / file).read_text(encoding="utf-8").split("\n")
-    if line
-]
+ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
 
 
-def test_other_peoples_vectors_are_met():
-    tokenizer = Tokenizer.gpt2()
-    for case in CASES:
-        allowed = "all" if case.get("allow_special") else ()
-        assert tokenizer.encode(case["text"], allowed) == case["ids"]
-        assert tokenizer.decode(case["ids"]) == case["text"]
+def cases(file):
+    return [json.loads(line) for line in (DATA / file).read_text(encoding="utf-8").split("\n") if line]
 
 
-@given(st.text())
-def test_decoding_undoes_encoding(text):
-    assert Tokenizer.gpt2().decode(Tokenizer.gpt2().encode(text)) == text
+@pytest.fixture(scope="module")
+def gpt2():
+    return Tokenizer.gpt2()
 
 
-def test_special_tokens_are_text_unless_allowed():
-    tokenizer = Tokenizer.gpt2()
-    assert tokenizer.encode("a<|endoftext|>", "all") == [64, 50256]
-    assert tokenizer.encode("a<|endoftext|>", ["<|endoftext|>"]) == [64, 50256]
-    assert 50256 not in tokenizer.encode("a<|endoftext|>")
-    with pytest.raises(ValueError, match="<pad>"):
-        tokenizer.encode("a", ["<pad>"])
+@pytest.fixture
+def toy():
+    """Letters, a merge of two merges, and a token that no merge makes."""
+    vocab = {"l": 0, "o": 1, "w": 2, "e": 3, "r": 4, "Ġ": 5, "Ġl": 6, "Ġlo": 7, "Ġlow": 8, "er": 9, "lower": 10}
+    return Tokenizer(vocab, [("Ġ", "l"), ("Ġl", "o"), ("Ġlo", "w"), ("e", "r")], {"<|endoftext|>": 11})
 
 
-@given(st.text())
-def test_a_stream_never_shows_half_a_character(text):
-    tokenizer = Tokenizer.gpt2()
-    decoder = tokenizer.stream_decoder()
-    shown = [decoder.push([token]) for token in tokenizer.encode(text)]
-    assert "".join(shown) + decoder.flush() == text and "\ufffd" not in "".join(shown).replace(text, "")
+@pytest.mark.parametrize("file", ["vectors.jsonl", "stress.jsonl"])
+def test_ids_are_those_on_which_other_implementations_agree(gpt2, file):
+    for case in cases(file):
+        ids = gpt2.encode(case["text"], "all" if case.get("allow_special") else ())
+        assert ids == case["ids"]
+        assert gpt2.decode(ids) == case["text"]
+
+
+@given(st.text() | st.text("ab '\n\t\x1c\x85\xa0\u2028stvmrel1²Ⅷé漢\U0001f600\U0001d7d8"))
+def test_any_text_has_hfs_ids_and_comes_back(text):
+    assert Tokenizer.gpt2().encode(text) == HF.encode(text).ids
+    assert Tokenizer.gpt2().decode(HF.encode(text).ids) == text
+
+
+HF = tokenizers.ByteLevelBPETokenizer(str(ASSETS / "vocab.json"), str(ASSETS / "merges.txt"))
+
+
+@given(st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"])))
+def test_the_fast_pattern_cuts_as_the_whole_one_does(text):
+    fast, whole = tokenizer.splitter("plain"), tokenizer.splitter("\U0001f600")
+    assert isinstance(fast, re.Pattern) and isinstance(whole, regex.Pattern)
+    assert fast.findall(text) == whole.findall(text)
+
+
+def test_every_character_is_of_one_class_in_both_patterns():
+    plane = [chr(code) for code in range(0x10000) if not 0xD800 <= code <= 0xDFFF]
+    for text in ("".join(f"{char}a" for char in plane), "".join(f" {char}1 \t{char}" for char in plane)):
+        assert tokenizer.splitter("plain").findall(text) == tokenizer.splitter("\U0001f600").findall(text)
+
+
+def test_merges_follow_their_rank_from_left_to_right(toy):
+    assert toy.encode(" lower") == [8, 9]
+    assert toy.encode("lower") == [0, 1, 2, 9]  # no merge makes "lower"
+    assert toy.decode([10, 5, 10]) == "lower lower"
+    ones = Tokenizer({"1": 0, "11": 1, "1111": 2}, [("1", "1"), ("11", "11")])
+    assert [ones.encode("1" * n) for n in (1, 2, 3, 5, 7)] == [[0], [1], [1, 0], [2, 0], [2, 1, 0]]
+
+
+def test_special_tokens_are_text_unless_allowed(gpt2):
+    text = "a<|endoftext|>"
+    assert gpt2.encode(text, "all") == gpt2.encode(text, ["<|endoftext|>"]) == [64, 50256]
+    assert gpt2.encode(text) == [64, 27, 91, 437, 1659, 5239, 91, 29]
+    assert gpt2.decode([64, 50256]) == gpt2.decode(gpt2.encode(text)) == text
+    assert gpt2.eot_id == 50256 and gpt2.vocab_size == 50257
+
+
+def test_the_longest_special_token_wins(toy):
+    both = Tokenizer(toy.vocab, toy.merges, {"<l>": 20, "<l><l>": 21})
+    assert both.encode("l<l><l><l>", "all") == [0, 21, 20]
+
+
+@given(st.text(), st.integers(1, 3))
+def test_a_stream_shows_whole_characters_and_in_the_end_everything(text, size):
+    ids = Tokenizer.gpt2().encode(text)
+    decoder = Tokenizer.gpt2().stream_decoder()
+    shown = ""
+    for start in range(0, len(ids), size):
+        shown += decoder.push(ids[start : start + size])
+        assert text.startswith(shown)
+    assert shown + decoder.flush() == text
+
+
+def test_a_stream_that_ends_within_a_character_says_so(gpt2):
+    decoder = gpt2.stream_decoder()
+    first, second = gpt2.encode("漢")[:2]
+    assert decoder.push([first, second]) in ("", "漢")
+    decoder = gpt2.stream_decoder()
+    assert decoder.push([first]) == "" and decoder.flush() == "\ufffd"
+
+
+def test_arrays_of_ids_are_decoded(gpt2):
+    for ids in (np.array([31373, 995]), jnp.array([31373, 995]), (31373, np.int32(995))):
+        assert gpt2.decode(ids) == "hello world"
+    assert gpt2.decode_batch(np.array([[31373], [995]])) == ["hello", " world"]
+    assert gpt2.encode_batch(["hello", " world"]) == [[31373], [995]]
+
+
+def test_a_long_piece_takes_no_quadratic_time(gpt2):
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=20_000))
+    started = time.process_time()
+    ids = gpt2.encode(letters)
+    short = time.process_time() - started
+    started = time.process_time()
+    assert gpt2.encode(letters * 8)[: len(ids) - 20] == ids[:-20]
+    # Eight times the letters: eight times the work, where a quadratic way would take sixty-four.
+    assert time.process_time() - started < 30 * short
+
+
+def test_memory_is_bounded(toy, monkeypatch):
+    monkeypatch.setattr(tokenizer, "REMEMBERED_PIECES", 2)
+    assert [toy.encode(text) for text in ("l", "o", "w", "w")] == [[0], [1], [2], [2]]
+    assert len(toy._pieces) == 2
+    toy._pieces.clear()
+    toy.encode("l" * 65)
+    assert not toy._pieces
+
+
+def test_saving_and_loading_is_the_identity(gpt2, toy, tmp_path):
+    for number, one in enumerate((gpt2, toy, Tokenizer.load(resolve("demo")))):
+        one.save(tmp_path / str(number))
+        again = Tokenizer.load(tmp_path / str(number))
+        assert vars(again) | {"_pieces": None} == vars(one) | {"_pieces": None}
+        assert not list((tmp_path / str(number)).glob(".*"))
+
+
+def test_tokenizer_json_is_read(gpt2, tmp_path):
+    HF.save(str(tmp_path / "tokenizer.json"))
+    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    values["added_tokens"] = [{"id": 50300, "content": "<pad>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    read = Tokenizer.load(tmp_path)
+    assert read.merges == gpt2.merges and read.vocab == gpt2.vocab
+    assert read.special_tokens == {"<pad>": 50300, "<|endoftext|>": 50256}
+    assert read.encode("a<pad>", "all") == [64, 50300] and read.vocab_size == 50301
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": {"type": "Unigram"}}, "expected a BPE model.*'model': 'Unigram'"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "'pre_tokenizer': 'Metaspace'"),
+        ({"normalizer": {"type": "NFC"}}, "'normalizer': {'type': 'NFC'}"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "`add_prefix_space` .* not supported"),
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused(tmp_path, change, message):
+    HF.save(str(tmp_path / "tokenizer.json"))
+    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected vocab.json and merges.txt, or tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": ')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match=r"vocab\.json: expected JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    with pytest.raises(ValueError, match=r"Both parts of a merge .* 1 are not: \[\('a', 'b'\)\]"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
+    with pytest.raises(ValueError, match="two tokens with a space between, got 'a b c'"):
+        Tokenizer.load(tmp_path)
+
+
+def test_what_cannot_be_encoded_or_decoded_is_named(gpt2, toy):
+    with pytest.raises(ValueError, match=r"got '\\udcff' at position 2"):
+        gpt2.encode("ab\udcff")
+    with pytest.raises(ValueError, match="no token for byte 120 of 'lowx'"):
+        toy.encode("lowx x")
+    with pytest.raises(ValueError, match=r"in \[0, 50257\), got 50257"):
+        gpt2.decode([1, 50257])
+    with pytest.raises(ValueError, match="got -1"):
+        gpt2.decode([-1])
+    with pytest.raises(ValueError, match=r"must be among \['<\|endoftext\|>'\] or 'all', got \['<pad>'\]"):
+        gpt2.encode("a", ["<pad>"])
+    with pytest.raises(ValueError, match="an id of its own"):
+        Tokenizer({"a": 0, "b": 0}, [])
