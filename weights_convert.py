@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax import weights
+from gpt2_jax import files, weights
 from gpt2_jax.config import GPT2Config
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
@@ -30,7 +30,7 @@ def read(source, *, config=None, dtype=None):
         params = weights.from_hf(weights.to_hf(weights.load_params(source)), config, dtype)
         return config.replace(dtype=params["wte"]["embedding"].dtype.name), params
     if config is not None:
-        raise weights.CheckpointError("`--config` is for a single file of params: a folder has its own.")
+        raise files.CheckpointError("`--config` is for a single file of params: a folder has its own.")
     return weights.load(source, dtype=dtype)
 
 
@@ -41,7 +41,7 @@ def read_config(file, config):
         return GPT2Config.from_json_file(path / "config.json" if path.is_dir() else path)
     stored = weights.load_config(file)
     if stored is None:
-        raise weights.CheckpointError(f"{file} holds no config: give one with `--config config.json`.")
+        raise files.CheckpointError(f"{file} holds no config: give one with `--config config.json`.")
     return stored
 
 
@@ -51,7 +51,7 @@ def write(target, params, config, source=None):
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
-    for name in weights.TOKENIZER_FILES:
+    for name in files.TOKENIZER_FILES:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -62,7 +62,7 @@ def verify(written, source):
         import torch
         import transformers
     except ImportError as error:
-        raise weights.CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
+        raise files.CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
     import numpy as np
 
     import gpt2_jax
@@ -89,8 +89,8 @@ def is_params_file(path):
 
 def convert(args):
     """Converts, verifies if asked to, and only then puts the result in its place."""
-    source = None if is_params_file(args.src) else weights.resolve(args.src, revision=args.revision)
-    with weights.replacing(args.dst, overwrite=args.overwrite) as temporary:
+    source = None if is_params_file(args.src) else files.resolve(args.src, revision=args.revision)
+    with files.replacing(args.dst, overwrite=args.overwrite) as temporary:
         config, params = read(source or args.src, config=args.config, dtype=args.dtype)
         write(temporary, params, config, source)
         dtype = params["wte"]["embedding"].dtype.name
@@ -99,7 +99,7 @@ def convert(args):
             error, scale = verify(temporary, source)
             print(f"largest difference from PyTorch's logits: {error:.3g} (largest logit: {scale:.3g})")
             if not error <= TOLERANCE[dtype] * scale:
-                raise weights.CheckpointError(
+                raise files.CheckpointError(
                     f"Expected logits within {TOLERANCE[dtype] * scale:.3g} of PyTorch's, got {error:.3g}: "
                     f"nothing was written."
                 )

@@ -1,11 +1,12 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
 from gpt2_jax.config import PRESETS, GPT2Config
+from gpt2_jax.files import CheckpointError, resolve
 from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.weights import CheckpointError, from_hf, load, resolve, save, to_hf
+from gpt2_jax.weights import from_hf, load, save, to_hf
 
 __all__ = [
     "PRESETS",

@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     import gpt2_jax
-    from gpt2_jax import weights
+    from gpt2_jax import files, weights
 
     try:
-        folder = weights.resolve(args.from_pretrained, revision=args.revision)
+        folder = files.resolve(args.from_pretrained, revision=args.revision)
         config, params = weights.load(folder, dtype=args.dtype)
         tokenizer = load_tokenizer(args, folder)
         encoded = [tokenizer.encode(prompt, "all" if args.allow_special else ()) for prompt in prompts]
@@ -291,7 +291,7 @@ def set_up_jax(args: argparse.Namespace, say) -> None:
 
 def load_tokenizer(args: argparse.Namespace, folder: Path):
     """Returns the tokenizer that was asked for: by name, or the checkpoint's own, or GPT-2's."""
-    from gpt2_jax import weights
+    from gpt2_jax import files
     from gpt2_jax.config import PRESETS
     from gpt2_jax.tokenizer import Tokenizer
 
@@ -302,7 +302,7 @@ def load_tokenizer(args: argparse.Namespace, folder: Path):
             return Tokenizer.gpt2()
     if args.model_name in PRESETS and not Path(args.model_name).is_dir():
         return Tokenizer.gpt2()  # all of OpenAI's sizes share it
-    return Tokenizer.load(weights.resolve(args.model_name))
+    return Tokenizer.load(files.resolve(args.model_name))
 
 
 def make_sampler(args: argparse.Namespace):

@@ -7,7 +7,6 @@ bytes, and the byte pairs of a piece are merged in the order in which training f
 import codecs
 import heapq
 import json
-import os
 import re
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import regex
+
+from gpt2_jax.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -94,12 +95,15 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes `vocab.json`, `merges.txt` and, where there are special tokens, `added_tokens.json`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
-        _replace(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]))
+        files = {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]),
+        }
         if self.special_tokens:
-            _replace(folder / "added_tokens.json", json.dumps(self.special_tokens, ensure_ascii=False))
+            files["added_tokens.json"] = json.dumps(self.special_tokens, ensure_ascii=False)
+        for name, text in files.items():
+            with replacing(Path(folder) / name, overwrite=True) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Returns the ids of a text.
@@ -311,13 +315,3 @@ def _read_json(file: Path, default: Any = None) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected an object, got {type(values).__name__}.")
     return values
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpt2_jax
-from gpt2_jax import cli, weights
+from gpt2_jax import cli, files
 from gpt2_jax.tokenizer import Tokenizer
 
 BLOCK = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
@@ -48,7 +48,7 @@ def test_greedy_text_is_what_the_library_generates(run):
     done = run(prompt, "--max_tokens", "20")
     assert done.returncode == 0, done.stderr
     config, params = gpt2_jax.load("demo")
-    tokenizer = Tokenizer.load(weights.DEMO)
+    tokenizer = Tokenizer.load(files.DEMO)
     out = gpt2_jax.generate(params, np.array([tokenizer.encode(prompt)]), config=config, max_new_tokens=20)
     assert done.stdout.decode() == prompt + tokenizer.decode(out.ids[0]) + "\n"
     assert b"2,6" in done.stderr and b"tokens/s" in done.stderr
@@ -63,7 +63,7 @@ def test_samples_are_repeated_by_their_seed_and_written_as_json(run):
     records = [json.loads(line) for line in one.stdout.splitlines()]
     assert [record["prompt"] for record in records] == ["The king"] * 2 + ["The queen"] * 2
     assert records[0]["text"] != records[1]["text"]
-    tokenizer = Tokenizer.load(weights.DEMO)
+    tokenizer = Tokenizer.load(files.DEMO)
     for record in records:
         assert record["finish_reason"] == "length" and record["text"] == tokenizer.decode(record["ids"])
         assert len(record["ids"]) == len(record["logprobs"]) == 9 and max(record["logprobs"]) < 0

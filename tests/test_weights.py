@@ -18,9 +18,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import weights_convert
-from gpt2_jax import weights
+from gpt2_jax import files, weights
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.weights import CheckpointError
+from gpt2_jax.files import CheckpointError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -582,13 +582,13 @@ def test_config_without_architectures(tmp_path):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c", "~/none-such", ""])
 def test_missing_folder(name):
     with pytest.raises(CheckpointError, match='There is no folder .*Expected a folder, a hub id such as "gpt2"'):
-        weights.resolve(name)
+        files.resolve(name)
 
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(CheckpointError, match="Expected a folder in HF's layout or a hub id, got the file"):
-        weights.resolve(tmp_path / "x")
+        files.resolve(tmp_path / "x")
 
 
 def test_a_local_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -646,7 +646,7 @@ def test_only_the_needed_files_are_fetched(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert weights.resolve("some/model", revision="v1") == tmp_path
+    assert files.resolve("some/model", revision="v1") == tmp_path
     assert [(repo, patterns[-3:], revision) for repo, patterns, revision in asked] == [
         ("some/model", ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"), "v1"),
         ("some/model", ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"), "v1"),
@@ -672,7 +672,7 @@ def test_errors_of_the_hub(monkeypatch, error, message):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises((CheckpointError, OSError), match=message):
-        weights.resolve("some/model")
+        files.resolve("some/model")
 
 
 # The command line.
