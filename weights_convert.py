@@ -90,7 +90,7 @@ def is_params_file(path):
 def convert(args):
     """Converts, verifies if asked to, and only then puts the result in its place."""
     source = None if is_params_file(args.src) else files.resolve(args.src, revision=args.revision)
-    with files.replacing(args.dst, overwrite=args.overwrite) as temporary:
+    with files.replacing(args.dst, overwrite=args.overwrite, keep_others=True) as temporary:
         config, params = read(source or args.src, config=args.config, dtype=args.dtype)
         write(temporary, params, config, source)
         dtype = params["wte"]["embedding"].dtype.name

@@ -6,6 +6,7 @@ from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
 from gpt2_jax.weights import from_hf, load, save, to_hf
 
 __all__ = [
@@ -23,16 +24,22 @@ __all__ = [
     "TopK",
     "Tokenizer",
     "TopP",
+    "TrainState",
     "apply",
     "decode_step",
     "from_hf",
     "generate",
     "init",
+    "init_state",
     "load",
+    "make_optimizer",
+    "next_token_loss",
     "prefill",
     "resolve",
     "save",
     "stream",
     "to_hf",
+    "train_step",
     "unembed",
+    "warmup_cosine",
 ]

@@ -65,10 +65,10 @@ def resolve(
 
 
 @contextlib.contextmanager
-def replacing(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def replacing(target: str | Path, *, overwrite: bool = False, keep_others: bool = False) -> Iterator[Path]:
     """Yields a fresh path beside `target`, which takes the place of `target` if the body succeeds, else vanishes.
 
-    Overwriting a folder keeps those of its files that are neither weights nor rewritten.
+    With `keep_others` a folder that is overwritten keeps those of its files that are neither weights nor rewritten.
     """
     target = Path(target).expanduser().resolve()
     in_use = target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -85,7 +85,7 @@ def replacing(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             target.rename(old)
             temporary.rename(target)
             for file in old.iterdir():
-                if not WEIGHT_FILE.fullmatch(file.name) and not (target / file.name).exists():
+                if keep_others and not WEIGHT_FILE.fullmatch(file.name) and not (target / file.name).exists():
                     file.rename(target / file.name)
             shutil.rmtree(old)
         else:

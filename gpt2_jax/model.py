@@ -54,6 +54,7 @@ def apply(
     padding_side: str = "right",
     tap: Tap = no_tap,
     dropout_key: Array | None = None,
+    remat: bool = False,
 ) -> Array:
     """Returns next-token logits of every position, `int[B, T] -> float32[B, T, V]` (float64 in a float64 model).
 
@@ -66,6 +67,7 @@ def apply(
       padding_side: "right" or "left", where the padding is.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's place.
       dropout_key: turns dropout on.
+      remat: in a backward pass, recomputes each layer's activations instead of keeping them.
 
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where its values can be
@@ -79,7 +81,8 @@ def apply(
         positions = positions - (ids.shape[1] - jnp.asarray(lengths)[:, None])  # negative in the padding
         mask = mask & (positions >= 0)[:, None, None, :]
         positions = jnp.maximum(positions, 0)
-    hidden, _ = forward(params, ids, positions, mask, config=config, tap=tap, dropout_key=dropout_key)
+    options = {"tap": tap, "dropout_key": dropout_key, "remat": remat}
+    hidden, _ = forward(params, ids, positions, mask, config=config, **options)
     return tap("logits", unembed(params, hidden, config=config))
 
 
@@ -150,13 +153,14 @@ def decode_step(
 def unembed(params: Params, hidden: Array, *, config: GPT2Config) -> Array:
     """Returns logits of final hidden states, `[..., D] -> float32[..., V]`, through the tied or separate head."""
     head = params["wte" if config.tie_word_embeddings else "lm_head"]["embedding"]
-    return jnp.einsum(
-        "...d,vd->...v",
-        hidden.astype(config.dtype),
+    logits = jnp.einsum(
+        "nd,vd->nv",  # flat, as in `modules.dense`
+        hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
         head.astype(config.dtype),
         precision=config.precision,
         preferred_element_type=wide_dtype(config),
     )
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def forward(params: Params, ids, positions, mask, *, config: GPT2Config, **options):

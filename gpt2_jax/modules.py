@@ -21,6 +21,7 @@ from gpt2_jax.config import GPT2Config
 Array = jax.Array
 Tap = Callable[[str, Array], Array]  # (site, activation) -> activation; what reads or changes activations
 LayerCache = tuple[Array, Array]  # keys and values, each [B, S, H, K]
+PARTS, SMALLEST_PART = 4, 64  # into how many parts attention divides its queries, and the fewest worth it
 
 # HF's names (transformers/activations.py) -> functions.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -119,7 +120,6 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, mask, past: LayerCache | None, slot, tap: Tap, key):
         config = self.config
-        wide = wide_dtype(config)
         pattern_key, out_key = split_key(key, 2)
 
         qkv = dense(config, 3 * config.n_embd, "c_attn", config.initializer_range)(x)  # [B, T, 3D]
@@ -130,15 +130,34 @@ class Attention(nn.Module):
                 lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(past, (k, v), strict=True)
             )
 
+        if past is None and tap is no_tap:
+            z = self.attend_in_parts(q, k, v, mask, pattern_key)
+        else:
+            z = self.attend(q, k, v, mask, tap, pattern_key)
+        z = tap("z", z).reshape(x.shape)  # [B, T, D]
+        out = dense(config, config.n_embd, "c_proj", residual_stddev(config))(z)
+        return tap("out", dropout(out_key, out, config.resid_pdrop)), (k, v)
+
+    def attend_in_parts(self, q, k, v, mask, key):
+        """`attend` of a text to itself: each part of the queries takes the keys up to its last, the rest is masked."""
+        length = q.shape[1]
+        parts = min(PARTS, -(-length // SMALLEST_PART))
+        bounds = [length * i // parts for i in range(parts + 1)]
+        zs = [
+            self.attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, :, start:end, :end], no_tap, part_key)
+            for start, end, part_key in zip(bounds[:-1], bounds[1:], split_key(key, parts), strict=True)
+        ]
+        return jnp.concatenate(zs, axis=1)
+
+    def attend(self, q, k, v, mask, tap: Tap, key):
+        """Returns the mixed values of some queries, `[B, T, H, K]`, from keys and values `[B, S, H, K]`."""
+        config, wide = self.config, wide_dtype(self.config)
         scores = jnp.einsum("bthk,bshk->bhts", q, k, precision=config.precision, preferred_element_type=wide)
         scores = tap("scores", scores * self.scale())
         # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead of NaN.
         pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)  # [B, H, T, S]
-        pattern = tap("pattern", dropout(pattern_key, pattern, config.attn_pdrop))
-        z = jnp.einsum("bhts,bshk->bthk", pattern.astype(v.dtype), v, precision=config.precision)
-        z = tap("z", z).reshape(x.shape)  # [B, T, D]
-        out = dense(config, config.n_embd, "c_proj", residual_stddev(config))(z)
-        return tap("out", dropout(out_key, out, config.resid_pdrop)), (k, v)
+        pattern = tap("pattern", dropout(key, pattern, config.attn_pdrop))
+        return jnp.einsum("bhts,bshk->bthk", pattern.astype(v.dtype), v, precision=config.precision)
 
     def scale(self) -> float:
         """Returns what the scores are multiplied by (HF's `scale_attn_*` flags)."""
@@ -187,11 +206,12 @@ class Blocks(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x, mask, past: tuple[LayerCache, ...] | None, slot, tap: Tap, key):
+    def __call__(self, x, mask, past: tuple[LayerCache, ...] | None, slot, tap: Tap, key, remat: bool):
+        one = nn.remat(Block, static_argnums=5) if remat else Block  # 5 is the tap
         presents = []
         for i, block_key in enumerate(split_key(key, self.config.n_layer)):
             layer_past = None if past is None else past[i]
-            block = Block(self.config, i, name=str(i))
+            block = one(self.config, i, name=str(i))
             x, present = block(x, mask, layer_past, slot, below(tap, str(i)), block_key)
             presents.append(present)
         return x, tuple(presents)
@@ -208,13 +228,21 @@ class GPT2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids, positions, mask, past: Any = None, slot: Any = 0, tap: Tap = no_tap, dropout_key: Any = None
+        self,
+        ids,
+        positions,
+        mask,
+        past: Any = None,
+        slot: Any = 0,
+        tap: Tap = no_tap,
+        dropout_key: Any = None,
+        remat: bool = False,
     ):
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
         x = self.embed("wte", config.vocab_size)(ids) + self.embed("wpe", config.n_positions)(positions)  # [B, T, D]
         x = tap("embed", dropout(embed_key, x, config.embd_pdrop))
-        x, presents = Blocks(config, name="h")(x, mask, past, slot, below(tap, "h"), blocks_key)
+        x, presents = Blocks(config, name="h")(x, mask, past, slot, below(tap, "h"), blocks_key, remat)
         return tap("ln_f.out", layer_norm(config, "ln_f")(x)), presents
 
     def embed(self, name: str, rows: int) -> nn.Embed:

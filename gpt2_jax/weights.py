@@ -110,7 +110,7 @@ def save(
     _check_names({name.removeprefix(PREFIX): array.shape for name, array in state.items()}, param_shapes(config))
     dtype = params["wte"]["embedding"].dtype.name
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    with replacing(folder, overwrite=overwrite) as temporary:
+    with replacing(folder, overwrite=overwrite, keep_others=True) as temporary:
         temporary.mkdir()
         write_json(temporary / "config.json", config.to_dict() | {"dtype": dtype})
         write_json(temporary / "generation_config.json", special)

@@ -52,6 +52,23 @@ def test_what_stands_in_the_padding_is_irrelevant(params, rng, side):
     np.testing.assert_array_equal(np.asarray(one)[real], np.asarray(two)[real])
 
 
+@pytest.mark.parametrize("side, length", [("right", 65), ("left", 300)])
+def test_attention_in_parts_changes_only_rounding(rng, side, length):
+    config = TINY.replace(n_positions=300, n_layer=1, dtype="float64")
+    params, ids = gpt2_jax.init(jax.random.key(0), config), rng.integers(0, 61, (2, length))
+    lengths, place = np.array([length, length - 7]), np.arange(length)[None]
+    real = (place if side == "right" else length - 1 - place) < lengths[:, None]
+
+    def gradient(**options):  # a tap, even one that does nothing, sees the whole pattern at once
+        def loss(params):
+            logits = gpt2_jax.apply(params, ids, lengths, config=config, padding_side=side, **options)
+            return jnp.square(logits * real[..., None]).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    chex.assert_trees_all_close(gradient(), gradient(tap=lambda site, x: x), rtol=0, atol=1e-13)
+
+
 def test_prefill_decode_step_and_apply_agree(params, rng):
     ids = rng.integers(0, 61, (2, 10))
     expected = apply(params, ids, config=TINY)
