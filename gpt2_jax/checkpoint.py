@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.train import TrainState
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+except ImportError as error:
+    raise ImportError(f'Checkpoints need orbax-checkpoint: pip install "gpt2_jax[train]" ({error}).') from None
 
 
 class Checkpoints:

@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-from gpt2_jax.fit import TrainingError, export, fit
 from gpt2_jax.recipes import RECIPES, SHAPE, Recipe
 
 
@@ -60,6 +59,11 @@ def main() -> int:
     args = parser().parse_args()
     say = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     try:
+        from gpt2_jax.fit import TrainingError, export, fit
+    except ImportError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    try:
         recipe = make_recipe(args)
         summary = fit(
             recipe,
@@ -79,7 +83,7 @@ def main() -> int:
     except TrainingError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
