@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2_jax.data import DataError
-from gpt2_jax.files import replacing, write_json
+from gpt2_jax.files import replacing, resolve, write_json
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
 
 CHUNK = 2**20  # characters that one worker encodes at a time
@@ -46,8 +46,8 @@ def prepare(
       inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input. A line `<|endoftext|>` parts the
         documents of a file.
       out: the folder to write.
-      tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the training part; or a
-        folder with a tokenizer's files.
+      tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the training part; or the
+        folder, hub id or "demo" of a model, whose tokenizer it is.
       vocab_size: tokens of a "bpe".
       val_fraction: how much of each file is for validation: its last documents or, of a single document, its last
         characters. 0 writes no `val.bin`.
@@ -62,7 +62,7 @@ def prepare(
 
     Raises:
       DataError: an input is missing, empty or not UTF-8, or an argument makes no sense.
-      CheckpointError: `out` is in use.
+      CheckpointError: `out` is in use, or there is no such tokenizer.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f"`val_fraction` must be in [0, 1), got {val_fraction}.")
@@ -149,9 +149,7 @@ def make_tokenizer(kind: str | Path, texts: list[str], everything: Iterable[str]
         return char_tokenizer(everything)
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
-    if not Path(kind).is_dir():
-        raise DataError(f'`tokenizer` must be "gpt2", "char", "bpe" or a folder, got "{kind}".')
-    return Tokenizer.load(kind)
+    return Tokenizer.load(resolve(kind))
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -18,7 +18,8 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer",
         default="gpt2",
         metavar="NAME",
-        help="gpt2, char (a token for each character), bpe (trained on these texts), or a folder (default: gpt2)",
+        help="gpt2, char (a token for each character), bpe (trained on these texts), or a model's: hub id, folder or"
+        " demo (default: gpt2)",
     )
     out.add_argument("--vocab_size", type=int, metavar="N", help="tokens of a bpe")
     out.add_argument(

@@ -111,7 +111,9 @@ def test_a_trained_vocabulary_encodes_as_its_library_does(tmp_path):
     assert meta["vocab_size"] == 400 and meta["eot_id"] == 0
 
 
-def test_a_folders_tokenizer_is_used(tmp_path):
+def test_a_models_tokenizer_is_used(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no folder none"):
+        prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", tokenizer="./none")
     char_tokenizer([PAGE]).save(tmp_path / "tokenizer")
     write(tmp_path / "a.txt", PAGE)
     prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0)
@@ -168,7 +170,6 @@ def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
         (b"text", {"tokenizer": "bpe"}, '`vocab_size` is for the tokenizer "bpe", which needs it; got None'),
         (b"text", {"vocab_size": 300}, 'got 300 for "gpt2"'),
         (b"text", {"tokenizer": "bpe", "vocab_size": 256}, "at least 257.*got 256"),
-        (b"text", {"tokenizer": "word"}, 'must be "gpt2", "char", "bpe" or a folder, got "word"'),
         (None, {}, "a.txt: expected a text file, or a folder"),
     ],
 )
