@@ -73,6 +73,23 @@ def apply(
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where its values can be
         seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such an id gives NaN.
     """
+    options = {"padding_side": padding_side, "tap": tap, "dropout_key": dropout_key, "remat": remat}
+    hidden = hidden_states(params, ids, lengths, config=config, **options)
+    return tap("logits", unembed(params, hidden, config=config))
+
+
+def hidden_states(
+    params: Params,
+    ids: Array,
+    lengths: Array | None = None,
+    *,
+    config: GPT2Config,
+    padding_side: str = "right",
+    tap: Tap = no_tap,
+    dropout_key: Array | None = None,
+    remat: bool = False,
+) -> Array:
+    """Returns what `apply` would unembed, `int[B, T] -> [B, T, D]` in `config.dtype`: its arguments, its errors."""
     ids = check_ids(ids, config, longest=config.n_positions)
     check_side(padding_side)
     positions = jnp.arange(ids.shape[1])[None]
@@ -82,8 +99,7 @@ def apply(
         mask = mask & (positions >= 0)[:, None, None, :]
         positions = jnp.maximum(positions, 0)
     options = {"tap": tap, "dropout_key": dropout_key, "remat": remat}
-    hidden, _ = forward(params, ids, positions, mask, config=config, **options)
-    return tap("logits", unembed(params, hidden, config=config))
+    return forward(params, ids, positions, mask, config=config, **options)[0]
 
 
 def prefill(
