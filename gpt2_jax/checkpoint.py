@@ -82,7 +82,7 @@ class Checkpoints:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-            return self._manager.restore(step, args=items)["state"]
+            restored = self._manager.restore(step, args=items)["state"]
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be read: {error}"

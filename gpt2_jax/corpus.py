@@ -21,8 +21,8 @@ from gpt2_jax.files import replacing, resolve, write_json
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
 
 CHUNK = 2**20  # characters that one worker encodes at a time
-WORTH_WORKERS = 4 * CHUNK  # fewer characters are encoded sooner than workers start
-SAFE_CUT = re.compile("[A-Za-z](?= [A-Za-z])")  # the tokenizer's pattern never joins a letter and a space after it
+WORTH_WORKERS = 32 * CHUNK  # fewer characters are encoded sooner than workers start
+SAFE_CUT = re.compile(r"\S(?=[ \n])")  # no piece of the tokenizer's pattern goes on from there
 
 
 def prepare(
@@ -70,14 +70,18 @@ def prepare(
         raise DataError(
             f'`vocab_size` is for the tokenizer "bpe", which needs it; got {vocab_size} for "{tokenizer}".'
         )
+    if workers is not None and workers < 1:
+        raise DataError(f"`workers` must be at least 1, got {workers}.")
     names = [str(name) for name in inputs]
     with replacing(out, overwrite=overwrite) as folder:
         files = [documents(text, unwrap) for text in read_texts(names)]
+        several = sum(map(len, files)) > 1
         train, val = split(files, val_fraction)
+        del files  # a text that was cut is held once
         if not train:
             raise DataError("There is nothing to train on: expected at least one text.")
         made = make_tokenizer(tokenizer, train, train + val, vocab_size)
-        mark = [made.eot_id] if made.eot_id is not None and sum(map(len, files)) > 1 else []
+        mark = [made.eot_id] if made.eot_id is not None and several else []
         dtype = np.dtype("uint16" if made.vocab_size <= 2**16 else "uint32")
         folder.mkdir()
         meta = {"dtype": dtype.name, "vocab_size": made.vocab_size, "eot_id": made.eot_id}
@@ -183,7 +187,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     except ImportError:
         raise ImportError('Training a vocabulary needs `tokenizers`: pip install "gpt2_jax[train]".') from None
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    pieces = (text[start:end] for text in texts for start, end in _cuts(text))  # sooner done than long texts
+    trained.train_from_iterator(pieces, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         trained.save_model(folder)
         return Tokenizer.load(folder)
@@ -191,17 +196,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> Iterator[tuple[list[int], int, bool]]:
     """Yields texts piece by piece: the ids, the number of characters, and whether a text ends here."""
-    pieces = [(text[start:end], end == len(text)) for text in texts for start, end in _cuts(text)]
-    strings = [piece for piece, _ in pieces]
+    bounds = [(text, start, end) for text in texts for start, end in _cuts(text)]
+    pieces = (text[start:end] for text, start, end in bounds)  # as they are asked for: together they are the corpus
     with contextlib.ExitStack() as stack:
         if workers == 1 or sum(map(len, texts)) < WORTH_WORKERS:
-            encoded = map(tokenizer.encode, strings)
+            encoded = map(tokenizer.encode, pieces)
         else:
             parts = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
             pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, parts)  # a fork of JAX may hang
-            encoded = stack.enter_context(pool).imap(_work, strings)
-        for (piece, is_last), ids in zip(pieces, encoded, strict=True):
-            yield ids, len(piece), is_last
+            encoded = stack.enter_context(pool).imap(_work, pieces)
+        for (text, start, end), ids in zip(bounds, encoded, strict=True):
+            yield ids, end - start, end == len(text)
 
 
 def _cuts(text: str) -> Iterator[tuple[int, int]]:

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt2_jax import Tokenizer, corpus
 from gpt2_jax.corpus import char_tokenizer, encode, prepare, split
 from gpt2_jax.data import DataError
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.tokenizer import splitter
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "tests" / "data" / "held-out.txt").read_text(encoding="utf-8")
@@ -137,6 +140,21 @@ def test_pieces_and_workers_change_no_id(monkeypatch, workers):
     assert sum(characters for _, characters, _ in out) == sum(map(len, texts))
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab1.' \n\t\r\x1c\x85\xa0\u2028\u3000\u0301漢é🦓"), min_size=4))
+def test_the_tokenizers_pattern_finds_the_same_wherever_a_text_may_be_cut(text):
+    cuts = [0, *(cut.end() for cut in corpus.SAFE_CUT.finditer(text)), len(text)]
+    parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    assert sum((splitter(part).findall(part) for part in parts), []) == splitter(text).findall(text)
+
+
+@pytest.mark.parametrize("line", ["Привет как дела", "吾輩は猫である"])
+def test_texts_of_any_script_are_cut(monkeypatch, line):
+    monkeypatch.setattr(corpus, "CHUNK", 40)
+    pieces = [characters for _, characters, _ in encode(Tokenizer.gpt2(), [f"{line}\n" * 100], 1)]
+    assert len(pieces) > 10 and max(pieces) < 80
+
+
 def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
     def fails(*args):
         yield [1], 1, False
@@ -169,6 +187,7 @@ def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
         (b"text", {"val_fraction": 1.0}, r"`val_fraction` must be in \[0, 1\), got 1.0"),
         (b"text", {"tokenizer": "bpe"}, '`vocab_size` is for the tokenizer "bpe", which needs it; got None'),
         (b"text", {"vocab_size": 300}, 'got 300 for "gpt2"'),
+        (b"text", {"workers": 0}, "`workers` must be at least 1, got 0"),
         (b"text", {"tokenizer": "bpe", "vocab_size": 256}, "at least 257.*got 256"),
         (None, {}, "a.txt: expected a text file, or a folder"),
     ],
