@@ -1,6 +1,7 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
 from gpt2_jax.config import PRESETS, GPT2Config
+from gpt2_jax.evaluate import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError, resolve
 from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
@@ -19,6 +20,7 @@ __all__ = [
     "Greedy",
     "History",
     "KVCache",
+    "Likelihood",
     "MinP",
     "Temperature",
     "TopK",
@@ -34,11 +36,15 @@ __all__ = [
     "load",
     "make_optimizer",
     "next_token_loss",
+    "perplexity",
     "prefill",
     "resolve",
     "save",
+    "score",
+    "score_choices",
     "stream",
     "to_hf",
+    "token_logprobs",
     "train_step",
     "unembed",
     "warmup_cosine",

@@ -87,6 +87,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be read: {error}"
             ) from error
+        return jax.tree.map(jnp.copy, restored)  # memory of its own, which a step may take over
 
     def wait(self) -> None:
         """Returns when everything is written."""
