@@ -24,10 +24,15 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     """Returns what `meta.json` in a folder of token files says of them, or nothing.
 
     Raises:
-      DataError: the file is no JSON object, or its `dtype` is neither uint16 nor uint32.
+      DataError: the file is no object, its `dtype` is neither uint16 nor uint32, or there is a `meta.pkl` instead.
     """
     file = Path(folder) / "meta.json"
     if not file.is_file():
+        if file.with_suffix(".pkl").is_file():
+            raise DataError(
+                f"{file.with_suffix('.pkl')} is not read, as a pickle can run any code: write the size of the "
+                'vocabulary to meta.json, such as {"vocab_size": 65}.'
+            )
         return {}
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))

@@ -93,6 +93,8 @@ def fit(
     corpus = open_corpus(data)
     config, params = _start(recipe, corpus, from_pretrained)
     length = recipe.length or config.n_positions
+    if length > config.n_positions:
+        raise ValueError(f"`length` must be at most {config.n_positions} (`n_positions`), got {length}.")
     batches = Batches(corpus.train, batch_size=recipe.batch_size, length=length, seed=recipe.seed)
     tx = optimizer(recipe)
     identity = {
@@ -158,12 +160,12 @@ def export(out: str | Path, target: str | Path, *, dtype: Any = None, overwrite:
     if not (out / "run.json").is_file():
         raise CheckpointError(f"{out} holds no run: expected `run.json`.")
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    config, tx = GPT2Config.from_dict(run["config"]), optimizer(Recipe(**run["recipe"]))
-    with Checkpoints(out / "checkpoints") as checkpoints:
+    config, recipe = GPT2Config.from_dict(run["config"]), Recipe(**run["recipe"])
+    with Checkpoints(out / "checkpoints", keep=recipe.keep) as checkpoints:
         step = checkpoints.best()
         if step is None:
             raise CheckpointError(f"{out} holds no checkpoint yet.")
-        like = jax.eval_shape(lambda key: init_state(init(key, config), tx), jax.random.key(0))
+        like = jax.eval_shape(lambda key: init_state(init(key, config), optimizer(recipe)), jax.random.key(0))
         params = checkpoints.restore(like, step).params
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
     save(target, params, config, overwrite=overwrite)
@@ -176,7 +178,7 @@ def open_corpus(folder: str | Path) -> Corpus:
     """Opens the token files in a folder: `train.bin`, and where they are there `val.bin`, `meta.json`, a tokenizer.
 
     Raises:
-      DataError: there is no `train.bin`, or a file is damaged or holds ids that its own vocabulary lacks.
+      DataError: there is no `train.bin`, or a file is damaged, too short, or holds ids outside the vocabulary.
     """
     folder = Path(folder).expanduser()
     meta = read_meta(folder)
@@ -185,6 +187,8 @@ def open_corpus(folder: str | Path) -> Corpus:
     if "train" not in files:
         raise DataError(f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there.")
     tokens = {name: open_tokens(file, vocab_size=vocab_size) for name, file in files.items()}
+    if "val" in tokens and len(tokens["val"]) < 2:
+        raise DataError(f"{files['val']}: expected at least 2 ids, to predict one, got {len(tokens['val'])}.")
     try:
         tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
@@ -268,8 +272,6 @@ def _start(recipe: Recipe, corpus: Corpus, from_pretrained: str | None) -> tuple
             )
     if corpus.vocab_size > config.vocab_size:
         raise DataError(f"The data has {corpus.vocab_size} tokens in its vocabulary, the model {config.vocab_size}.")
-    if recipe.length > config.n_positions:
-        raise ValueError(f"`length` must be at most the model's {config.n_positions} positions, got {recipe.length}.")
     return recipe.adapt(config), params
 
 

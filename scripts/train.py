@@ -36,22 +36,23 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def make_recipe(args: argparse.Namespace) -> Recipe:
-    """Returns the recipe: the run's own when it is resumed, else the named one, with the options given on top.
+def choose(args: argparse.Namespace) -> tuple[Recipe, str | None]:
+    """Returns the recipe and the model to start from: the run's own when it is resumed, with what is given on top.
 
     Raises:
       ValueError: a value is out of range, or the shape of a pretrained model was to be changed.
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
-    run = Path(args.out) / "run.json"
-    if args.resume and args.recipe is None and run.is_file():
-        recipe = Recipe(**json.loads(run.read_text(encoding="utf-8"))["recipe"])
-    else:
-        recipe = RECIPES[args.recipe or "gpt2"]
-    if args.from_pretrained and (fixed := [f"--{name}" for name in SHAPE if name in given]):
-        raise ValueError(f"{', '.join(fixed)}: the model of --from_pretrained brings its own.")
-    return dataclasses.replace(recipe, **given)
+    recipe, start = RECIPES[args.recipe or "gpt2"], args.from_pretrained
+    file = Path(args.out) / "run.json"
+    if args.resume and file.is_file():
+        run = json.loads(file.read_text(encoding="utf-8"))
+        recipe = recipe if args.recipe else Recipe(**run["recipe"])
+        start = start or run["from_pretrained"]
+    if start and (fixed := [f"--{name}" for name in SHAPE if name in given]):
+        raise ValueError(f"{', '.join(fixed)}: {start} brings its own.")
+    return dataclasses.replace(recipe, **given), start
 
 
 def main() -> int:
@@ -64,16 +65,9 @@ def main() -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     try:
-        recipe = make_recipe(args)
-        summary = fit(
-            recipe,
-            args.data,
-            args.out,
-            from_pretrained=args.from_pretrained,
-            resume=args.resume,
-            say=say,
-            progress=not args.quiet,
-        )
+        recipe, start = choose(args)
+        options = {"resume": args.resume, "say": say, "progress": not args.quiet}
+        summary = fit(recipe, args.data, args.out, from_pretrained=start, **options)
         if not summary.finished:
             say(f"Stopped after step {summary.step} of {recipe.steps}; --resume goes on from there.")
             return 130

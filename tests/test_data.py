@@ -28,6 +28,9 @@ def test_meta_json_says_how_wide_the_ids_are(tmp_path):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(DataError, match="meta.json: expected"):
             read_meta(tmp_path)
+    (tmp_path / "meta.json").rename(tmp_path / "meta.pkl")
+    with pytest.raises(DataError, match="meta.pkl is not read, as a pickle can run any code"):
+        read_meta(tmp_path)
 
 
 @pytest.mark.parametrize(

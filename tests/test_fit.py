@@ -240,6 +240,8 @@ def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
         fit(dataclasses.replace(TINY, n_positions=1024), corpus, tmp_path / "run", say=quiet)
     with pytest.raises(DataError, match="another vocabulary than demo"):
         fit(TINY, corpus, tmp_path / "run", from_pretrained="demo", say=quiet)
+    with pytest.raises(ValueError, match=r"`length` must be at most 8 \(`n_positions`\), got 9"):
+        fit(dataclasses.replace(TINY, length=9), corpus, tmp_path / "run", say=quiet)
     assert not (tmp_path / "run").exists()
     with pytest.raises(CheckpointError, match="holds no run"):
         export(tmp_path, tmp_path / "hf")
