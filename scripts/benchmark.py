@@ -94,6 +94,49 @@ def torch_train(spec: Spec) -> Once:
     return once
 
 
+def ours_eval(spec: Spec) -> Once:
+    """`gpt2_jax.perplexity`."""
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids = text_of(spec, config.vocab_size)
+    options = {"window": spec["length"], "stride": spec["length"], "batch_size": 1}
+
+    def once():
+        found = gpt2_jax.perplexity(params, ids, config=config, **options)
+        return len(ids), [found.nll]
+
+    return once
+
+
+def hf_eval(spec: Spec) -> Once:
+    """The loop of HF's guide to perplexity."""
+    import torch
+
+    model = hf_gpt2(spec)
+    ids = torch.tensor(text_of(spec, model.config.vocab_size))
+
+    @torch.inference_mode()
+    def once():
+        total = 0.0
+        for window in ids.split(spec["length"]):
+            logits = model(window[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        return len(ids), [total]
+
+    return once
+
+
+def hf_gpt2(spec: Spec) -> Any:
+    """Returns HF's model, as transformers sets it up."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    model = transformers.GPT2LMHeadModel.from_pretrained(spec["folder"]).eval()
+    return torch.compile(model) if spec["compile"] else model
+
+
 def lean_gpt2(folder: str) -> Any:
     """Returns a small, fast GPT-2 in PyTorch with the weights of a folder."""
     from safetensors.torch import load_file
@@ -143,6 +186,7 @@ def lean_gpt2(folder: str) -> Any:
 
 CONTENDERS = {
     "train": {"ours": ours_train, "PyTorch": torch_train, "PyTorch, compiled": torch_train},
+    "eval": {"ours": ours_eval, "transformers": hf_eval, "transformers, compiled": hf_eval},
 }
 
 
@@ -153,6 +197,13 @@ def batches_of(spec: Spec, vocab_size: int) -> Iterator[Any]:
     rng = np.random.default_rng(0)
     while True:
         yield rng.integers(0, vocab_size, (spec["batch"], spec["length"] + 1))
+
+
+def text_of(spec: Spec, vocab_size: int) -> Any:
+    """Returns a seeded text of as many windows as the batch has rows."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocab_size, spec["batch"] * spec["length"])
 
 
 # The limits of the machine, measured among the rounds.
@@ -314,7 +365,20 @@ def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
-BENCHES = {"train": bench_train}
+def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Scoring in windows that do not overlap, one at a time, in float32."""
+    names = ["ours", "transformers"] + (["transformers, compiled"] if args.compile else [])
+    results = {}
+    for model in args.models or ["gpt2"]:
+        length = MODELS[model].get("n_positions", 1024)
+        spec = {"folder": make_checkpoint(model, folder), "batch": 2, "length": length}
+        results[model] = race("eval", spec, names, args.rounds, tolerance=1e-5)
+        if not args.json:
+            show(f"eval {model}, window {length}, float32", results[model], 2 * parameters(model))
+    return results
+
+
+BENCHES = {"train": bench_train, "eval": bench_eval}
 
 
 def main() -> None:
