@@ -66,17 +66,22 @@ class GPT2JaxLM(TemplateLM):
         del max_batch_size, device
         folder = resolve(pretrained, revision=revision)
         self.config, self.params = load(folder, dtype=dtype)
-        self.tokenizer_name = str(tokenizer or pretrained)
+        self._tokenizer_name = str(tokenizer or pretrained)
         try:
             self.tokenizer = Tokenizer.load(resolve(tokenizer) if tokenizer else folder)
         except FileNotFoundError:
-            self.tokenizer, self.tokenizer_name = Tokenizer.gpt2(), "gpt2"
+            self.tokenizer, self._tokenizer_name = Tokenizer.gpt2(), "gpt2"
         self.max_length = int(max_length or self.config.n_positions)
         if self.max_length > self.config.n_positions:
             raise ValueError(f"`max_length` must be at most {self.config.n_positions}, got {self.max_length}.")
         if not str(batch_size).isdigit():
             raise ValueError(f"`batch_size` must be a number, got {batch_size!r}: there is no automatic one.")
         self.batch_size, self.key = int(batch_size), jax.random.key(int(seed))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the tokenizer in the names of its caches."""
+        return self._tokenizer_name
 
     @property
     def eot_token_id(self) -> int:

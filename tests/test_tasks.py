@@ -81,8 +81,9 @@ def test_lambada_looks_at_the_last_word_or_at_its_last_token(model, logprobs, tm
 
 
 def test_hellaswag_as_llm_c_has_it(model, logprobs, tmp_path):
-    sentences = PAGE.split(". ")
-    rows = [{"ctx": sentences[i], "endings": sentences[i + 1 : i + 5], "label": i % 4} for i in range(0, 30, 5)]
+    words = PAGE.split()
+    parts = [" ".join(words[i : i + 6 + i % 5]) for i in range(0, 240, 8)]
+    rows = [{"ctx": parts[i], "endings": parts[i + 1 : i + 5], "label": i % 4} for i in range(0, 30, 5)]
     found = tasks.hellaswag(model, write(tmp_path / "h", rows))
     plain, normed = [], []
     for row in rows:
