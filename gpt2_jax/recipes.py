@@ -111,7 +111,7 @@ RECIPES = {
         save_every=250,
         seed=1337,
     ),
-    # The model that ships with the package as "demo": 4 M parameters, an hour or two on two cores.
+    # The model that ships with the package as "demo": 4.3 M parameters, an hour or two on two cores.
     "storyteller": Recipe(
         n_layer=4,
         n_head=4,

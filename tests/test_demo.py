@@ -14,10 +14,18 @@ import gpt2_jax
 PAGE = (Path(__file__).parent / "data" / "held-out.txt").read_text(encoding="utf-8")
 
 
+BITS_PER_BYTE = 1.389  # of the page, as the weights in the package have it
+
+
+def tokenizer():
+    """The model's own tokenizer."""
+    return gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo"))
+
+
 @pytest.fixture(scope="module")
 def windows():
     """The page in rows of 128 tokens."""
-    ids = gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo")).encode(PAGE)
+    ids = tokenizer().encode(PAGE)
     return np.array(ids[: len(ids) // 128 * 128]).reshape(-1, 128)
 
 
@@ -32,12 +40,13 @@ def test_perplexity_of_a_held_out_page_equals_pytorchs(windows, dtype, tolerance
     logp = jax.nn.log_softmax(jax.jit(gpt2_jax.apply, static_argnames="config")(params, windows, config=config))
     perplexity = jnp.exp(-jnp.take_along_axis(logp[:, :-1], windows[:, 1:, None], axis=-1).mean())
     np.testing.assert_allclose(perplexity, expected.item(), rtol=tolerance)
-    assert perplexity < 100  # a model that knew nothing would have 4,096
+    bits = np.log2(perplexity) * windows[:, 1:].size / len(tokenizer().decode_bytes(windows[:, 1:].ravel()))
+    np.testing.assert_allclose(bits, BITS_PER_BYTE, atol=0.005)
 
 
 def test_its_stories_are_hfs(windows):
-    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2_jax.resolve("demo"), attn_implementation="eager")
-    config, params = gpt2_jax.load("demo")
+    model = transformers.GPT2LMHeadModel.from_pretrained(gpt2_jax.resolve("demo"), attn_implementation="eager").float()
+    config, params = gpt2_jax.load("demo", dtype="float32")
     expected = model.generate(torch.tensor(windows[:2, :20]), max_new_tokens=40, do_sample=False, pad_token_id=0)
     out = gpt2_jax.generate(params, windows[:2, :20], config=config, max_new_tokens=40)
     np.testing.assert_array_equal(out.ids, expected[:, 20:])
