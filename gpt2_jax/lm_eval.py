@@ -152,9 +152,9 @@ class GPT2JaxLM(TemplateLM):
         until = [until] if isinstance(until, str) else until
         lengths = [int(options.pop(name)) for name in LENGTHS if name in options]
         room = lengths[0] if lengths else MAX_GEN_TOKS
+        sampler = _sampler(options)
         if not 0 < room < self.max_length:
             raise ValueError(f"The tokens to generate must be from 1 to {self.max_length - 1}, got {room}.")
-        sampler = _sampler(options)
         encoded = [(self.tok_encode(text) or [self.prefix_token_id])[-(self.max_length - room) :] for text in contexts]
         lengths = np.array([len(ids) for ids in encoded])
         ids = np.zeros((len(encoded), lengths.max()), np.int32)

@@ -235,7 +235,7 @@ def test_demo_needs_no_torch():
         "print(config.n_embd, params['wte']['embedding'].shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "192 (4096, 192)\n"
+    assert done.stdout == "256 (4096, 256)\n"
 
 
 @pytest.mark.slow
