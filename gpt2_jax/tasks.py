@@ -25,7 +25,6 @@ PAPER = {
     "cbt common nouns": (0.8765, 0.9235, 0.9345, 0.9330),
     "cbt named entities": (0.834, 0.871, 0.880, 0.8905),
     "wikitext-2": (29.41, 22.76, 19.93, 18.34),
-    "wikitext-103": (37.50, 26.37, 22.05, 17.48),
     "enwik8": (1.16, 1.01, 0.97, 0.93),
     "text8": (1.17, 1.06, 1.02, 0.98),
 }
@@ -82,11 +81,8 @@ def wikitext(model: Model, file: Path) -> list[Figure]:
     figures = _text_figures(model, "wikitext", "\n\n".join(rows), "\n".join(lines))[:1]
 
     pages = list(pages_of(lines))[: model.limit]
-    requests, owners = [], []
-    for page in pages:
-        windows = rolling_windows(model, model.tokenizer.encode(detokenized(page)))
-        requests += windows
-        owners.append(len(windows))
+    encoded = [model.tokenizer.encode(detokenized(page)) for page in pages]
+    requests = [window for ids in encoded for window in rolling_windows(model, ids)]
     scored = model.score("wikitext, pages", requests)
     nll = -sum(float(one.logprobs.sum(dtype=np.float64)) for one in scored)
     words = sum(len(re.split(r"\s+", page)) for page in pages)
@@ -95,7 +91,14 @@ def wikitext(model: Model, file: Path) -> list[Figure]:
     shared = {"task": "wikitext", "stderr": None, "protocol": protocol}
     return [
         *figures,
-        Figure(metric="word perplexity", value=math.exp(nll / words), count=words, unit="words", **shared),
+        Figure(
+            metric="word perplexity",
+            value=math.exp(nll / words),
+            count=words,
+            unit="words",
+            paper=_paper(model, "wikitext-2"),
+            **shared,
+        ),
         Figure(metric="byte perplexity", value=math.exp(nll / octets), count=octets, unit="bytes", **shared),
         Figure(metric="bits per byte", value=nll / octets / math.log(2), count=octets, unit="bytes", **shared),
     ]
@@ -118,7 +121,14 @@ def lambada(model: Model, file: Path) -> list[Figure]:
     harness = "lm-eval lambada_openai: the whole last word, all its tokens"
     spread = math.exp(-logprobs.mean()) * _stderr(logprobs)
     return [
-        Figure(metric="perplexity", value=math.exp(-logprobs.mean()), stderr=spread, protocol=harness, **shared),
+        Figure(
+            metric="perplexity",
+            value=math.exp(-logprobs.mean()),
+            stderr=spread,
+            protocol=harness,
+            paper=_paper(model, "lambada perplexity"),
+            **shared,
+        ),
         Figure(metric="accuracy", value=whole.mean(), stderr=_stderr(whole), protocol=harness, **shared),
         Figure(
             metric="accuracy of the last token",

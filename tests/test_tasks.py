@@ -129,9 +129,15 @@ def test_rolling_windows_score_each_token_once_after_one_more(model):
         assert all(len(window) <= 257 and scored < len(window) for window, scored in windows)
 
 
-def test_the_papers_figure_stands_beside_a_model_of_that_size(model):
-    large = model._replace(config=gpt2_jax.PRESETS["gpt2-large"])
-    assert tasks._paper(large, "lambada accuracy") == 0.6012 and tasks._paper(model, "enwik8") is None
+def test_the_papers_figure_stands_beside_a_model_of_that_size(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.SIZES, (model.config.n_layer, model.config.n_embd), 2)  # as if it were gpt2-large
+    file = write(tmp_path / "l", [{"text": "Once upon a time"}])
+    assert [figure.paper for figure in tasks.lambada(model, file)] == [10.87, None, 0.6012]
+    (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
+    papers = {figure.metric: figure.paper for figure in tasks.wikitext(model, tmp_path / "w")}
+    assert papers.pop("word perplexity") == 19.93 and set(papers.values()) == {None}
+    (tmp_path / "e").write_text("once upon a time")
+    assert tasks.text8(model, tmp_path / "e")[0].paper == 1.02
 
 
 @pytest.mark.parametrize(
