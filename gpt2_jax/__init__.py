@@ -5,6 +5,7 @@ from gpt2_jax.evaluate import Likelihood, perplexity, score, score_choices, toke
 from gpt2_jax.files import CheckpointError, resolve
 from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
+from gpt2_jax.options import load_generation_config, sampler_from_options
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
@@ -34,11 +35,13 @@ __all__ = [
     "init",
     "init_state",
     "load",
+    "load_generation_config",
     "make_optimizer",
     "next_token_loss",
     "perplexity",
     "prefill",
     "resolve",
+    "sampler_from_options",
     "save",
     "score",
     "score_choices",

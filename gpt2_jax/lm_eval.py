@@ -23,7 +23,7 @@ except ImportError as error:
 from gpt2_jax.evaluate import score
 from gpt2_jax.files import resolve
 from gpt2_jax.generate import stream
-from gpt2_jax.sampling import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
+from gpt2_jax.options import WARPERS, sampler_from_options
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.weights import load
 
@@ -152,7 +152,8 @@ class GPT2JaxLM(TemplateLM):
         until = [until] if isinstance(until, str) else until
         lengths = [int(options.pop(name)) for name in LENGTHS if name in options]
         room = lengths[0] if lengths else MAX_GEN_TOKS
-        sampler = _sampler(options)
+        stops = () if self.eot_token_id is None else (self.eot_token_id,)
+        sampler = _sampler(options, stops)
         if not 0 < room < self.max_length:
             raise ValueError(f"The tokens to generate must be from 1 to {self.max_length - 1}, got {room}.")
         encoded = [(self.tok_encode(text) or [self.prefix_token_id])[-(self.max_length - room) :] for text in contexts]
@@ -160,7 +161,6 @@ class GPT2JaxLM(TemplateLM):
         ids = np.zeros((len(encoded), lengths.max()), np.int32)
         for row, one in zip(ids, encoded, strict=True):
             row[: len(one)] = one
-        stops = () if self.eot_token_id is None else (self.eot_token_id,)
         pieces = stream(
             self.params,
             ids,
@@ -183,22 +183,18 @@ class GPT2JaxLM(TemplateLM):
         return texts
 
 
-def _sampler(options: dict[str, Any]) -> Any:
-    """Returns the sampler of the harness's generation options.
+def _sampler(options: dict[str, Any], stop_ids: tuple[int, ...] = ()) -> Any:
+    """Returns the sampler of the harness's generation options: temperature 0 is greedy, and then no cut counts.
 
     Raises:
       ValueError: an option that is not supported.
     """
-    temperature = float(options.pop("temperature", None) or 0.0)
-    do_sample = options.pop("do_sample", temperature > 0)
-    chosen = [Temperature(temperature or 1.0)]
-    for name, kind, make in (("top_k", int, TopK), ("top_p", float, TopP), ("min_p", float, MinP)):
-        if options.get(name) is not None:
-            chosen.append(make(kind(options[name])))
-        options.pop(name, None)
-    if options:
-        raise ValueError(f"These options of generation are not supported: {', '.join(sorted(options))}.")
-    return Categorical(Chain(tuple(chosen))) if do_sample else Greedy()
+    do_sample = options.pop("do_sample", float(options.get("temperature") or 0.0) > 0)
+    if do_sample:
+        options["temperature"] = float(options.get("temperature") or 1.0)
+    else:
+        options = {name: value for name, value in options.items() if name not in WARPERS}
+    return sampler_from_options(options, do_sample=do_sample, stop_ids=stop_ids)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ def test_a_prompt_is_read_from_standard_input_and_a_text_stops_before_its_stop(r
     assert record["text"] == text[: text.index(stop)] and record["finish_reason"] == "stop"
 
 
+def test_rules_change_what_is_written(run):
+    prompt = ["The king", "--max_tokens", "40", "--json", "--quiet"]
+    free, once, without = (
+        json.loads(run(*prompt, *more).stdout)
+        for more in ([], ["--no_repeat_ngram_size", "1"], ["--suppress_tokens", "12", "--repetition_penalty", "1.3"])
+    )
+    assert len(set(free["ids"])) < 40 == len(set(once["ids"]))
+    assert free["ids"] != without["ids"] and 12 not in without["ids"]
+
+
 def test_ctrl_c_keeps_the_text_and_exits_with_130(environment):
     command = [sys.executable, "-c", RUN, "Once upon a time", "--from_pretrained", "demo", "--max_tokens", "240"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -110,6 +120,8 @@ def test_text_that_is_not_utf8_is_named(run):
         ([""], "The prompt '' is empty"),
         (["word " * 5000], "but the model has 256 positions"),
         (["A", "--max_tokens", "300"], "`max_new_tokens` is 300"),
+        (["A", "--repetition_penalty", "0"], "`penalty` must be greater than 0, got 0.0"),
+        (["A", "--suppress_tokens", "4096"], "`suppress_tokens` must hold ids in [0, 4096) (`vocab_size`), got 4096"),
         (["A", "--device", "tpu"], "--device tpu: JAX finds no such device here"),
     ],
 )
@@ -124,6 +136,7 @@ def test_mistakes_get_a_sentence_and_no_traceback(run, environment, arguments, m
     "arguments, message",
     [
         (["--temperature", "0.5"], "--temperature acts on random draws: add --do_sample"),
+        (["--eta_cutoff", "0.1"], "--eta_cutoff acts on random draws: add --do_sample"),
         (["--do_sample", "--temperature", "0"], "--temperature must be greater than 0, got 0.0"),
         (["--do_sample", "--top_p", "1.5"], "--top_p must be in [0, 1], got 1.5"),
         (["--do_sample", "--top_k", "0"], "--top_k must be at least 1, got 0"),
