@@ -1,5 +1,6 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
+from gpt2_jax.beam import Beams, beam_search
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.evaluate import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError, resolve
@@ -13,6 +14,7 @@ from gpt2_jax.weights import from_hf, load, save, to_hf
 
 __all__ = [
     "PRESETS",
+    "Beams",
     "Categorical",
     "Chain",
     "CheckpointError",
@@ -29,6 +31,7 @@ __all__ = [
     "TopP",
     "TrainState",
     "apply",
+    "beam_search",
     "decode_step",
     "from_hf",
     "generate",

@@ -44,6 +44,7 @@ def generate(
     *,
     config: GPT2Config,
     max_new_tokens: int,
+    num_return_sequences: int = 1,
     sampler: Any = None,
     stop_ids: tuple[int, ...] | None = None,
     pad_id: int | None = None,
@@ -58,11 +59,14 @@ def generate(
       params: the parameters.
       ids: `int[B, P]`, the prompts. Padding may hold any id of the vocabulary.
       lengths: `int[B]`, how many ids of each row are real, at least 1; all of them by default.
-      key: for samplers that draw, one key, from which row `i` gets `fold_in(key, i)`, or one key per row, `key[B]`.
+      key: for samplers that draw, one key, from which row `i` of the result gets `fold_in(key, i)`, or one key per
+        row, `key[B]`.
         A row's tokens depend on its own key and prompt alone (up to the rounding of differently shaped products),
         and a longer run begins with the shorter run's tokens.
       config: the model's configuration.
       max_new_tokens: `N`, at least 1.
+      num_return_sequences: `R`, texts to draw for each prompt. The result has `B R` rows in the place of `B`, and row
+        `b R + r` continues prompt `b`.
       sampler: `Greedy()` by default; see `gpt2_jax.sampling`.
       stop_ids: ids that end a row; the config's `eos_token_id` by default, `()` for none.
       pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first stop id, or 0.
@@ -72,10 +76,11 @@ def generate(
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed `n_positions`, a
         sampler that draws without a key, or an argument of the wrong shape.
     """
-    ids, lengths, row_keys, sampler, stops, pad = _check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
+    ids, lengths, row_keys, sampler, stops, pad = check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences
     )
-    return _generate(params, ids, lengths, row_keys, sampler, stops, pad, config=config, max_new_tokens=max_new_tokens)
+    static = {"config": config, "max_new_tokens": max_new_tokens, "copies": num_return_sequences}
+    return _generate(params, ids, lengths, row_keys, sampler, stops, pad, **static)
 
 
 def stream(
@@ -87,6 +92,7 @@ def stream(
     config: GPT2Config,
     max_new_tokens: int,
     chunk: int = 8,
+    num_return_sequences: int = 1,
     sampler: Any = None,
     stop_ids: tuple[int, ...] | None = None,
     pad_id: int | None = None,
@@ -99,13 +105,14 @@ def stream(
     """
     if chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
-    ids, lengths, row_keys, sampler, stops, pad = _check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
+    ids, lengths, row_keys, sampler, stops, pad = check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences
     )
     cache_len = ids.shape[1] + bucket(-(-max_new_tokens // chunk) * chunk)
+    static = {"config": config, "cache_len": cache_len, "copies": num_return_sequences}
 
     def pieces():
-        state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, config=config, cache_len=cache_len)
+        state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, **static)
         yield out
         made = 1
         while made < max_new_tokens and not np.all(state.done):
@@ -124,12 +131,15 @@ def bucket(length: int, largest: int | None = None) -> int:
     return size if largest is None else min(size, largest)
 
 
-def _begin(params, ids, lengths, row_keys, sampler, stops, *, config, cache_len):
-    """Reads the prompts and chooses the first token of each row."""
+def _begin(params, ids, lengths, row_keys, sampler, stops, *, config, cache_len, copies):
+    """Reads the prompts and chooses the first token of each row, `copies` of them for each prompt."""
     logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len)
+    if copies > 1:
+        rows = jnp.repeat(jnp.arange(len(ids)), copies)
+        ids, logits, cache = ids[rows], logits[rows], select(cache, rows)
     seen = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
     step = jnp.int32(0)
-    token = sampler(_fold(row_keys, step), logits, History(seen, cache.valid, step))
+    token = sampler(fold(row_keys, step), logits, History(seen, cache.valid, step))
     state = _State(token, jnp.isin(token, stops), seen, step + 1, cache)
     logprob = _logprob(logits, token)
     return state, Generation(token[:, None], jnp.ones_like(token), logprob[:, None])
@@ -141,7 +151,7 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
     def step(state, _):
         ids = jax.lax.dynamic_update_slice_in_dim(state.ids, state.token[:, None], state.cache.slot, axis=1)
         logits, cache = decode_step(params, state.token, state.cache, config=config)
-        token = sampler(_fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
+        token = sampler(fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
         token = jnp.where(state.done, pad, token)
         logprob = jnp.where(state.done, 0.0, _logprob(logits, token))
         live = ~state.done
@@ -151,10 +161,10 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
     return state, Generation(tokens.T, live.sum(axis=0, dtype=jnp.int32), logprobs.T)
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens"))
-def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, max_new_tokens):
-    cache_len = ids.shape[1] + max_new_tokens
-    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, config=config, cache_len=cache_len)
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "copies"))
+def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, max_new_tokens, copies):
+    static = {"config": config, "cache_len": ids.shape[1] + max_new_tokens, "copies": copies}
+    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, **static)
     _, rest = _advance(params, state, row_keys, sampler, stops, pad, config=config, steps=max_new_tokens - 1)
     return Generation(
         jnp.concatenate([first.ids, rest.ids], axis=1),
@@ -163,7 +173,7 @@ def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, ma
     )
 
 
-_begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len"))
+_begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len", "copies"))
 _advance_jit = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
 
 
@@ -173,12 +183,20 @@ def _logprob(logits, token):
     return (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
 
 
-def _fold(row_keys, step):
+def fold(row_keys, step):
     """The keys of one step, `key[B]`; None stays None."""
     return None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
 
 
-def _check_arguments(ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side):
+def select(cache: KVCache, rows: Array) -> KVCache:
+    """Returns a cache of some rows of another, in the order of `rows[R]`; a row may come more than once."""
+    layers = jax.tree.map(lambda x: x[rows], cache.layers)
+    return KVCache(layers, cache.valid[rows], cache.slot, cache.lengths[rows])
+
+
+def check_arguments(
+    ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences=1
+):
     """Checks what a user passed and returns it in the core's terms: right-padded buckets, row keys, arrays."""
     ids = np.asarray(check_ids(ids, config))
     rows, width = ids.shape
@@ -207,6 +225,10 @@ def _check_arguments(ids, lengths, key, config, max_new_tokens, sampler, stop_id
     sampler = Greedy() if sampler is None else sampler
     if key is None and not isinstance(sampler, Greedy):
         raise ValueError(f"`key` must be given for a sampler that draws, such as {type(sampler).__name__}.")
+    if num_return_sequences < 1:
+        raise ValueError(f"`num_return_sequences` must be at least 1, got {num_return_sequences}.")
+    if num_return_sequences > 1 and isinstance(sampler, Greedy):
+        raise ValueError(f"Greedy would write the same text {num_return_sequences} times: use a sampler that draws.")
     stop_ids = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
     if pad_id is None:
         pad_id = config.pad_token_id
@@ -219,7 +241,7 @@ def _check_arguments(ids, lengths, key, config, max_new_tokens, sampler, stop_id
     return (
         jnp.asarray(ids, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
-        None if key is None else _row_keys(key, rows),
+        None if key is None else _row_keys(key, rows * num_return_sequences),
         sampler,
         jnp.asarray(stop_ids, jnp.int32),
         jnp.int32(pad_id),

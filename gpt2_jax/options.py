@@ -17,6 +17,7 @@ class Context(NamedTuple):
 
     stop_ids: tuple[int, ...]
     max_new_tokens: int | None
+    keep: int  # how many tokens a cut must leave
 
 
 class Option(NamedTuple):
@@ -74,27 +75,24 @@ PROCESSORS = {  # for every search, in HF's order; the two of OpenAI's follow th
 WARPERS = {  # for sampling alone, in HF's order
     "temperature": Option(lambda value, _: sampling.Temperature(value), (1.0,)),
     "top_h": Option(lambda value, _: sampling.TopH(value)),
-    "top_k": Option(lambda value, _: sampling.TopK(value), (0,)),
-    "top_p": Option(lambda value, _: sampling.TopP(value), (1.0,)),
-    "min_p": Option(lambda value, _: sampling.MinP(value)),
-    "typical_p": Option(lambda value, _: sampling.Typical(value), (1.0,)),
-    "epsilon_cutoff": Option(lambda value, _: sampling.Epsilon(value), (0.0,)),
-    "eta_cutoff": Option(lambda value, _: sampling.Eta(value), (0.0,)),
+    "top_k": Option(lambda value, context: sampling.TopK(max(value, context.keep)), (0,)),
+    "top_p": Option(lambda value, context: sampling.TopP(value, context.keep), (1.0,)),
+    "min_p": Option(lambda value, context: sampling.MinP(value, context.keep)),
+    "typical_p": Option(lambda value, context: sampling.Typical(value, context.keep), (1.0,)),
+    "epsilon_cutoff": Option(lambda value, context: sampling.Epsilon(value, context.keep), (0.0,)),
+    "eta_cutoff": Option(lambda value, context: sampling.Eta(value, context.keep), (0.0,)),
 }
+LAST = {"renormalize_logits": Option(lambda value, _: sampling.Renormalize(), (False,))}
+BEAMS = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}  # arguments of `beam_search`, HF's defaults
 NEEDS_STOP_IDS = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
 
 # Keys of a `generation_config.json` that change no token, and others with the one value that is supported.
 SILENT = ("transformers_version", "_from_model_config", "use_cache", "cache_implementation", "bos_token_id")
 ONLY = {
-    "num_beams": 1,
     "num_beam_groups": 1,
-    "num_return_sequences": 1,
     "penalty_alpha": None,
     "diversity_penalty": 0.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
     "guidance_scale": 1.0,
-    "renormalize_logits": False,
     "remove_invalid_values": False,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -111,6 +109,7 @@ def sampler_from_options(
     stop_ids: Sequence[int] = (),
     max_new_tokens: int | None = None,
     vocab_size: int | None = None,
+    num_beams: int = 1,
 ) -> Greedy | Categorical:
     """Returns the sampler that HF's `generate` is with these options, such as `{"top_k": 50, "temperature": 0.7}`.
 
@@ -123,11 +122,12 @@ def sampler_from_options(
       stop_ids: what ends a text, for the options that are about its length.
       max_new_tokens: for `forced_eos_token_id`.
       vocab_size: what ids must be less than, where it is given.
+      num_beams: from 2 on, for `beam_search`: then cuts leave one token more than there are stop ids, at least two.
 
     Raises:
       ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
     """
-    known = PROCESSORS | WARPERS
+    known = PROCESSORS | WARPERS | LAST
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"These options are not supported: {', '.join(unknown)}. There are {', '.join(known)}.")
     chosen = {
@@ -141,7 +141,8 @@ def sampler_from_options(
         raise ValueError(f"{', '.join(idle)} acts on stop ids, and there are none.")
     if {"forced_bos_token_id", "begin_suppress_tokens"} <= chosen.keys():
         raise ValueError("`forced_bos_token_id` and `begin_suppress_tokens` are both about the first token: give one.")
-    context = Context(tuple(stop_ids), max_new_tokens)
+    keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
+    context = Context(tuple(stop_ids), max_new_tokens, keep)
     transforms = {name: known[name].make(value, context) for name, value in chosen.items()}
     for name, transform in transforms.items():
         for id in _ids_of(transform):
@@ -154,7 +155,9 @@ def sampler_from_options(
 def load_generation_config(
     folder: str | Path, *, config: GPT2Config, prompt_length: int | None = None
 ) -> dict[str, Any]:
-    """Reads a checkpoint's `generation_config.json` into arguments of `generate`: `generate(..., **arguments)`.
+    """Reads a checkpoint's `generation_config.json` into arguments: `generate(..., **arguments)`.
+
+    If `num_beams` is one of them, they are those of `beam_search`.
 
     As in HF's `generate`, sampling is cut to the 50 likeliest tokens unless the file says otherwise.
 
@@ -164,7 +167,8 @@ def load_generation_config(
       prompt_length: of the prompts, padding included, where the file gives a `max_length`, which counts it.
 
     Returns:
-      `sampler`, `stop_ids`, and, where the file has them, `pad_id` and `max_new_tokens`.
+      `sampler`, `stop_ids`, and, where the file has them, `pad_id`, `max_new_tokens`, `num_return_sequences`,
+      `num_beams`, `length_penalty` and `early_stopping`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -183,6 +187,13 @@ def load_generation_config(
             raise ValueError(f"{file}: `{name}` must be {only!r}, the one value that is supported; got {value!r}.")
     stops = options.pop("eos_token_id", None)
     out: dict[str, Any] = {"stop_ids": config.eos_token_ids if stops is None else _ids(stops)}
+    beams = {name: default if (value := options.pop(name, None)) is None else value for name, default in BEAMS.items()}
+    if beams["num_beams"] != 1:
+        out |= beams
+    elif idle := [name for name, default in BEAMS.items() if beams[name] != default]:
+        raise ValueError(f"{file}: {', '.join(idle)} acts on beams: set `num_beams`.")
+    if (count := options.pop("num_return_sequences", None)) is not None:
+        out["num_return_sequences"] = count
     if (pad := options.pop("pad_token_id", None)) is not None:
         out["pad_id"] = pad
     longest, new = options.pop("max_length", None), options.pop("max_new_tokens", None)
@@ -202,6 +213,7 @@ def load_generation_config(
             stop_ids=out["stop_ids"],
             max_new_tokens=new,
             vocab_size=config.vocab_size,
+            num_beams=beams["num_beams"],
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error

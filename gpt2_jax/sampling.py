@@ -84,6 +84,7 @@ class TopP:
     """
 
     p: Number
+    keep: int = struct.field(pytree_node=False, default=1)  # so many of the likeliest are never removed
 
     def __post_init__(self):
         _check("p", self.p, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
@@ -94,7 +95,7 @@ class TopP:
         order = jnp.argsort(logits, axis=-1)  # ascending and stable
         tail = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
         drop = (tail <= 1 - p) & (p < 1)  # at p = 1 nothing is dropped, whatever the sum's last digit
-        drop = drop.at[..., -1].set(False)
+        drop = drop.at[..., -self.keep :].set(False)
         return jnp.where(jnp.put_along_axis(drop, order, drop, axis=-1, inplace=False), -jnp.inf, logits)
 
 
@@ -103,15 +104,15 @@ class MinP:
     """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082)."""
 
     min_p: Number
+    keep: int = struct.field(pytree_node=False, default=1)  # so many of the likeliest are never removed
 
     def __post_init__(self):
         _check("min_p", self.min_p, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 
     def __call__(self, logits: Array, history: History | None = None) -> Array:
         del history
-        probs = jax.nn.softmax(logits, axis=-1)
-        largest = probs.max(axis=-1, keepdims=True)
-        return jnp.where(probs < _per_row(self.min_p) * largest, -jnp.inf, logits)
+        largest = jax.nn.softmax(logits, axis=-1).max(axis=-1, keepdims=True)
+        return _keep_likely(logits, _per_row(self.min_p) * largest, self.keep)
 
 
 @struct.dataclass
@@ -119,6 +120,7 @@ class Typical:
     """Keeps the tokens whose surprise is nearest to the entropy and which together hold `mass` (arXiv:2202.00666)."""
 
     mass: Number
+    keep: int = struct.field(pytree_node=False, default=1)  # so many of the most typical are never removed
 
     def __post_init__(self):
         _check("mass", self.mass, "in (0, 1)", lambda x: (x > 0) & (x < 1))
@@ -130,6 +132,7 @@ class Typical:
         order = jnp.argsort(distance, axis=-1)
         held = jnp.cumsum(jnp.exp(jnp.take_along_axis(logp, order, axis=-1)), axis=-1)
         last = jnp.minimum((held < _per_row(self.mass)).sum(axis=-1, keepdims=True), logits.shape[-1] - 1)
+        last = jnp.maximum(last, self.keep - 1)
         limit = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=-1), axis=-1)
         return jnp.where(distance > limit, -jnp.inf, logits)
 
@@ -139,13 +142,14 @@ class Epsilon:
     """Keeps tokens of at least the probability `epsilon`, and the likeliest (arXiv:2210.15191)."""
 
     epsilon: Number
+    keep: int = struct.field(pytree_node=False, default=1)  # so many of the likeliest are never removed
 
     def __post_init__(self):
         _check("epsilon", self.epsilon, "in (0, 1)", lambda x: (x > 0) & (x < 1))
 
     def __call__(self, logits: Array, history: History | None = None) -> Array:
         del history
-        return _keep_likely(logits, _per_row(self.epsilon))
+        return _keep_likely(logits, _per_row(self.epsilon), self.keep)
 
 
 @struct.dataclass
@@ -153,6 +157,7 @@ class Eta:
     """Keeps tokens of at least the probability `min(epsilon, sqrt(epsilon) exp(-entropy))` (arXiv:2210.15191)."""
 
     epsilon: Number
+    keep: int = struct.field(pytree_node=False, default=1)  # so many of the likeliest are never removed
 
     def __post_init__(self):
         _check("epsilon", self.epsilon, "in (0, 1)", lambda x: (x > 0) & (x < 1))
@@ -161,7 +166,7 @@ class Eta:
         del history
         epsilon = _per_row(self.epsilon)
         entropy = _entropy(jax.nn.log_softmax(logits, axis=-1))
-        return _keep_likely(logits, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)))
+        return _keep_likely(logits, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)), self.keep)
 
 
 @struct.dataclass
@@ -347,8 +352,17 @@ class ExponentialDecayLength:
 
 
 @struct.dataclass
+class Renormalize:
+    """Makes log-probabilities of what transforms have left: for the scores of beams, as a draw is the same."""
+
+    def __call__(self, logits: Array, history: History | None = None) -> Array:
+        del history
+        return jax.nn.log_softmax(logits, axis=-1)
+
+
+@struct.dataclass
 class Chain:
-    """Applies transforms in order; `from_options` has HF's order."""
+    """Applies transforms in order; `sampler_from_options` has HF's order."""
 
     transforms: tuple = ()
 
@@ -379,10 +393,11 @@ class Categorical:
         return jax.vmap(jax.random.categorical)(keys, self.transform(logits, history)).astype(jnp.int32)
 
 
-def _keep_likely(logits: Array, threshold: Array) -> Array:
-    """Removes tokens less likely than `threshold[B or none, 1]`, but never the likeliest."""
+def _keep_likely(logits: Array, threshold: Array, keep: int) -> Array:
+    """Removes tokens less likely than `threshold[B or none, 1]`, but never the `keep` likeliest and their equals."""
     likely = jax.nn.softmax(logits, axis=-1) >= threshold
-    return jnp.where(likely | (logits == logits.max(axis=-1, keepdims=True)), logits, -jnp.inf)
+    limit = jax.lax.top_k(logits, min(keep, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(likely | (logits >= limit), logits, -jnp.inf)
 
 
 def _expected(logp: Array) -> Array:

@@ -218,6 +218,25 @@ def test_a_checkpoints_generation_config_makes_hfs_processors(models, tmp_path):
     np.testing.assert_array_equal(out.ids[:, : expected.shape[1]], expected)
 
 
+def test_a_generation_config_with_beams_has_the_arguments_of_beam_search(models, tmp_path):
+    model, config, params = models
+    settings = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "early_stopping": True,
+        "eos_token_id": 5,
+        "pad_token_id": 1,
+    }
+    settings |= {"length_penalty": 2.0, "max_new_tokens": 8, "no_repeat_ngram_size": 2}
+    GenerationConfig(**settings).save_pretrained(tmp_path)
+    ids = np.arange(4)[None]
+    expected = model.generate(
+        torch.tensor(ids), attention_mask=torch.ones(ids.shape), generation_config=GenerationConfig(**settings)
+    )[:, 4:].numpy()
+    out = gpt2_jax.beam_search(params, ids, config=config, **load_generation_config(tmp_path, config=config))
+    np.testing.assert_array_equal(out.ids[0, :, : expected.shape[1]], expected)
+
+
 def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
     file, config = tmp_path / "generation_config.json", GPT2Config()
     file.write_text(json.dumps({"do_sample": True, "temperature": 0.7, "_from_model_config": True}))
@@ -229,7 +248,8 @@ def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"num_beams": 4}, "`num_beams` must be 1, the one value that is supported; got 4"),
+        ({"num_beam_groups": 4}, "`num_beam_groups` must be 1, the one value that is supported; got 4"),
+        ({"length_penalty": 2.0}, "length_penalty acts on beams: set `num_beams`"),
         ({"watermarking_config": {}}, "These options are not supported: watermarking_config"),
         ({"max_length": 30}, "`max_length` counts the prompt, so `prompt_length` must be given"),
         ({"temperature": 0.7}, "temperature acts on random draws: set `do_sample`"),
