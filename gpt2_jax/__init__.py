@@ -8,6 +8,7 @@ from gpt2_jax.generate import Generation, generate, stream
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.options import load_generation_config, sampler_from_options
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
+from gpt2_jax.speculate import Speculation, speculate
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
 from gpt2_jax.weights import from_hf, load, save, to_hf
@@ -25,6 +26,7 @@ __all__ = [
     "KVCache",
     "Likelihood",
     "MinP",
+    "Speculation",
     "Temperature",
     "TopK",
     "Tokenizer",
@@ -48,6 +50,7 @@ __all__ = [
     "save",
     "score",
     "score_choices",
+    "speculate",
     "stream",
     "to_hf",
     "token_logprobs",

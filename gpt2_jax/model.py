@@ -166,6 +166,23 @@ def decode_step(
     return logits, KVCache(layers, valid, cache.slot + 1, cache.lengths + 1)
 
 
+def extend(
+    params: Params, ids: Array, layers: tuple[LayerCache, ...], start: Array, *, config: GPT2Config
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """Reads `T` more tokens of each row, `int[B, T] -> float32[B, T, V]` logits after each, and the cache with them.
+
+    The first stands at position `start[b]`. Here a token's slot is its position, and what the slots from `start` on
+    held is overwritten: so a row can go back. The cache must have `T` more slots; positions beyond `n_positions` have
+    no meaning.
+    """
+    slots = layers[0][0].shape[1]
+    positions = start[:, None] + jnp.arange(ids.shape[1])[None]  # [B, T]
+    mask = jnp.arange(slots)[None, None, None] <= positions[:, None, :, None]
+    positions = jnp.minimum(positions, config.n_positions - 1)
+    hidden, layers = forward(params, ids, positions, mask, config=config, past=layers, slot=start)
+    return unembed(params, hidden, config=config), layers
+
+
 def unembed(params: Params, hidden: Array, *, config: GPT2Config) -> Array:
     """Returns logits of final hidden states, `[..., D] -> float32[..., V]`, through the tied or separate head."""
     head = params["wte" if config.tie_word_embeddings else "lm_head"]["embedding"]

@@ -9,6 +9,7 @@ dtype and are cast where they are used.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -106,6 +107,13 @@ def layer_norm(config: GPT2Config, name: str) -> nn.LayerNorm:
     )
 
 
+def write(old: Array, new: Array, slot: Array) -> Array:
+    """Puts `new[B, T, ...]` into `old[B, S, ...]` from a slot on: one for all rows, or `int32[B]`."""
+    if jnp.ndim(slot) == 0:
+        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+    return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(old, new, slot)
+
+
 def residual_stddev(config: GPT2Config) -> float:
     """Returns the initial deviation of the projections into the residual stream (GPT-2 paper, section 2.3)."""
     return config.initializer_range / math.sqrt(2 * config.n_layer)
@@ -126,9 +134,7 @@ class Attention(nn.Module):
         q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim), 3, axis=2)  # [B, T, H, K]
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
         if past is not None:  # [B, S, H, K]
-            k, v = (
-                lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(past, (k, v), strict=True)
-            )
+            k, v = write(past[0], k, slot), write(past[1], v, slot)
 
         if past is None and tap is no_tap:
             z = self.attend_in_parts(q, k, v, mask, pattern_key)
@@ -221,7 +227,7 @@ class GPT2(nn.Module):
     """The transformer up to the last LayerNorm, `ids[B, T] -> hidden[B, T, D]` and each layer's keys and values.
 
     `mask[B or 1, 1, T, S]` says which keys each query sees. With `past`, a tuple of caches, the new keys and values
-    are written from `slot` on and `S` is the cache's length; without, `S` is `T`.
+    are written from `slot` on (`int32[]`, or `int32[B]`) and `S` is the cache's length; without, `S` is `T`.
     """
 
     config: GPT2Config

@@ -24,7 +24,7 @@ class History(NamedTuple):
 
     ids: Array  # int32[B, S], the prompt and what was generated, with gaps
     valid: Array  # bool[B, S], which of them are real
-    step: Array  # int32[], tokens generated so far
+    step: Array  # int32[] or int32[B], tokens generated so far
 
     @property
     def length(self) -> Array:

@@ -12,10 +12,17 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 import gpt2_jax
-from gpt2_jax import Categorical, Chain, GPT2Config, Temperature, beam_search, generate, sampler_from_options
+from gpt2_jax import Categorical, Chain, GPT2Config, Temperature, generate, sampler_from_options
 
 V, N = 30, 9
 TINY = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 1, "n_head": 3}
+
+token_logprobs = jax.jit(gpt2_jax.token_logprobs, static_argnames="config")
+
+
+def beam_search(*args, **options):
+    """The beams as numpy arrays."""
+    return jax.device_get(gpt2_jax.beam_search(*args, **options))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,7 @@ def test_log_probabilities_are_the_models_own_and_add_up_to_the_score(models, rn
     own = np.zeros((3, 3, 4 + N), int)
     for row, place in itertools.product(range(3), range(3)):
         own[row, place, : lengths[row] + N] = [*ids[row, : lengths[row]], *found.ids[row, place]]
-    own = np.asarray(gpt2_jax.token_logprobs(params, own.reshape(9, -1), config=config)).reshape(3, 3, -1)
+    own = np.asarray(token_logprobs(params, own.reshape(9, -1), config=config)).reshape(3, 3, -1)
     for row, place in itertools.product(range(3), range(3)):
         size, start = found.lengths[row, place], lengths[row] - 1  # a prediction stands before its token
         np.testing.assert_allclose(found.logprobs[row, place, :size], own[row, place, start:][:size], atol=1e-5)
@@ -142,7 +149,7 @@ def test_as_many_beams_as_texts_find_the_likeliest(models):
     )  # fmt: skip
     texts = np.array(list(itertools.product(small, repeat=3)))
     whole = np.concatenate([np.tile([5, 6], (27, 1)), texts], axis=1)
-    own = np.asarray(gpt2_jax.token_logprobs(params, whole, config=config))[:, -3:].sum(axis=1)
+    own = np.asarray(token_logprobs(params, whole, config=config))[:, -3:].sum(axis=1)
     order = np.argsort(-own)[:9]
     np.testing.assert_array_equal(found.ids[0], texts[order])
 
@@ -152,8 +159,8 @@ def test_sampling_draws_beams_without_replacement_in_proportion(models):
     _, config, params = models
     prompt, draws = np.array([[5, 6, 7]]), 4000
     sampler = Categorical(Chain((Temperature(1.7),)))
-    logits = np.asarray(gpt2_jax.apply(params, prompt, config=config))[0, -1] / 1.7
-    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    p = np.exp(token_logprobs(params, np.array([[5, 6, 7, id] for id in range(V)]), config=config)[:, -1]) ** (1 / 1.7)
+    p = np.asarray(p / p.sum())
     first, second = np.meshgrid(range(V), range(V), indexing="ij")
     pairs = np.where(first == second, 0.0, p[first] * p[second] / (1 - p[first]))  # in order of drawing
     best = np.where(p[first] >= p[second], first, second)
