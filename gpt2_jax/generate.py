@@ -49,6 +49,8 @@ def generate(
     stop_ids: tuple[int, ...] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
+    overflow: str = "error",
+    keep: int | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens.
 
@@ -71,16 +73,30 @@ def generate(
       stop_ids: ids that end a row; the config's `eos_token_id` by default, `()` for none.
       pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first stop id, or 0.
       padding_side: "right" or "left", where the padding of `ids` is.
+      overflow: what happens when a prompt and its new tokens exceed `n_positions`. "error": an error, beforehand.
+        "stop": the row ends with its last position. "slide": a full row goes on from its last tokens, which are read
+        anew from position 0 on; rules that look back see them alone.
+      keep: for "slide", how many tokens these are; half of `n_positions` by default. All of them is nanoGPT's
+        cropping, which reads the whole context for each token.
 
     Raises:
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed `n_positions`, a
         sampler that draws without a key, or an argument of the wrong shape.
     """
-    ids, lengths, row_keys, sampler, stops, pad = check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences
-    )
-    static = {"config": config, "max_new_tokens": max_new_tokens, "copies": num_return_sequences}
-    return _generate(params, ids, lengths, row_keys, sampler, stops, pad, **static)
+    arrays = check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
+        overflow, keep,
+    )  # fmt: skip
+    options = {"config": config, "copies": num_return_sequences}
+    if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
+        pieces = list(_slide(params, *arrays, max_new_tokens=max_new_tokens, chunk=32, keep=keep, **options))
+        ids, counts, logprobs = zip(*pieces, strict=True)
+        out = Generation(jnp.concatenate(ids, axis=1), sum(counts), jnp.concatenate(logprobs, axis=1))
+    else:
+        steps = min(max_new_tokens, bucket(_room(arrays, config)))
+        out = _generate(params, *arrays, max_new_tokens=steps, **options)
+    rest = ((0, 0), (0, max_new_tokens - out.ids.shape[1]))
+    return Generation(jnp.pad(out.ids, rest, constant_values=arrays[-1]), out.lengths, jnp.pad(out.logprobs, rest))
 
 
 def stream(
@@ -97,6 +113,8 @@ def stream(
     stop_ids: tuple[int, ...] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
+    overflow: str = "error",
+    keep: int | None = None,
 ) -> Iterator[Generation]:
     """Yields what `generate` would return in pieces: the first token, then `chunk` tokens at a time.
 
@@ -105,24 +123,65 @@ def stream(
     """
     if chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
-    ids, lengths, row_keys, sampler, stops, pad = check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences
-    )
+    arrays = check_arguments(
+        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
+        overflow, keep,
+    )  # fmt: skip
+    options = {"config": config, "copies": num_return_sequences, "chunk": chunk}
+    if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
+        return _slide(params, *arrays, max_new_tokens=max_new_tokens, keep=keep, **options)
+    return _stream(params, *arrays, max_new_tokens=min(max_new_tokens, _room(arrays, config)), **options)
+
+
+def _stream(
+    params, ids, lengths, row_keys, sampler, stops, pad, *, config, copies, chunk, max_new_tokens, made=0, done=False
+):
+    """Yields pieces of a text of which `made` tokens are made already, for rows that are not `done`."""
     cache_len = ids.shape[1] + bucket(-(-max_new_tokens // chunk) * chunk)
-    static = {"config": config, "cache_len": cache_len, "copies": num_return_sequences}
-
-    def pieces():
-        state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, **static)
+    static = {"config": config, "cache_len": cache_len, "copies": copies}
+    state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(made), done, **static)
+    yield out
+    count = 1
+    while count < max_new_tokens and not np.all(state.done):
+        state, out = _advance_jit(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
+        left = max_new_tokens - count
+        out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
+        count += out.ids.shape[1]
         yield out
-        made = 1
-        while made < max_new_tokens and not np.all(state.done):
-            state, out = _advance_jit(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
-            left = max_new_tokens - made
-            out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
-            made += out.ids.shape[1]
-            yield out
 
-    return pieces()
+
+def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, config, copies, chunk, max_new_tokens, keep):
+    """Yields pieces as `_stream` does; whenever a row is full, all are read anew, that row from its last tokens."""
+    full, stop_ids = config.n_positions, np.asarray(stops)
+    texts = [row[:length] for row, length in zip(np.asarray(ids), np.asarray(lengths), strict=True)]
+    made, done = 0, np.zeros(len(texts) * copies, bool)
+    while made < max_new_tokens and not done.all():
+        texts = [text if len(text) < full else text[-(keep or full // 2) :] for text in texts]
+        lengths = np.array([len(text) for text in texts], np.int32)
+        longest = int(lengths.max())
+        ids = np.zeros((len(texts), bucket(longest, full)), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = text
+        left = min(max_new_tokens - made, max(1, full - longest))
+        options = {"config": config, "copies": copies, "chunk": chunk, "max_new_tokens": left, "made": made}
+        if copies > 1:
+            texts, copies = [text for text in texts for _ in range(copies)], 1
+        for piece in _stream(params, ids, lengths, row_keys, sampler, stops, pad, done=done, **options):
+            new, counts = np.asarray(piece.ids), np.asarray(piece.lengths)
+            texts = [np.append(text, row[:count]) for text, row, count in zip(texts, new, counts, strict=True)]
+            done |= np.isin(new, stop_ids).any(axis=1)
+            made += new.shape[1]
+            yield piece
+
+
+def _room(arrays, config):
+    """How many tokens the shortest prompt leaves room for."""
+    return config.n_positions - int(arrays[1].min(initial=config.n_positions))
+
+
+def _exceeds(arrays, config, max_new_tokens):
+    """Whether the longest prompt and its new tokens exceed the context."""
+    return int(arrays[1].max(initial=0)) + max_new_tokens > config.n_positions
 
 
 def bucket(length: int, largest: int | None = None) -> int:
@@ -131,18 +190,18 @@ def bucket(length: int, largest: int | None = None) -> int:
     return size if largest is None else min(size, largest)
 
 
-def _begin(params, ids, lengths, row_keys, sampler, stops, *, config, cache_len, copies):
-    """Reads the prompts and chooses the first token of each row, `copies` of them for each prompt."""
+def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, config, cache_len, copies):
+    """Reads the prompts and chooses the next token, the `step`-th, of each row; `copies` rows continue each prompt."""
     logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len)
     if copies > 1:
         rows = jnp.repeat(jnp.arange(len(ids)), copies)
         ids, logits, cache = ids[rows], logits[rows], select(cache, rows)
     seen = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
-    step = jnp.int32(0)
     token = sampler(fold(row_keys, step), logits, History(seen, cache.valid, step))
-    state = _State(token, jnp.isin(token, stops), seen, step + 1, cache)
-    logprob = _logprob(logits, token)
-    return state, Generation(token[:, None], jnp.ones_like(token), logprob[:, None])
+    token, logprob = jnp.where(done, pad, token), jnp.where(done, 0.0, _logprob(logits, token))
+    live = jnp.broadcast_to(~jnp.asarray(done), token.shape).astype(jnp.int32)
+    state = _State(token, done | _ends(token, cache, stops, config), seen, step + 1, cache)
+    return state, Generation(token[:, None], live, logprob[:, None])
 
 
 def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
@@ -150,12 +209,14 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
 
     def step(state, _):
         ids = jax.lax.dynamic_update_slice_in_dim(state.ids, state.token[:, None], state.cache.slot, axis=1)
-        logits, cache = decode_step(params, state.token, state.cache, config=config)
+        lengths = jnp.where(state.done, 0, state.cache.lengths)  # what has ended may have no position left
+        logits, cache = decode_step(params, state.token, state.cache._replace(lengths=lengths), config=config)
         token = sampler(fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
         token = jnp.where(state.done, pad, token)
         logprob = jnp.where(state.done, 0.0, _logprob(logits, token))
         live = ~state.done
-        return _State(token, state.done | jnp.isin(token, stops), ids, state.step + 1, cache), (token, live, logprob)
+        done = state.done | _ends(token, cache, stops, config)
+        return _State(token, done, ids, state.step + 1, cache), (token, live, logprob)
 
     state, (tokens, live, logprobs) = jax.lax.scan(step, state, length=steps)
     return state, Generation(tokens.T, live.sum(axis=0, dtype=jnp.int32), logprobs.T)
@@ -164,7 +225,7 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
 @partial(jax.jit, static_argnames=("config", "max_new_tokens", "copies"))
 def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, max_new_tokens, copies):
     static = {"config": config, "cache_len": ids.shape[1] + max_new_tokens, "copies": copies}
-    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, **static)
+    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(0), False, **static)
     _, rest = _advance(params, state, row_keys, sampler, stops, pad, config=config, steps=max_new_tokens - 1)
     return Generation(
         jnp.concatenate([first.ids, rest.ids], axis=1),
@@ -175,6 +236,11 @@ def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, ma
 
 _begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len", "copies"))
 _advance_jit = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
+
+
+def _ends(token, cache, stops, config):
+    """Whether a row ends with the token just chosen: at a stop id, or as no position is left to read it at."""
+    return jnp.isin(token, stops) | (cache.lengths + 1 >= config.n_positions)
 
 
 def _logprob(logits, token):
@@ -195,8 +261,9 @@ def select(cache: KVCache, rows: Array) -> KVCache:
 
 
 def check_arguments(
-    ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences=1
-):
+    ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences=1,
+    overflow="error", keep=None,
+):  # fmt: skip
     """Checks what a user passed and returns it in the core's terms: right-padded buckets, row keys, arrays."""
     ids = np.asarray(check_ids(ids, config))
     rows, width = ids.shape
@@ -211,16 +278,22 @@ def check_arguments(
         raise ValueError(f"`lengths` must be in 1 to {width}, the columns of `ids`; got {bad}.")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be a positive integer, got {max_new_tokens!r}.")
+    if overflow not in ("error", "stop", "slide"):
+        raise ValueError(f'`overflow` must be "error", "stop" or "slide", got {overflow!r}.')
+    if keep is not None and not (overflow == "slide" and 1 <= keep <= config.n_positions):
+        raise ValueError(f'`keep` must be in 1 to {config.n_positions}, with `overflow="slide"`; got {keep}.')
     longest = int(lengths.max(initial=1))
-    if longest + max_new_tokens > config.n_positions:
+    wanted = longest + {"error": max_new_tokens, "stop": 1, "slide": -longest}[overflow]
+    if wanted > config.n_positions:
         raise ValueError(
             f"The longest prompt has {longest} tokens and `max_new_tokens` is {max_new_tokens}, together"
-            f" {longest + max_new_tokens}, but the model has {config.n_positions} positions: shorten one."
+            f" {longest + max_new_tokens}, but the model has {config.n_positions} positions: shorten one, or choose an"
+            " `overflow`."
         )
     if padding_side == "left":
         ids = np.stack([np.roll(row, length - width) for row, length in zip(ids, lengths, strict=True)])
     ids = ids[:, :longest]
-    ids = np.pad(ids, ((0, 0), (0, bucket(longest, config.n_positions) - longest)))
+    ids = np.pad(ids, ((0, 0), (0, max(bucket(longest, config.n_positions) - longest, 0))))
 
     sampler = Greedy() if sampler is None else sampler
     if key is None and not isinstance(sampler, Greedy):

@@ -160,3 +160,90 @@ def test_greedy_is_the_default(params, prompts):
         generate(params, *prompts, config=TINY, max_new_tokens=4),
         generate(params, *prompts, config=TINY, max_new_tokens=4, sampler=Greedy()),
     )
+
+
+@pytest.mark.parametrize("keep, sampler", [(64, None), (None, None), (10, None), (None, SAMPLER)])
+def test_past_the_context_a_row_slides_on_from_its_last_tokens(params, rng, keep, sampler):
+    ids, lengths, new = rng.integers(0, 61, (3, 70)), np.array([70, 40, 61]), 35
+    options = {"config": TINY, "max_new_tokens": new, "sampler": sampler, "stop_ids": (), "overflow": "slide"}
+    out = jax.device_get(generate(params, ids, lengths, keys(3), keep=keep, **options))
+    assert (out.lengths == new).all()
+    for row in range(3):
+        text = ids[row, : lengths[row]].tolist()
+        start = 0
+        for i in range(new):
+            if len(text) - start >= 64:
+                start = len(text) - (keep or 32)
+            seen = np.zeros((1, 64), int)
+            seen[0, : len(text) - start] = text[start:]
+            logits = apply(params, seen, config=TINY)[:, len(text) - start - 1]
+            if sampler:
+                token = int(sampler(jax.random.fold_in(keys(3)[row], i)[None], logits)[0])
+            else:
+                token = int(logits.argmax())
+            assert out.ids[row, i] == token
+            logp = jax.nn.log_softmax(logits)[0, token]
+            np.testing.assert_allclose(out.logprobs[row, i], logp, atol=1e-5)
+            text.append(token)
+    pieces = list(stream(params, ids, lengths, keys(3), keep=keep, chunk=5, **options))
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
+
+
+def test_sliding_rows_end_at_their_stop_ids_and_number_their_steps(params, rng):
+    ids, lengths = rng.integers(0, 61, (2, 60)), np.array([60, 20])
+    options = {"config": TINY, "max_new_tokens": 50, "pad_id": 3, "overflow": "slide"}
+    free = np.asarray(generate(params, ids, lengths, stop_ids=(), **options).ids)
+    stop = next(int(id) for id in free[0, 10:] if id not in free[0, :10])
+    out = generate(params, ids, lengths, stop_ids=(stop,), **options)
+    for row in range(2):
+        ends = np.flatnonzero(free[row] == stop)
+        end = ends[0] + 1 if len(ends) else 50
+        assert out.lengths[row] == end
+        np.testing.assert_array_equal(out.ids[row], [*free[row, :end], *[3] * (50 - end)])
+    late = gpt2_jax.sampler_from_options({"min_new_tokens": 45}, stop_ids=(stop,))
+    assert (generate(params, ids, lengths, stop_ids=(stop,), sampler=late, **options).lengths >= 45).all()
+
+
+def test_past_the_context_a_row_stops(params, rng):
+    ids, lengths = rng.integers(0, 61, (3, 60)), np.array([60, 20, 55])
+    options = {"config": TINY, "stop_ids": (), "pad_id": 3}
+    out = generate(params, ids, lengths, max_new_tokens=50, overflow="stop", **options)
+    np.testing.assert_array_equal(out.lengths, [4, 44, 9])
+    assert out.ids.shape == (3, 50)
+    for row, length in enumerate([4, 44, 9]):
+        alone = generate(params, ids[row : row + 1, : lengths[row]], max_new_tokens=length, **options)
+        np.testing.assert_array_equal(out.ids[row], [*alone.ids[0], *[3] * (50 - length)])
+        assert not out.logprobs[row, length:].any()
+    pieces = list(stream(params, ids, lengths, max_new_tokens=50, overflow="stop", **options))
+    np.testing.assert_array_equal(sum(np.asarray(piece.lengths) for piece in pieces), [4, 44, 9])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"max_new_tokens": 5},
+            "is 5, together 65, but the model has 64 positions",
+        ),
+        ({"overflow": "clamp"}, '`overflow` must be "error", "stop" or "slide", got \'clamp\''),
+        ({"overflow": "stop", "keep": 3}, '`keep` must be in 1 to 64, with `overflow="slide"`; got 3'),
+        ({"overflow": "slide", "keep": 65}, "`keep` must be in 1 to 64, .* got 65"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1, got 0"),
+    ],
+)
+def test_bad_ways_past_the_context_are_named(params, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(params, np.zeros((1, 60), int), config=TINY, **({"max_new_tokens": 3} | options))
+    if options.get("overflow") == "stop":
+        with pytest.raises(ValueError, match="has 64 tokens"):
+            generate(params, np.zeros((1, 64), int), config=TINY, max_new_tokens=3, overflow="stop")
+
+
+def test_the_bucket_changes_nothing(params, rng):
+    """A prompt of 5 tokens in a bucket of 32, and beside one of 40 tokens in a bucket of 64."""
+    short, long = rng.integers(0, 61, (1, 5)), rng.integers(0, 61, (1, 40))
+    both = np.concatenate([np.pad(short, ((0, 0), (0, 35))), long])
+    options = {"config": TINY, "max_new_tokens": 12, "sampler": SAMPLER, "stop_ids": ()}
+    alone = generate(params, short, None, keys(2)[:1], **options)
+    together = generate(params, both, np.array([5, 40]), keys(2), **options)
+    np.testing.assert_array_equal(alone.ids[0], together.ids[0])
