@@ -9,6 +9,7 @@ from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
 from gpt2_jax.options import load_generation_config, sampler_from_options
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.speculate import Speculation, speculate
+from gpt2_jax.text import Continuation, Conversation, complete, encode_batch, stream_text
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
 from gpt2_jax.weights import from_hf, load, save, to_hf
@@ -19,6 +20,8 @@ __all__ = [
     "Categorical",
     "Chain",
     "CheckpointError",
+    "Continuation",
+    "Conversation",
     "GPT2Config",
     "Generation",
     "Greedy",
@@ -34,7 +37,9 @@ __all__ = [
     "TrainState",
     "apply",
     "beam_search",
+    "complete",
     "decode_step",
+    "encode_batch",
     "from_hf",
     "generate",
     "init",
@@ -52,6 +57,7 @@ __all__ = [
     "score_choices",
     "speculate",
     "stream",
+    "stream_text",
     "to_hf",
     "token_logprobs",
     "train_step",

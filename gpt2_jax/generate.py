@@ -26,7 +26,7 @@ class Generation(NamedTuple):
     )
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a row of tokens needs to go on: `token` is chosen and emitted, but not yet read by the model."""
 
     token: Array  # int32[B]
@@ -143,7 +143,7 @@ def _stream(
     yield out
     count = 1
     while count < max_new_tokens and not np.all(state.done):
-        state, out = _advance_jit(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
+        state, out = advance(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
         left = max_new_tokens - count
         out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
         count += out.ids.shape[1]
@@ -198,9 +198,9 @@ def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, c
         ids, logits, cache = ids[rows], logits[rows], select(cache, rows)
     seen = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
     token = sampler(fold(row_keys, step), logits, History(seen, cache.valid, step))
-    token, logprob = jnp.where(done, pad, token), jnp.where(done, 0.0, _logprob(logits, token))
+    token, logprob = jnp.where(done, pad, token), jnp.where(done, 0.0, token_logprob(logits, token))
     live = jnp.broadcast_to(~jnp.asarray(done), token.shape).astype(jnp.int32)
-    state = _State(token, done | _ends(token, cache, stops, config), seen, step + 1, cache)
+    state = State(token, done | ends(token, cache, stops, config), seen, step + 1, cache)
     return state, Generation(token[:, None], live, logprob[:, None])
 
 
@@ -213,10 +213,10 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
         logits, cache = decode_step(params, state.token, state.cache._replace(lengths=lengths), config=config)
         token = sampler(fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
         token = jnp.where(state.done, pad, token)
-        logprob = jnp.where(state.done, 0.0, _logprob(logits, token))
+        logprob = jnp.where(state.done, 0.0, token_logprob(logits, token))
         live = ~state.done
-        done = state.done | _ends(token, cache, stops, config)
-        return _State(token, done, ids, state.step + 1, cache), (token, live, logprob)
+        done = state.done | ends(token, cache, stops, config)
+        return State(token, done, ids, state.step + 1, cache), (token, live, logprob)
 
     state, (tokens, live, logprobs) = jax.lax.scan(step, state, length=steps)
     return state, Generation(tokens.T, live.sum(axis=0, dtype=jnp.int32), logprobs.T)
@@ -235,15 +235,15 @@ def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, ma
 
 
 _begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len", "copies"))
-_advance_jit = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
+advance = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
 
 
-def _ends(token, cache, stops, config):
+def ends(token, cache, stops, config):
     """Whether a row ends with the token just chosen: at a stop id, or as no position is left to read it at."""
     return jnp.isin(token, stops) | (cache.lengths + 1 >= config.n_positions)
 
 
-def _logprob(logits, token):
+def token_logprob(logits, token):
     """Log-probability of `token[B]` under `logits[B, V]`, in float32."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
@@ -295,9 +295,7 @@ def check_arguments(
     ids = ids[:, :longest]
     ids = np.pad(ids, ((0, 0), (0, max(bucket(longest, config.n_positions) - longest, 0))))
 
-    sampler = Greedy() if sampler is None else sampler
-    if key is None and not isinstance(sampler, Greedy):
-        raise ValueError(f"`key` must be given for a sampler that draws, such as {type(sampler).__name__}.")
+    sampler = check_sampler(sampler, key)
     if num_return_sequences < 1:
         raise ValueError(f"`num_return_sequences` must be at least 1, got {num_return_sequences}.")
     if num_return_sequences > 1 and isinstance(sampler, Greedy):
@@ -319,6 +317,14 @@ def check_arguments(
         jnp.asarray(stop_ids, jnp.int32),
         jnp.int32(pad_id),
     )
+
+
+def check_sampler(sampler, key):
+    """Returns the sampler, `Greedy()` for none; raises `ValueError` if it needs a key and there is none."""
+    sampler = Greedy() if sampler is None else sampler
+    if key is None and not isinstance(sampler, Greedy):
+        raise ValueError(f"`key` must be given for a sampler that draws, such as {type(sampler).__name__}.")
+    return sampler
 
 
 def _row_keys(key, rows):

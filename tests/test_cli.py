@@ -156,9 +156,9 @@ def test_options_out_of_range_are_named(capsys, arguments, message):
 def test_no_stop_text_is_ever_shown_in_part():
     tokenizer = Tokenizer.gpt2()
     ids = tokenizer.encode("one two END three")
-    row = cli.Row("", tokenizer, ["two END"], ())
+    row = gpt2_jax.Continuation("", tokenizer, ["two END"])
     shown = [row.push([token], [0.0]) for token in ids]
     assert "".join(shown) + row.finish() == "one "
-    row = cli.Row("", tokenizer, ["two ENDING"], ())
+    row = gpt2_jax.Continuation("", tokenizer, ["two ENDING"])
     shown = [row.push([token], [0.0]) for token in ids]
     assert "".join(shown) + row.finish() == "one two END three"
