@@ -1,8 +1,9 @@
 """GPT-2's forward pass as pure functions over params: init, apply, prefill, decode_step, unembed.
 
-Nothing here is jitted: wrap what you call in `jax.jit`, with `config` static.
+Nothing but `init` is jitted: wrap what you call in `jax.jit`, with `config` static.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class KVCache(NamedTuple):
     lengths: Array  # int32[B], next position of each row
 
 
+@partial(jax.jit, static_argnames="config")
 def init(key: Array, config: GPT2Config) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`).
 
