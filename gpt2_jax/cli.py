@@ -343,7 +343,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--num_beams must be at least 1, got {args.num_beams}.")
     if args.num_beams == 1:
         for name in ("length_penalty", "early_stopping", "renormalize_logits"):
-            if getattr(args, name):
+            if (value := getattr(args, name)) is not None and value is not False:
                 raise UserError(f"--{name} acts on beams: add --num_beams.")
     for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,63 @@ def test_rules_change_what_is_written(run):
     assert free["ids"] != without["ids"] and 12 not in without["ids"]
 
 
+def test_beams_are_those_of_the_library(run):
+    options = ("--num_beams", "3", "--num_samples", "2", "--length_penalty", "0.5", "--early_stopping", "true")
+    done = run("The king", *options, "--max_tokens", "9", "--json", "--quiet")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    config, params = gpt2_jax.load("demo", dtype="float32")
+    tokenizer = Tokenizer.load(files.DEMO)
+    out = gpt2_jax.beam_search(
+        params, np.array([tokenizer.encode("The king")]), config=config, max_new_tokens=9, num_beams=3,
+        num_return_sequences=2, length_penalty=0.5, early_stopping=True,
+    )  # fmt: skip
+    for record, ids, length, score in zip(records, out.ids[0], out.lengths[0], out.scores[0], strict=True):
+        assert record["ids"] == ids[:length].tolist() and record["text"] == tokenizer.decode(record["ids"])
+        np.testing.assert_allclose(record["score"], score, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "guess", [("--prompt_lookup_num_tokens", "3"), ("--assistant_model", "demo", "--num_assistant_tokens", "4")]
+)
+def test_speculation_writes_the_same_text(run, guess):
+    prompt = ("Once upon a time there was a king", "--max_tokens", "40")
+    plain, guessed = run(*prompt), run(*prompt, *guess)
+    assert guessed.stdout == plain.stdout and plain.returncode == 0
+    right, drafted = re.search(r"(\d+) of (\d+) guesses were right", guessed.stderr.decode()).groups()
+    assert 0 < int(drafted) and (guess[0] != "--assistant_model" or right == drafted)  # a model agrees with itself
+
+
+def test_past_the_context_a_text_stops_or_slides_on(run):
+    prompt = ("Once upon a time there was a king", "--max_tokens", "270", "--json", "--quiet")
+    stopped, slid = (json.loads(run(*prompt, "--overflow", kind).stdout) for kind in ("stop", "slide"))
+    size = len(Tokenizer.load(files.DEMO).encode(prompt[0]))
+    assert len(stopped["ids"]) == 256 - size and stopped["finish_reason"] == "length"
+    assert len(slid["ids"]) == 270 and slid["ids"][: 256 - size] == stopped["ids"]
+
+
+def test_a_conversation_goes_on_until_it_is_begun_anew(run):
+    turns = b"The king was old\nThe queen was young\n/new\nThe queen was young\n"
+    done = run("--interactive", "--max_tokens", "12", "--quiet", input=turns, stdin=None)
+    config, params = gpt2_jax.load("demo", dtype="float32")
+    tokenizer = Tokenizer.load(files.DEMO)
+    talk, expected = gpt2_jax.Conversation(params, tokenizer, config=config), ""
+    for text in ("The king was old", "\nThe queen was young", None, "The queen was young"):
+        if text is None:
+            talk.reset()
+            continue
+        *_, row = talk.reply(text, max_new_tokens=12)
+        expected += row.text + "\n"
+    assert done.stdout.decode() == expected and done.returncode == 0
+
+
+def test_probabilities_are_shown_as_colours(run):
+    prompt = ("Once upon a time there was a", "--max_tokens", "20")
+    coloured, record = run(*prompt, "--show_probs").stdout.decode(), json.loads(run(*prompt, "--json").stdout)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == prompt[0] + record["text"] + "\n"
+    sure = ["38;5;34" if logprob >= np.log(0.5) else "" for logprob in record["logprobs"]]
+    assert 0 < sure.count("38;5;34") == coloured.count("38;5;34m") < 20
+
+
 def test_ctrl_c_keeps_the_text_and_exits_with_130(environment):
     command = [sys.executable, "-c", RUN, "Once upon a time", "--from_pretrained", "demo", "--max_tokens", "240"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -146,6 +204,19 @@ def test_mistakes_get_a_sentence_and_no_traceback(run, environment, arguments, m
         (["--seed", "-1"], "--seed must be in [0, 4294967296), got -1"),
         (["--stop", ""], "--stop must not be empty"),
         (["--lines"], "--lines reads standard input"),
+        (["--length_penalty", "0"], "--length_penalty acts on beams: add --num_beams"),
+        (["--early_stopping", "true"], "--early_stopping acts on beams: add --num_beams"),
+        (["--num_beams", "2", "--stop", "x"], "--stop does not act on beams"),
+        (
+            ["--num_beams", "2", "--assistant_model", "demo"],
+            "--num_beams and --assistant_model cannot be had together",
+        ),
+        (["--num_beams", "0"], "--num_beams must be at least 1, got 0"),
+        (["--num_assistant_tokens", "3"], "--num_assistant_tokens needs --assistant_model"),
+        (["--prompt_lookup_num_tokens", "0"], "--prompt_lookup_num_tokens must be at least 1, got 0"),
+        (["--interactive", "--json"], "--interactive and --json cannot be had together"),
+        (["--interactive", "--overflow", "stop"], "--interactive and --overflow cannot be had together"),
+        (["--show_probs", "--json"], "--json has the probabilities already"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
