@@ -141,6 +141,9 @@ def sampler_from_options(
         raise ValueError(f"{', '.join(idle)} acts on stop ids, and there are none.")
     if {"forced_bos_token_id", "begin_suppress_tokens"} <= chosen.keys():
         raise ValueError("`forced_bos_token_id` and `begin_suppress_tokens` are both about the first token: give one.")
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if name in chosen and set(_ids(chosen[name])) <= set(_ids(chosen.get("suppress_tokens", ()))):
+            raise ValueError(f"`{name}` ({chosen[name]}) is in `suppress_tokens`, so no token would be left.")
     keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
     context = Context(tuple(stop_ids), max_new_tokens, keep)
     transforms = {name: known[name].make(value, context) for name, value in chosen.items()}

@@ -1,13 +1,15 @@
 """Every option against HF's own processors, and whole texts against HF's `generate`."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig, GPT2LMHeadModel
 from transformers import GPT2Config as HFConfig
 from transformers.generation import logits_process as hf
@@ -110,6 +112,67 @@ def test_scores_equal_hfs(name, rng, monkeypatch):
     assert changed == (name != "8-gram")  # which are longer than the texts
 
 
+ids = st.integers(0, V - 1)
+# Values of HF's options, and for each whether it may stand beside the others. Shares are thirds, sevenths, ...: on a
+# border such as 0.5 the two sums could round to different sides.
+shares = st.integers(1, 96).map(lambda n: n / 97)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "sequence_bias": st.dictionaries(
+            st.lists(ids, min_size=1, max_size=3).map(tuple), st.floats(-4, 4, width=16), min_size=1, max_size=3
+        ),
+        "repetition_penalty": st.floats(0.25, 4, width=16),
+        "no_repeat_ngram_size": st.integers(0, 4),
+        "bad_words_ids": st.lists(st.lists(ids, min_size=1, max_size=2), min_size=1, max_size=3, unique_by=tuple),
+        "min_length": st.integers(0, 9),
+        "min_new_tokens": st.integers(0, 6),
+        "forced_eos_token_id": ids,
+        "exponential_decay_length_penalty": st.tuples(st.integers(0, 4), st.floats(1, 2, width=16)),
+        "suppress_tokens": st.lists(ids, max_size=3),
+        "begin_suppress_tokens": st.lists(ids, max_size=3),
+        "temperature": st.floats(0.25, 4, width=16),
+        "top_k": st.integers(0, V),
+        "top_p": shares,
+        "min_p": shares,
+        "typical_p": shares,
+        "epsilon_cutoff": shares,
+        "eta_cutoff": shares,
+        "renormalize_logits": st.booleans(),
+    },
+)
+
+
+@cache
+def any_model():
+    """A model of HF's, for its way of making processors."""
+    return GPT2LMHeadModel(HFConfig(vocab_size=V, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+
+
+def chain_hf(options):
+    """The processors that HF makes of options, in its own order, for prompts of PROMPT tokens and 6 new ones."""
+    config = GenerationConfig(
+        **{"top_k": 0} | options, do_sample=True, eos_token_id=list(STOPS), max_length=PROMPT + 6
+    )
+    any_model()._prepare_special_tokens(config, device="cpu")
+    return any_model()._get_logits_processor(config, PROMPT, device="cpu")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(options=OPTIONS, step=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
+def test_any_options_together_are_hfs_chain(options, step, seed):
+    assume(options.get("forced_eos_token_id") not in options.get("suppress_tokens", ()))
+    rng = np.random.default_rng(seed)
+    logits = logits_of(rng)[:-2]  # without the rows of which a few options together would leave no token
+    ids = rng.integers(0, 5, (len(logits), PROMPT + step))
+    sampler = sampler_from_options(options, do_sample=True, stop_ids=STOPS, max_new_tokens=6, vocab_size=V)
+    found = sampler.transform(jnp.asarray(logits), scattered(ids, rng, step))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "sort", partial(torch.sort, stable=True))  # HF leaves the order of ties open
+        expected = chain_hf(options)(torch.tensor(ids), torch.tensor(logits))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("top_h", [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("size", [V, 300])
 def test_top_h_equals_hfs(top_h, size, rng):
@@ -158,19 +221,32 @@ def models():
     return model, config, gpt2_jax.from_hf(model.state_dict(), config)
 
 
-@pytest.mark.parametrize("name", GREEDY)
-def test_greedy_texts_equal_hfs(name, models, rng):
+ENDS = [(STOPS, 0), (STOPS, 9), ((5,), 5), ((), 0)]  # stop ids and the padding: not among them, or one of them
+
+
+@pytest.mark.parametrize("name, stops, pad", [(name, *ENDS[i % 4]) for i, name in enumerate(GREEDY)])
+def test_greedy_texts_equal_hfs(name, stops, pad, models, rng):
     model, config, params = models
-    ids = rng.integers(0, V, (6, 4))
+    options = dict(GREEDY[name])
+    if not stops:
+        options = {key: value for key, value in options.items() if key not in gpt2_jax.options.NEEDS_STOP_IDS}
+    ids, lengths = rng.integers(1, V, (6, 5)), np.full(6, 5)
+    if "no_repeat_ngram_size" not in options:  # which HF lets see the padding
+        lengths = np.array([5, 1, 3, 5, 2, 4])
+    left = np.stack([np.roll(row, 5 - length) for row, length in zip(ids, lengths, strict=True)])
+    mask = np.arange(5)[None] >= 5 - lengths[:, None]
     expected = model.generate(
-        torch.tensor(ids), attention_mask=torch.ones(ids.shape), max_new_tokens=12, do_sample=False,
-        eos_token_id=list(STOPS), pad_token_id=0, **GREEDY[name],
-    )  # fmt: skip
-    sampler = sampler_from_options(GREEDY[name], stop_ids=STOPS, max_new_tokens=12, vocab_size=V)
-    out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=12, sampler=sampler, stop_ids=STOPS, pad_id=0)
-    new = expected[:, 4:].numpy()
-    np.testing.assert_array_equal(out.ids[:, : new.shape[1]], new)
-    assert not np.asarray(out.ids)[:, new.shape[1] :].any()
+        torch.tensor(np.where(mask, left, pad)), attention_mask=torch.tensor(mask).long(), max_new_tokens=12,
+        do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pad, **options,
+    )[:, 5:].numpy()  # fmt: skip
+    sampler = sampler_from_options(options, stop_ids=stops, max_new_tokens=12, vocab_size=V)
+    run = partial(gpt2_jax.generate, params, config=config, max_new_tokens=12, sampler=sampler, stop_ids=stops)
+    out = run(ids, lengths, pad_id=pad)
+    width = expected.shape[1]
+    np.testing.assert_array_equal(out.ids[:, :width], expected)
+    assert (np.asarray(out.ids)[:, width:] == pad).all()
+    again = run(left, lengths, pad_id=pad, padding_side="left")
+    np.testing.assert_array_equal(out.ids, again.ids)
 
 
 def test_rules_that_look_back_see_a_row_alone_and_in_a_batch_alike(models, rng):
@@ -270,6 +346,10 @@ def test_what_a_generation_config_asks_for_in_vain_is_named(content, message, tm
         (lambda: sampler_from_options({"temprature": 1}), "not supported: temprature. There are sequence_bias"),
         (lambda: sampler_from_options({"min_length": 3}), "min_length acts on stop ids, and there are none"),
         (lambda: sampler_from_options({"forced_eos_token_id": 3}), "needs to know `max_new_tokens`"),
+        (
+            lambda: sampler_from_options({"forced_bos_token_id": 3, "suppress_tokens": [2, 3]}),
+            r"`forced_bos_token_id` .3. is in `suppress_tokens`, so no token would be left",
+        ),
         (lambda: sampler_from_options({"repetition_penalty": 0.0}), "`penalty` must be greater than 0, got 0.0"),
         (lambda: sampler_from_options({"typical_p": 1.5}, do_sample=True), r"`mass` must be in \(0, 1\), got 1.5"),
         (lambda: sampler_from_options({"top_h": 0.0}, do_sample=True), r"`top_h` must be in \(0, 1\], got 0.0"),
