@@ -81,7 +81,7 @@ def test_texts_and_scores_equal_hfs(beams, early, penalty, stops, pad, models, r
     ends = np.asarray(found.lengths).ravel()
     for text, length, theirs in zip(texts, ends, expected, strict=True):
         np.testing.assert_array_equal(text[:length], theirs[:length])
-        # Behind the end HF writes `pad_id`, or a stop id in the place of a `pad_id` of 0.
+        # Behind the end HF writes `pad_id`, or a stop id in the place of a `pad_id` of 0 (transformers#47286).
         assert (text[length:] == pad).all() and (theirs[length:] == (pad or stops[0])).all()
     assert ends.max() == width
     np.testing.assert_allclose(np.ravel(found.scores), scores, rtol=1e-5)
