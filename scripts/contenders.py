@@ -1,0 +1,445 @@
+"""What races in `benchmark.py`: each contender gets ready, works once to be compared, and then waits for its turns.
+
+A process of its own per contender: `python scripts/contenders.py WORK NAME SPEC`, which answers each line of standard
+input with a line of JSON.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Spec = dict[str, Any]  # what is to be done: the same for all contenders
+
+
+class Done(NamedTuple):
+    """What a turn did."""
+
+    amount: float  # tokens, or what else the work is counted in
+    numbers: list[float]  # what was computed, for comparison
+    seconds: float | None = None  # where not the whole turn counts
+
+
+Once = Callable[[], Done]
+
+
+# Training: AdamW steps, clipping included.
+
+
+def ours_train(spec: Spec) -> Once:
+    """The step of `gpt2_jax.train`."""
+    import jax
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    config = config.replace(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    tx = gpt2_jax.make_optimizer(spec["learning_rate"])
+    states = [gpt2_jax.init_state(params, tx)]
+    batches = batches_of(spec, config.vocab_size)
+
+    def once():
+        state, losses = states.pop(), []
+        for _ in range(spec["steps"]):
+            state, metrics = gpt2_jax.train_step(state, next(batches), config=config, tx=tx)
+            losses.append(metrics["loss"])
+        states.append(jax.block_until_ready(state))
+        return Done(spec["steps"] * spec["batch"] * spec["length"], [float(loss) for loss in losses])
+
+    return once
+
+
+def torch_train(spec: Spec) -> Once:
+    """A lean PyTorch step: fused attention kernel, fused AdamW, no more than the model needs."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+    model = lean_gpt2(spec["folder"])
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(0.9, 0.95), fused=True)
+    batches = batches_of(spec, model.wte.num_embeddings)
+    forward = torch.compile(model) if spec["compile"] else model
+
+    def once():
+        losses = []
+        for _ in range(spec["steps"]):
+            ids = torch.tensor(next(batches))
+            logits = forward(ids[:, :-1].contiguous())
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        return Done(spec["steps"] * spec["batch"] * spec["length"], losses)
+
+    return once
+
+
+# Evaluation: the log-probability of windows of a text.
+
+
+def ours_eval(spec: Spec) -> Once:
+    """`gpt2_jax.perplexity`."""
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids = tokens_of(spec, config.vocab_size).ravel()
+    options = {"window": spec["length"], "stride": spec["length"], "batch_size": 1}
+
+    def once():
+        found = gpt2_jax.perplexity(params, ids, config=config, **options)
+        return Done(len(ids), [found.nll])
+
+    return once
+
+
+def hf_eval(spec: Spec) -> Once:
+    """The loop of HF's guide to perplexity."""
+    import torch
+
+    model = hf_gpt2(spec)
+    ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
+
+    @torch.inference_mode()
+    def once():
+        total = 0.0
+        for window in ids:
+            logits = model(window[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        return Done(ids.numel(), [total])
+
+    return once
+
+
+# Decoding: greedy tokens after prompts; `after` takes away the time of the prompts and the first token.
+
+
+def ours_decode(spec: Spec) -> Once:
+    """`gpt2_jax.generate`."""
+    import numpy as np
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids = tokens_of(spec, config.vocab_size)
+
+    def run(count):
+        out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=count, stop_ids=())
+        return np.asarray(out.ids).ravel().tolist()
+
+    return decoding(spec, run)
+
+
+def hf_decode(spec: Spec) -> Once:
+    """HF's `generate`."""
+    import torch
+
+    model = hf_gpt2(spec)
+    ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
+    model.generation_config.eos_token_id = None
+
+    def run(count):
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        return out[:, ids.shape[1] :].flatten().tolist()
+
+    return decoding(spec, run)
+
+
+def ctranslate2_decode(spec: Spec) -> Once:
+    """CTranslate2's generator, in float32."""
+    import ctranslate2
+
+    generator = ctranslate2.Generator(spec["ctranslate2"], compute_type="float32", intra_threads=os.cpu_count())
+    rows = [[f"<{id}>" for id in row] for row in tokens_of(spec, spec["vocab_size"]).tolist()]
+
+    def run(count):
+        out = generator.generate_batch(
+            rows, max_length=count, min_length=count, sampling_topk=1, include_prompt_in_result=False, end_token=[]
+        )
+        return [id for row in out for id in row.sequences_ids[0]]
+
+    return decoding(spec, run)
+
+
+def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
+    """Returns a turn of making `spec["new"]` tokens of each row."""
+    count = spec["new"] + 1 if spec["after"] else spec["new"]
+    if spec["after"]:
+        run(1)
+
+    def once():
+        begun = time.perf_counter()
+        numbers = run(count)
+        seconds = time.perf_counter() - begun
+        if spec["after"]:
+            begun = time.perf_counter()
+            run(1)
+            seconds -= time.perf_counter() - begun
+        return Done(spec["batch"] * spec["new"], numbers, seconds)
+
+    return once
+
+
+# Prefill: a prompt is read, its cache filled.
+
+
+def ours_prefill(spec: Spec) -> Once:
+    """`gpt2_jax.prefill`, jitted."""
+    import jax
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids = tokens_of(spec, config.vocab_size)
+    prefill = jax.jit(gpt2_jax.prefill, static_argnames=("config", "cache_len"))
+
+    def once():
+        logits, _ = jax.block_until_ready(prefill(params, ids, config=config))
+        return Done(ids.size, logits[:, :8].ravel().tolist())
+
+    return once
+
+
+def hf_prefill(spec: Spec) -> Once:
+    """HF's model with a cache, asked for the last logits."""
+    import torch
+
+    model = hf_gpt2(spec)
+    ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
+
+    @torch.inference_mode()
+    def once():
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        return Done(ids.numel(), out.logits[:, -1, :8].flatten().tolist())
+
+    return once
+
+
+# The tokenizer: ids of a text.
+
+
+def ours_tokenizer(spec: Spec) -> Once:
+    """`gpt2_jax.Tokenizer`."""
+    import gpt2_jax
+
+    return encoding(spec, gpt2_jax.Tokenizer.gpt2().encode)
+
+
+def hf_tokenizer(spec: Spec) -> Once:
+    """`tokenizers`, on one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer(f"{spec['vocabulary']}/vocab.json", f"{spec['vocabulary']}/merges.txt")
+    return encoding(spec, lambda text: tokenizer.encode(text).ids)
+
+
+def tiktoken_tokenizer(spec: Spec) -> Once:
+    """`tiktoken`, on one thread."""
+    import tiktoken
+
+    from gpt2_jax import Tokenizer
+
+    known = Tokenizer.gpt2()
+    ranks = {known.decode_bytes([id]): id for id in range(50256)}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    encoding_ = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return encoding(spec, encoding_.encode_ordinary)
+
+
+def encoding(spec: Spec, encode: Callable[[str], list[int]]) -> Once:
+    """Returns a turn of encoding the text of a file; in megabytes."""
+    text = Path(spec["text"]).read_text(encoding="utf-8")
+    size = len(text.encode()) / 1e6
+
+    def once():
+        ids = encode(text)
+        return Done(size, [len(ids), *ids[:1000]])
+
+    return once
+
+
+# The command line, from its start to its end; `folder` has the compiled programs of earlier runs, or nothing.
+
+
+def ours_cold(spec: Spec) -> Once:
+    """The command `gpt2-jax`."""
+    code = "from gpt2_jax.cli import main; main()"
+    command = [sys.executable, "-c", code, spec["prompt"], "--from_pretrained", spec["folder"], "--quiet"]
+    return process(spec, [*command, "--max_tokens", str(spec["new"])])
+
+
+def hf_cold(spec: Spec) -> Once:
+    """The same with transformers and PyTorch."""
+    code = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, vocabulary, prompt, count = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.generation_config.eos_token_id = None
+ids = tokenizer(prompt, return_tensors="pt")
+out = model.generate(**ids, max_new_tokens=int(count), do_sample=False, pad_token_id=0)
+print(tokenizer.decode(out[0], clean_up_tokenization_spaces=False))
+"""
+    words = [spec["folder"], spec["vocabulary"], spec["prompt"], str(spec["new"])]
+    return process(spec, [sys.executable, "-c", code, *words])
+
+
+def process(spec: Spec, command: list[str]) -> Once:
+    """Returns a turn of running a command; its numbers are the characters of its text."""
+    import subprocess
+    import tempfile
+
+    def once():
+        with tempfile.TemporaryDirectory() as empty:
+            cache = empty if spec["empty"] else spec["cache"]
+            environment = os.environ | {"XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return Done(1, [ord(character) for character in done.stdout])
+
+    return once
+
+
+# The limits of the machine, measured among the rounds.
+
+
+def limits(spec: Spec) -> Once:
+    """A large matrix product and a large sum: GFLOP/s and GB/s."""
+    import jax
+    import jax.numpy as jnp
+
+    del spec
+    square, long = jnp.ones((2048, 2048)), jnp.ones(2**27)
+    product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
+
+    def once():
+        out = []
+        for function, x, amount in ((product, square, 2 * 2048**3), (total, long, long.nbytes)):
+            function(x).block_until_ready()
+            begun = time.perf_counter()
+            function(x).block_until_ready()
+            out.append(amount / (time.perf_counter() - begun) / 1e9)
+        return Done(0, out)
+
+    return once
+
+
+# What contenders share.
+
+
+def hf_gpt2(spec: Spec) -> Any:
+    """Returns HF's model, as transformers sets it up."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    model = transformers.GPT2LMHeadModel.from_pretrained(spec["folder"]).eval()
+    return torch.compile(model) if spec["compile"] else model
+
+
+def lean_gpt2(folder: str) -> Any:
+    """Returns a small, fast GPT-2 in PyTorch with the weights of a folder."""
+    from safetensors.torch import load_file
+    from torch import nn
+    from torch.nn import functional as F
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    width, heads, epsilon = config["n_embd"], config["n_head"], config["layer_norm_epsilon"]
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
+            self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
+            self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+        def forward(self, x):
+            rows, length, _ = x.shape
+            qkv = self.attn["c_attn"](self.ln_1(x)).view(rows, length, 3, heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.attn["c_proj"](z.transpose(1, 2).reshape(rows, length, width))
+            return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+
+    class Lean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte = nn.Embedding(config["vocab_size"], width)
+            self.wpe = nn.Embedding(config["n_positions"], width)
+            self.h = nn.ModuleList(Layer() for _ in range(config["n_layer"]))
+            self.ln_f = nn.LayerNorm(width, epsilon)
+
+        def forward(self, ids):
+            x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
+            for layer in self.h:
+                x = layer(x)
+            return self.ln_f(x) @ self.wte.weight.T
+
+    model = Lean()
+    state = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(f"{folder}/model.safetensors").items()
+    }
+    dense = [name for name in state if name.startswith("h.") and state[name].ndim == 2]
+    model.load_state_dict(state | {name: state[name].T.contiguous() for name in dense})
+    return model
+
+
+def batches_of(spec: Spec, vocab_size: int) -> Iterator[Any]:
+    """Yields seeded batches without end, the same for all."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    while True:
+        yield rng.integers(0, vocab_size, (spec["batch"], spec["length"] + 1))
+
+
+def tokens_of(spec: Spec, vocab_size: int) -> Any:
+    """Returns seeded ids `[batch, length]`, the same for all."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocab_size, (spec["batch"], spec["length"]))
+
+
+CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
+    "train": {"ours": ours_train, "PyTorch": torch_train},
+    "eval": {"ours": ours_eval, "transformers": hf_eval},
+    "decode": {"ours": ours_decode, "transformers": hf_decode, "CTranslate2": ctranslate2_decode},
+    "prefill": {"ours": ours_prefill, "transformers": hf_prefill},
+    "tokenizer": {"ours": ours_tokenizer, "tokenizers": hf_tokenizer, "tiktoken": tiktoken_tokenizer},
+    "cold": {"ours": ours_cold, "transformers": hf_cold},
+    "limits": {"limits": limits},
+}
+
+
+def serve(work: str, name: str, spec: Spec) -> None:
+    """Gets a contender ready and lets it work once for each line of standard input."""
+
+    def answer(**content):
+        print(json.dumps({"answer": content}), flush=True)
+
+    plain = name.removesuffix(", compiled")
+    once = CONTENDERS[work][plain](spec | {"compile": name != plain})
+    answer(numbers=once().numbers)  # compiles, and is the first to be compared
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        done = once()
+        seconds = time.perf_counter() - begun if done.seconds is None else done.seconds
+        who = resource.RUSAGE_CHILDREN if work == "cold" else resource.RUSAGE_SELF
+        peak = resource.getrusage(who).ru_maxrss / 1024  # MiB on Linux
+        answer(seconds=seconds, amount=done.amount, numbers=done.numbers, peak=peak)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
