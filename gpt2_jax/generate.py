@@ -256,7 +256,11 @@ def fold(row_keys, step):
 
 def select(cache: KVCache, rows: Array) -> KVCache:
     """Returns a cache of some rows of another, in the order of `rows[R]`; a row may come more than once."""
-    layers = jax.tree.map(lambda x: x[rows], cache.layers)
+
+    def take(x):  # [BH, ...] -> [RH, ...]
+        return x.reshape(len(cache.valid), -1, *x.shape[1:])[rows].reshape(-1, *x.shape[1:])
+
+    layers = jax.tree.map(take, cache.layers)
     return KVCache(layers, cache.valid[rows], cache.slot, cache.lengths[rows])
 
 

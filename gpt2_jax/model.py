@@ -23,7 +23,7 @@ class KVCache(NamedTuple):
     the input only, so a token's slot and its position may differ.
     """
 
-    layers: tuple[LayerCache, ...]  # per layer (keys, values), each [B, S, H, K]
+    layers: tuple[LayerCache, ...]  # per layer (keys [BH, K, S], values [BH, S, K])
     valid: Array  # bool[B, S], which slots hold a real token
     slot: Array  # int32[], next slot to write, shared by the rows
     lengths: Array  # int32[B], next position of each row
@@ -136,9 +136,9 @@ def prefill(
     mask = positions[:, None, None, :] <= positions[:, None, :, None]
     hidden, layers = forward(params, ids, positions, mask, config=config, tap=tap)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
-    grow = ((0, 0), (0, slots - width), (0, 0), (0, 0))
+    none, more = (0, 0), (0, slots - width)
     cache = KVCache(
-        layers=tuple((jnp.pad(k, grow), jnp.pad(v, grow)) for k, v in layers),
+        layers=tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in layers),
         valid=jnp.arange(slots)[None] < lengths[:, None],
         slot=jnp.int32(width),
         lengths=lengths,
@@ -168,6 +168,13 @@ def decode_step(
     return logits, KVCache(layers, valid, cache.slot + 1, cache.lengths + 1)
 
 
+def empty_layers(config: GPT2Config, rows: int, slots: int) -> tuple[LayerCache, ...]:
+    """Returns the keys and values of a cache in which nothing is written yet."""
+    count, width = rows * config.n_head, config.head_dim
+    keys, values = (count, width, slots), (count, slots, width)
+    return tuple((jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.n_layer))
+
+
 def extend(
     params: Params, ids: Array, layers: tuple[LayerCache, ...], start: Array, *, config: GPT2Config
 ) -> tuple[Array, tuple[LayerCache, ...]]:
@@ -177,7 +184,7 @@ def extend(
     held is overwritten: so a row can go back. The cache must have `T` more slots; positions beyond `n_positions` have
     no meaning.
     """
-    slots = layers[0][0].shape[1]
+    slots = layers[0][0].shape[2]
     positions = start[:, None] + jnp.arange(ids.shape[1])[None]  # [B, T]
     mask = jnp.arange(slots)[None, None, None] <= positions[:, None, :, None]
     positions = jnp.minimum(positions, config.n_positions - 1)

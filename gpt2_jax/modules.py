@@ -21,7 +21,7 @@ from gpt2_jax.config import GPT2Config
 
 Array = jax.Array
 Tap = Callable[[str, Array], Array]  # (site, activation) -> activation; what reads or changes activations
-LayerCache = tuple[Array, Array]  # keys and values, each [B, S, H, K]
+LayerCache = tuple[Array, Array]  # keys [BH, K, S] and values [BH, S, K], as the products with one query read them
 PARTS, SMALLEST_PART = 4, 64  # into how many parts attention divides its queries, and the fewest worth it
 
 # HF's names (transformers/activations.py) -> functions.
@@ -107,11 +107,17 @@ def layer_norm(config: GPT2Config, name: str) -> nn.LayerNorm:
     )
 
 
-def write(old: Array, new: Array, slot: Array) -> Array:
-    """Puts `new[B, T, ...]` into `old[B, S, ...]` from a slot on: one for all rows, or `int32[B]`."""
+def write(old: Array, new: Array, slot: Array, axis: int = 1) -> Array:
+    """Puts `new[B, ..., T, ...]` into `old[B, ..., S, ...]` from a slot on: one for all rows, or `int32[B]`."""
     if jnp.ndim(slot) == 0:
-        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
-    return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(old, new, slot)
+        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=axis)
+    return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=axis - 1))(old, new, slot)
+
+
+def by_head(x: Array) -> Array:
+    """Lines up rows and heads, `[B, T, H, K] -> [BH, T, K]`."""
+    rows, length, heads, width = x.shape
+    return x.swapaxes(1, 2).reshape(rows * heads, length, width)
 
 
 def residual_stddev(config: GPT2Config) -> float:
@@ -133,8 +139,11 @@ class Attention(nn.Module):
         qkv = dense(config, 3 * config.n_embd, "c_attn", config.initializer_range)(x)  # [B, T, 3D]
         q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim), 3, axis=2)  # [B, T, H, K]
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
-        if past is not None:  # [B, S, H, K]
-            k, v = write(past[0], k, slot), write(past[1], v, slot)
+        # Rows and heads share an axis: were they two, XLA would copy the cache before each product and each write.
+        k, v = by_head(k).swapaxes(1, 2), by_head(v)  # [BH, K, T], [BH, T, K]
+        if past is not None:
+            slot = jnp.repeat(slot, config.n_head) if jnp.ndim(slot) else slot
+            k, v = write(past[0], k, slot, axis=2), write(past[1], v, slot, axis=1)
 
         if past is None and tap is no_tap:
             z = self.attend_in_parts(q, k, v, mask, pattern_key)
@@ -150,20 +159,23 @@ class Attention(nn.Module):
         parts = min(PARTS, -(-length // SMALLEST_PART))
         bounds = [length * i // parts for i in range(parts + 1)]
         zs = [
-            self.attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, :, start:end, :end], no_tap, part_key)
+            self.attend(q[:, start:end], k[..., :end], v[:, :end], mask[:, :, start:end, :end], no_tap, part_key)
             for start, end, part_key in zip(bounds[:-1], bounds[1:], split_key(key, parts), strict=True)
         ]
         return jnp.concatenate(zs, axis=1)
 
     def attend(self, q, k, v, mask, tap: Tap, key):
-        """Returns the mixed values of some queries, `[B, T, H, K]`, from keys and values `[B, S, H, K]`."""
+        """Returns the mixed values of queries `[B, T, H, K]`, from keys `[BH, K, S]` and values `[BH, S, K]`."""
         config, wide = self.config, wide_dtype(self.config)
-        scores = jnp.einsum("bthk,bshk->bhts", q, k, precision=config.precision, preferred_element_type=wide)
+        scores = jnp.einsum("ntk,nks->nts", by_head(q), k, precision=config.precision, preferred_element_type=wide)
+        scores = scores.reshape(len(q), config.n_head, *scores.shape[1:])  # [B, H, T, S]
         scores = tap("scores", scores * self.scale())
         # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead of NaN.
         pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)  # [B, H, T, S]
         pattern = tap("pattern", dropout(key, pattern, config.attn_pdrop))
-        return jnp.einsum("bhts,bshk->bthk", pattern.astype(v.dtype), v, precision=config.precision)
+        pattern = pattern.astype(v.dtype).reshape(len(v), *pattern.shape[2:])
+        z = jnp.einsum("nts,nsk->ntk", pattern, v, precision=config.precision)
+        return z.reshape(len(q), config.n_head, *z.shape[1:]).swapaxes(1, 2)
 
     def scale(self) -> float:
         """Returns what the scores are multiplied by (HF's `scale_attn_*` flags)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import Generation, State, advance, check_sampler, ends, fold, stream, token_logprob
-from gpt2_jax.model import KVCache, Params, extend
+from gpt2_jax.model import KVCache, Params, empty_layers, extend
 from gpt2_jax.modules import Array
 from gpt2_jax.sampling import History
 from gpt2_jax.tokenizer import Tokenizer
@@ -239,9 +239,7 @@ class Conversation:
     def _begin(self, step, keys, stops):
         """Reads what is unread, at least the last token, and chooses the next; returns as `advance` does."""
         if self._layers is None:
-            shape = (1, self._slots, self.config.n_head, self.config.head_dim)
-            pairs = [[jnp.zeros(shape, self.config.dtype) for _ in range(2)] for _ in range(self.config.n_layer)]
-            self._layers, self.read = tuple(map(tuple, pairs)), 0
+            self._layers, self.read = empty_layers(self.config, 1, self._slots), 0
         self.read = min(self.read, len(self.ids) - 1)
         ids, length = np.zeros((1, self._slots), np.int32), np.array([len(self.ids)], np.int32)
         ids[0, : len(self.ids)] = self.ids
