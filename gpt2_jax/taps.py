@@ -5,6 +5,7 @@ activation's place. One that has a method `asks(site)` is called for what it ask
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -30,7 +31,7 @@ SITES: dict[str, tuple[str, str]] = {
     "embed": ("B T D", "blocks.0.hook_resid_pre"),
     "h.i.resid_pre": ("B T D", "blocks.i.hook_resid_pre"),
     "h.i.ln_1.scale": ("B T 1", "blocks.i.ln1.hook_scale"),
-    "h.i.ln_1.out": ("B T D", "blocks.i.ln1.hook_normalized"),
+    "h.i.ln_1.out": ("B T D", "blocks.i.ln1.hook_out"),
     "h.i.attn.q": ("B T H K", "blocks.i.attn.hook_q"),
     "h.i.attn.k": ("B T H K", "blocks.i.attn.hook_k"),
     "h.i.attn.v": ("B T H K", "blocks.i.attn.hook_v"),
@@ -41,13 +42,13 @@ SITES: dict[str, tuple[str, str]] = {
     "h.i.attn.out": ("B T D", "blocks.i.hook_attn_out"),
     "h.i.resid_mid": ("B T D", "blocks.i.hook_resid_mid"),
     "h.i.ln_2.scale": ("B T 1", "blocks.i.ln2.hook_scale"),
-    "h.i.ln_2.out": ("B T D", "blocks.i.ln2.hook_normalized"),
+    "h.i.ln_2.out": ("B T D", "blocks.i.ln2.hook_out"),
     "h.i.mlp.pre": ("B T F", "blocks.i.mlp.hook_pre"),
     "h.i.mlp.post": ("B T F", "blocks.i.mlp.hook_post"),
     "h.i.mlp.out": ("B T D", "blocks.i.hook_mlp_out"),
     "h.i.resid_post": ("B T D", "blocks.i.hook_resid_post"),
     "ln_f.scale": ("B T 1", "ln_final.hook_scale"),
-    "ln_f.out": ("B T D", "ln_final.hook_normalized"),
+    "ln_f.out": ("B T D", "ln_final.hook_out"),
     "logits": ("B T V", ""),  # in `generate`, of the last token alone: [B, V]
 }
 
@@ -61,8 +62,9 @@ def site_names(config: GPT2Config) -> tuple[str, ...]:
     return (*names[:start], *layers, *names[start + len(layer) :])
 
 
-def site_axes(site: str) -> tuple[str, ...]:
-    """Returns the axes of a site's activation: `site_axes("h.3.attn.z")` is `("B", "T", "H", "K")`."""
+def site_axes(site: str, config: GPT2Config) -> tuple[str, ...]:
+    """Returns the axes of a site's activation: those of "h.3.attn.z" are `("B", "T", "H", "K")`."""
+    (site,) = find_sites(site, config)
     return tuple(SITES[re.sub(r"^h\.\d+", "h.i", site)][0].split())
 
 
@@ -195,23 +197,22 @@ def add(vector: Any, strength: Any = 1.0) -> Edit:
     return Partial(_add, vector, strength)
 
 
-def axis_masks(site: str, over: str, shape: Sequence[int]) -> Array:
-    """Returns a mask for each index along some axes of an activation, `bool[N, ...]`.
+def axis_masks(site: str, over: str, length: int, *, config: GPT2Config) -> Array:
+    """Returns a mask for each index along some axes of an activation of texts of `length` tokens, `bool[N, ...]`.
 
-    For "h.0.attn.z" of shape `[B, T, H, K]` and `over="H"` these are `bool[H, 1, H, 1]`, the `n`th true at head `n`;
-    `over="TH"` gives `bool[T * H, T, H, 1]`, and `over=""` one that is true everywhere.
+    For "h.0.attn.z", whose axes are B T H K, and `over="H"` these are `bool[H, 1, H, 1]`, the `n`th true at head `n`;
+    `over="TH"` gives `bool[T * H, T, H, 1]`, and `over=""` one mask that is true everywhere.
 
     Raises:
-      ValueError: `over` is not axes of the site in their order, without B.
+      ValueError: the site does not exist, or `over` is not axes of it in their order, without B.
     """
-    axes = site_axes(site)[1:]
+    _, *axes = site_axes(site, config)
     if [axis for axis in axes if axis in over] != list(over):
-        raise ValueError(f"`over` must be axes of {site} in their order, of {' '.join(axes)}; got {over!r}.")
-    sizes = [size if axis in over else 1 for axis, size in zip(axes, shape[1:], strict=True)]
-    count = 1
-    for size in sizes:
-        count *= size
-    return jnp.eye(count, dtype=bool).reshape(count, *sizes)
+        raise ValueError(f"`over` must be axes of {site} in their order, of {''.join(axes)!r}; got {over!r}.")
+    sizes = {"T": length, "S": length, "H": config.n_head, "K": config.head_dim, "D": config.n_embd}
+    sizes |= {"F": config.mlp_width, "V": config.vocab_size, "1": 1}
+    shape = [sizes[axis] if axis in over else 1 for axis in axes]
+    return jnp.eye(math.prod(shape), dtype=bool).reshape(-1, *shape)
 
 
 def _replace(value, where, x):
