@@ -4,6 +4,7 @@ Building blocks as `apply` is: nothing is jitted, everything jits, vmaps and dif
 `metric` is a function of the logits after each row's last token, `[B, V]`, such as a difference of two logits.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -289,7 +290,8 @@ def steering_vector(
 
 def by_layer(acts: Acts, site: str) -> Array:
     """Returns the activations of a site in every layer that was captured, stacked, `[L, ...]`."""
-    return jnp.stack([x for name, x in acts.items() if name.startswith("h.") and name.split(".", 2)[2] == site])
+    layers = {int(name.split(".")[1]): x for name, x in acts.items() if re.fullmatch(rf"h\.\d+\.{site}", name)}
+    return jnp.stack([layers[i] for i in sorted(layers)])
 
 
 def last(x: Array, lengths: Array | None = None) -> Array:

@@ -151,7 +151,7 @@ def capture(
     edits: Mapping[str, Edit] | None = None,
     padding_side: str = "right",
 ) -> tuple[Array, Acts]:
-    """Returns `apply`'s logits, and the activations of some sites by their names, in the order of the forward pass.
+    """Returns `apply`'s logits, and the activations of some sites by their names.
 
     Args:
       params, ids, lengths, config, padding_side: as for `apply`.

@@ -7,6 +7,7 @@ import pytest
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
 from gpt2_jax.modules import dropout
+from gpt2_jax.taps import site_names
 
 TINY = GPT2Config(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, eos_token_id=0, bos_token_id=0)
 
@@ -138,6 +139,7 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
     layers = [(f"h.{i}.{site}", shape) for i in range(2) for site, shape in block]
     first = [(site, (2, 6, 24)) for site in ("wte.out", "wpe.out", "embed")]
     assert sites == [*first, *layers, ("ln_f.scale", (2, 6, 1)), ("ln_f.out", (2, 6, 24)), ("logits", (2, 6, 61))]
+    assert tuple(site for site, _ in sites) == site_names(TINY)
 
 
 def test_a_tap_can_replace_an_activation(params, rng):
