@@ -127,6 +127,59 @@ def hf_eval(spec: Spec) -> Once:
     return once
 
 
+def ours_patch(spec: Spec) -> Once:
+    """`gpt2_jax.patching_sweep`, all in one pass."""
+
+    import jax
+    import numpy as np
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids, other = text_of(spec, config.vocab_size).reshape(2, 1, -1)
+
+    @jax.jit
+    def sweep(params, ids, other):
+        _, donors = gpt2_jax.capture(params, other, config=config, sites="h.*.resid_pre")
+        options = {"config": config, "site": "resid_pre", "batch_size": spec["batch_size"]}
+        return gpt2_jax.patching_sweep(params, ids, donors, lambda logits: logits[0, 5] - logits[0, 7], **options)
+
+    def once():
+        found = np.asarray(sweep(params, ids, other))
+        return found.size * ids.size, found.flatten().tolist()
+
+    return once
+
+
+def hf_patch(spec: Spec) -> Once:
+    """The loop of a hook for each layer and position."""
+    import torch
+
+    model = hf_gpt2(spec)
+    model.set_attn_implementation("eager")
+    ids, other = torch.tensor(text_of(spec, model.config.vocab_size)).view(2, 1, -1)
+
+    @torch.inference_mode()
+    def once():
+        donors = model(other, output_hidden_states=True).hidden_states
+        found = []
+        for layer, donor in zip(model.transformer.h, donors[:-1], strict=True):
+            for place in range(spec["length"]):
+
+                def put(module, args, donor=donor, place=place):
+                    x = args[0].clone()
+                    x[:, place] = donor[:, place]
+                    return (x, *args[1:])
+
+                handle = layer.register_forward_pre_hook(put)
+                logits = model(ids).logits[0, -1]
+                handle.remove()
+                found.append((logits[5] - logits[7]).item())
+        return len(found) * spec["length"], found
+
+    return once
+
+
 def hf_gpt2(spec: Spec) -> Any:
     """Returns HF's model, as transformers sets it up."""
     import torch
@@ -187,6 +240,7 @@ def lean_gpt2(folder: str) -> Any:
 CONTENDERS = {
     "train": {"ours": ours_train, "PyTorch": torch_train, "PyTorch, compiled": torch_train},
     "eval": {"ours": ours_eval, "transformers": hf_eval, "transformers, compiled": hf_eval},
+    "patch": {"ours": ours_patch, "transformers": hf_patch},
 }
 
 
@@ -378,7 +432,19 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
-BENCHES = {"train": bench_train, "eval": bench_eval}
+def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Activation patching at every layer and position of a prompt, in float32; the tokens are those of all runs."""
+    results = {}
+    for model in args.models or ["gpt2"]:
+        length = min(32, MODELS[model].get("n_positions", 1024))
+        spec = {"folder": make_checkpoint(model, folder), "batch": 2, "length": length, "batch_size": 8}
+        results[model] = race("patch", spec, ["ours", "transformers"], args.rounds, tolerance=1e-3)
+        if not args.json:
+            show(f"patch {model}, {length} tokens, float32", results[model], 2 * parameters(model))
+    return results
+
+
+BENCHES = {"train": bench_train, "eval": bench_eval, "patch": bench_patch}
 
 
 def main() -> None:
