@@ -440,7 +440,8 @@ def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         spec = {"folder": make_checkpoint(model, folder), "batch": 2, "length": length, "batch_size": 8}
         results[model] = race("patch", spec, ["ours", "transformers"], args.rounds, tolerance=1e-3)
         if not args.json:
-            show(f"patch {model}, {length} tokens, float32", results[model], 2 * parameters(model))
+            title = f"patch {model}, {length} tokens, float32; the limit is that of whole passes"
+            show(title, results[model], 2 * parameters(model))
     return results
 
 
