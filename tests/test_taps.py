@@ -16,6 +16,7 @@ from gpt2_jax.generate import _generate
 from gpt2_jax.lens import by_layer
 from gpt2_jax.modules import LayerNorm
 from gpt2_jax.taps import SITES, add, axis_masks, capture, find_sites, make_tap, patch, replace, site_axes, site_names
+from gpt2_jax.weights import to_hf
 
 ROWS, LENGTH, LAYER = 2, 7, 1
 capture_jit = jax.jit(capture, static_argnames=("config", "sites"))
@@ -177,7 +178,7 @@ def test_what_would_cost_something_is_computed_when_asked_for(tiny):
         assert text.count(operation) == plain.count(operation) + 1
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_identity_edit_leaves_the_logits_bit_identical(tiny, ids, dtype):
     config, params = tiny
     config = config.replace(dtype=dtype)
@@ -281,7 +282,7 @@ def test_left_padded_rows_are_edited_as_right_padded_ones(tiny, ids):
 # Steering while sampling.
 
 
-def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, rng):
+def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, everything, rng):
     config, params = tiny
     vector = rng.normal(0, 3, (1, 1, 24))
     tap = make_tap({"h.0.resid_post": add(vector), "h.1.attn.out": lambda x: -x}, config=config)
@@ -293,7 +294,7 @@ def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, rng
         token = np.asarray(step(padded))[:, expected.shape[1] - 1].argmax(-1)
         expected = np.concatenate([expected, token[:, None]], axis=1)
     np.testing.assert_array_equal(out.ids, expected[:, 7:])
-    assert (np.asarray(out.ids) != np.asarray(gpt2_jax.generate(params, ids, **options).ids)).any()
+    assert (out.ids[:, 0] != everything[0][:, -1].argmax(-1)).all()
     pieces = [piece.ids for piece in gpt2_jax.stream(params, ids, chunk=4, tap=tap, **options)]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), out.ids)
 
@@ -323,22 +324,20 @@ def steer(tiny, ids):
     return value
 
 
-def test_jvp_and_grad_of_an_edit_equal_finite_differences(steer, rng):
+def test_derivatives_with_respect_to_an_edit_equal_finite_differences(steer, rng):
+    """Forward mode, reverse mode, and forward over reverse: Hessian-vector products."""
     x, direction = rng.normal(size=(2, ROWS, LENGTH, 24))
-    value, slope = jax.jit(lambda x, d: jax.jvp(steer, (x,), (d,)))(x, direction)
+    forward = jax.jit(lambda x, d: jax.jvp(steer, (x,), (d,)))
+    reverse = jax.jit(jax.grad(steer))
+    second = jax.jit(lambda x, d: jax.jvp(jax.grad(steer), (x,), (d,))[1])
     step = 1e-5
-    ahead, behind, here = (jax.jit(steer)(x + t * direction) for t in (step, -step, 0))
-    np.testing.assert_allclose(value, here, rtol=1e-12)
-    np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-6)
-    np.testing.assert_allclose((jax.jit(jax.grad(steer))(x) * direction).sum(), slope, rtol=1e-10)
-
-
-def test_hessian_vector_products_equal_differences_of_gradients(steer, rng):
-    x, direction = rng.normal(size=(2, ROWS, LENGTH, 24))
-    gradient = jax.jit(jax.grad(steer))
-    product = jax.jit(lambda x, d: jax.jvp(jax.grad(steer), (x,), (d,))[1])(x, direction)
-    expected = (gradient(x + 1e-5 * direction) - gradient(x - 1e-5 * direction)) / 2e-5
-    np.testing.assert_allclose(product, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    ahead, behind = x + step * direction, x - step * direction
+    slope = forward(x, direction)[1]
+    difference = forward(ahead, direction)[0] - forward(behind, direction)[0]
+    np.testing.assert_allclose(slope, difference / (2 * step), rtol=1e-6)
+    np.testing.assert_allclose((reverse(x) * direction).sum(), slope, rtol=1e-10)
+    expected = (reverse(ahead) - reverse(behind)) / (2 * step)
+    np.testing.assert_allclose(second(x, direction), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_the_jacobian_of_the_residual_stream_is_causal_and_equals_pytorchs(tiny, model, ids):
@@ -358,24 +357,25 @@ def test_the_jacobian_of_the_residual_stream_is_causal_and_equals_pytorchs(tiny,
     assert not jacobian.transpose(0, 2, 1, 3)[np.triu_indices(LENGTH, 1)].any()
 
 
-def test_per_example_gradients_equal_those_of_each_example(tiny, ids):
+def test_per_example_gradients_equal_pytorchs_of_each_example(tiny, model, ids):
     config, params = tiny
 
     def loss(params, row):
         return gpt2_jax.next_token_loss(params, row[None], config=config)[0]
 
     together = jax.device_get(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, ids))
-    alone = jax.jit(jax.grad(loss))
     for row in range(ROWS):
-        for one, expected in zip(
-            jax.tree.leaves(together), jax.tree.leaves(jax.device_get(alone(params, ids[row]))), strict=True
-        ):
-            np.testing.assert_allclose(one[row], expected, rtol=0, atol=1e-12)
+        model.zero_grad()
+        logits = model(torch.tensor(ids[row : row + 1])).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(ids[row, 1:])).backward()
+        ours = to_hf(jax.tree.map(lambda leaf, row=row: leaf[row], together))
+        for name, parameter in model.named_parameters():
+            np.testing.assert_allclose(ours[name], parameter.grad.numpy(), rtol=0, atol=1e-10, err_msg=name)
 
 
 def test_vmap_over_stacked_params_is_an_ensemble(tiny, ids):
     config, params = tiny
-    members = [params, gpt2_jax.init(jax.random.key(1), config)]
+    members = [params, jax.tree.map(lambda leaf: 0.9 * leaf, params)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     edits = {"h.0.attn.out": lambda x: 2 * x}
     run = jax.jit(lambda params: capture(params, ids, config=config, sites="h.1.attn.pattern", edits=edits))
@@ -400,7 +400,7 @@ def test_a_mask_over_the_params_freezes_the_rest(tiny, ids):
         lambda path, _: "train" if path[:2] == (jax.tree_util.DictKey("h"), jax.tree_util.DictKey("1")) else "freeze",
         params,
     )
-    tx = optax.multi_transform({"train": optax.adamw(1e-2), "freeze": optax.set_to_zero()}, label)
+    tx = optax.multi_transform({"train": optax.sgd(1e-2), "freeze": optax.set_to_zero()}, label)
     state, _ = gpt2_jax.train_step(gpt2_jax.init_state(params, tx), ids, config=config, tx=tx)
     for name, before, after in zip(*map(jax.tree.leaves, (label, params, state.params)), strict=True):
         assert (np.asarray(before) != np.asarray(after)).any() == (name == "train")
