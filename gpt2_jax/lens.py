@@ -149,8 +149,10 @@ def patching_sweep(
       batch_size: how many indices go into one pass, which bounds the memory; by default all.
 
     Raises:
-      ValueError: as `apply`, or the site does not exist or lacks an axis.
+      ValueError: as `apply`, or the site does not exist or lacks an axis, or `donors` lack a layer.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     masks = axis_masks(f"h.0.{site}", over, ids.shape[1], config=config)  # [N, ...]
     count = len(masks)
     size = min(batch_size or count, count)
@@ -181,6 +183,9 @@ def patch_each(
     """
     ids = check_ids(ids, config, longest=config.n_positions)
     site = find_sites(f"h.0.{site}", config)[0].removeprefix("h.0.")
+    for i in range(config.n_layer):
+        if f"h.{i}.{site}" not in donors:
+            raise ValueError(f"`donors` must hold {site} of every layer, got none for h.{i}.{site}.")
     hidden = hidden_states(params, ids, config=config, tap=_Growing(site, donors, masks, len(ids)))
     lengths = None if lengths is None else jnp.tile(lengths, len(hidden) // len(ids))
     ends = last(hidden, lengths).reshape(-1, *ids.shape[:1], config.n_embd)[1:]  # [L * N, B, D]

@@ -255,6 +255,23 @@ def test_a_path_from_a_head_to_the_logits_is_its_direct_effect(tiny, texts, acts
     near(found, norm(stream, weights["ln_f"]) @ weights["wte"]["embedding"].T)
 
 
+def test_a_receiver_is_not_held(tiny, texts):
+    config, params = tiny
+    run = partial(lens.path_patch, params, texts[0], {"h.0.attn.z": lambda x: 2 * x}, config=config)
+    near(run(receivers={"h.1.mlp.out": True}), run(receivers={"h.1.mlp.pre": True}))
+
+
+def test_bad_arguments_of_a_sweep_are_named(tiny, texts, acts):
+    config, params = tiny
+    run = partial(lens.patching_sweep, params, texts[0], metric=metric, config=config)
+    with pytest.raises(ValueError, match="must hold mlp.out of every layer, got none for h.1.mlp.out"):
+        run({"h.0.mlp.out": acts[1]["h.0.mlp.out"]}, site="mlp.out")
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        run({}, site="mlp.out", batch_size=0)
+    with pytest.raises(ValueError, match="There is no site 'h.0.mlp.oot'"):
+        run({}, site="mlp.oot")
+
+
 def test_ablations_equal_pytorch_hooks(tiny, model, texts, acts):
     config, params = tiny
     head, reference = axis_masks("h.1.attn.z", "H", LENGTH, config=config)[2], acts[1]["h.1.attn.z"]
