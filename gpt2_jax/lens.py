@@ -153,6 +153,7 @@ def patching_sweep(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    ids = check_ids(ids, config, longest=config.n_positions)
     masks = axis_masks(f"h.0.{site}", over, ids.shape[1], config=config)  # [N, ...]
     count = len(masks)
     size = min(batch_size or count, count)
