@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import KVCache, Params, check_ids, check_side, decode_step, prefill
-from gpt2_jax.modules import Array
+from gpt2_jax.modules import Array, Tap, no_tap
 from gpt2_jax.sampling import Greedy, History
 
 SMALLEST_BUCKET = 32
@@ -51,6 +51,7 @@ def generate(
     padding_side: str = "right",
     overflow: str = "error",
     keep: int | None = None,
+    tap: Tap | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens.
 
@@ -78,6 +79,8 @@ def generate(
         anew from position 0 on; rules that look back see them alone.
       keep: for "slide", how many tokens these are; half of `n_positions` by default. All of them is nanoGPT's
         cropping, which reads the whole context for each token.
+      tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree, as those of
+        `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function compiles once for each object.
 
     Raises:
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed `n_positions`, a
@@ -87,7 +90,7 @@ def generate(
         ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
         overflow, keep,
     )  # fmt: skip
-    options = {"config": config, "copies": num_return_sequences}
+    options = {"config": config, "copies": num_return_sequences, "tap": _as_pytree(tap)}
     if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
         pieces = list(_slide(params, *arrays, max_new_tokens=max_new_tokens, chunk=32, keep=keep, **options))
         ids, counts, logprobs = zip(*pieces, strict=True)
@@ -115,6 +118,7 @@ def stream(
     padding_side: str = "right",
     overflow: str = "error",
     keep: int | None = None,
+    tap: Tap | None = None,
 ) -> Iterator[Generation]:
     """Yields what `generate` would return in pieces: the first token, then `chunk` tokens at a time.
 
@@ -127,30 +131,31 @@ def stream(
         ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
         overflow, keep,
     )  # fmt: skip
-    options = {"config": config, "copies": num_return_sequences, "chunk": chunk}
+    options = {"config": config, "copies": num_return_sequences, "chunk": chunk, "tap": _as_pytree(tap)}
     if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
         return _slide(params, *arrays, max_new_tokens=max_new_tokens, keep=keep, **options)
     return _stream(params, *arrays, max_new_tokens=min(max_new_tokens, _room(arrays, config)), **options)
 
 
 def _stream(
-    params, ids, lengths, row_keys, sampler, stops, pad, *, config, copies, chunk, max_new_tokens, made=0, done=False
-):
+    params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, copies, chunk, max_new_tokens, made=0,
+    done=False,
+):  # fmt: skip
     """Yields pieces of a text of which `made` tokens are made already, for rows that are not `done`."""
     cache_len = ids.shape[1] + bucket(-(-max_new_tokens // chunk) * chunk)
-    static = {"config": config, "cache_len": cache_len, "copies": copies}
-    state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(made), done, **static)
+    options = {"tap": tap, "config": config, "cache_len": cache_len, "copies": copies}
+    state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(made), done, **options)
     yield out
     count = 1
     while count < max_new_tokens and not np.all(state.done):
-        state, out = advance(params, state, row_keys, sampler, stops, pad, config=config, steps=chunk)
+        state, out = advance(params, state, row_keys, sampler, stops, pad, tap=tap, config=config, steps=chunk)
         left = max_new_tokens - count
         out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
         count += out.ids.shape[1]
         yield out
 
 
-def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, config, copies, chunk, max_new_tokens, keep):
+def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, copies, chunk, max_new_tokens, keep):
     """Yields pieces as `_stream` does; whenever a row is full, all are read anew, that row from its last tokens."""
     full, stop_ids = config.n_positions, np.asarray(stops)
     texts = [row[:length] for row, length in zip(np.asarray(ids), np.asarray(lengths), strict=True)]
@@ -163,10 +168,10 @@ def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, config, copie
         for row, text in zip(ids, texts, strict=True):
             row[: len(text)] = text
         left = min(max_new_tokens - made, max(1, full - longest))
-        options = {"config": config, "copies": copies, "chunk": chunk, "max_new_tokens": left, "made": made}
+        options = {"tap": tap, "config": config, "copies": copies, "chunk": chunk, "max_new_tokens": left}
         if copies > 1:
             texts, copies = [text for text in texts for _ in range(copies)], 1
-        for piece in _stream(params, ids, lengths, row_keys, sampler, stops, pad, done=done, **options):
+        for piece in _stream(params, ids, lengths, row_keys, sampler, stops, pad, made=made, done=done, **options):
             new, counts = np.asarray(piece.ids), np.asarray(piece.lengths)
             texts = [np.append(text, row[:count]) for text, row, count in zip(texts, new, counts, strict=True)]
             done |= np.isin(new, stop_ids).any(axis=1)
@@ -190,9 +195,9 @@ def bucket(length: int, largest: int | None = None) -> int:
     return size if largest is None else min(size, largest)
 
 
-def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, config, cache_len, copies):
+def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, tap=None, config, cache_len, copies):
     """Reads the prompts and chooses the next token, the `step`-th, of each row; `copies` rows continue each prompt."""
-    logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len)
+    logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len, tap=tap or no_tap)
     if copies > 1:
         rows = jnp.repeat(jnp.arange(len(ids)), copies)
         ids, logits, cache = ids[rows], logits[rows], select(cache, rows)
@@ -204,13 +209,14 @@ def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, c
     return state, Generation(token[:, None], live, logprob[:, None])
 
 
-def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
+def _advance(params, state, row_keys, sampler, stops, pad, *, tap=None, config, steps):
     """Chooses `steps` more tokens of each row: `steps` times a decode step, then the sampler."""
 
     def step(state, _):
         ids = jax.lax.dynamic_update_slice_in_dim(state.ids, state.token[:, None], state.cache.slot, axis=1)
         lengths = jnp.where(state.done, 0, state.cache.lengths)  # what has ended may have no position left
-        logits, cache = decode_step(params, state.token, state.cache._replace(lengths=lengths), config=config)
+        cache = state.cache._replace(lengths=lengths)
+        logits, cache = decode_step(params, state.token, cache, config=config, tap=tap or no_tap)
         token = sampler(fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
         token = jnp.where(state.done, pad, token)
         logprob = jnp.where(state.done, 0.0, token_logprob(logits, token))
@@ -223,10 +229,14 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, config, steps):
 
 
 @partial(jax.jit, static_argnames=("config", "max_new_tokens", "copies"))
-def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, config, max_new_tokens, copies):
-    static = {"config": config, "cache_len": ids.shape[1] + max_new_tokens, "copies": copies}
-    state, first = _begin(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(0), False, **static)
-    _, rest = _advance(params, state, row_keys, sampler, stops, pad, config=config, steps=max_new_tokens - 1)
+def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, max_new_tokens, copies):
+    cache_len = ids.shape[1] + max_new_tokens
+    common = {"tap": tap, "config": config}
+    state, first = _begin(
+        params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(0), False, cache_len=cache_len, copies=copies,
+        **common,
+    )  # fmt: skip
+    _, rest = _advance(params, state, row_keys, sampler, stops, pad, steps=max_new_tokens - 1, **common)
     return Generation(
         jnp.concatenate([first.ids, rest.ids], axis=1),
         first.lengths + rest.lengths,
@@ -329,6 +339,13 @@ def check_sampler(sampler, key):
     if key is None and not isinstance(sampler, Greedy):
         raise ValueError(f"`key` must be given for a sampler that draws, such as {type(sampler).__name__}.")
     return sampler
+
+
+def _as_pytree(tap: Tap | None) -> Any:
+    """Returns the tap as an argument of the compiled core: a plain function becomes a pytree without leaves."""
+    if not (tap is None or callable(tap)):
+        raise ValueError(f"`tap` must be callable, such as `make_tap` returns, got {type(tap).__name__}.")
+    return jax.tree_util.Partial(tap) if jax.tree_util.all_leaves([tap]) else tap
 
 
 def _row_keys(key, rows):

@@ -67,7 +67,8 @@ def apply(
         comes after everything that a real token sees. Logits at padding are meaningless.
       config: the model's configuration.
       padding_side: "right" or "left", where the padding is.
-      tap: called as `tap(site, activation)` at every site; what it returns takes the activation's place.
+      tap: called as `tap(site, activation)` at every site; what it returns takes the activation's place. See
+        `gpt2_jax.taps` for the sites, and for `capture` and `patch`, which are easier.
       dropout_key: turns dropout on.
       remat: in a backward pass, recomputes each layer's activations instead of keeping them.
 

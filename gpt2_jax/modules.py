@@ -59,9 +59,27 @@ def no_tap(site: str, x: Array) -> Array:
     return x
 
 
+def asks(tap: Tap, site: str) -> bool:
+    """Whether a tap wants a site: what its method `asks(site)` says, or else any. What none wants is not computed."""
+    return tap is not no_tap and getattr(tap, "asks", lambda site: True)(site)
+
+
+class Below:
+    """A tap as seen by a submodule, which names its sites without the `prefix`."""
+
+    def __init__(self, tap: Tap, prefix: str):
+        self.tap, self.prefix = tap, prefix
+
+    def __call__(self, site: str, x: Array) -> Array:
+        return self.tap(f"{self.prefix}.{site}", x)
+
+    def asks(self, site: str) -> bool:
+        return asks(self.tap, f"{self.prefix}.{site}")
+
+
 def below(tap: Tap, prefix: str) -> Tap:
-    """Returns the tap as seen by a submodule, which names its sites without the `prefix`."""
-    return tap if tap is no_tap else lambda site, x: tap(f"{prefix}.{site}", x)
+    """Returns the tap for the submodule `prefix`."""
+    return tap if tap is no_tap else Below(tap, prefix)
 
 
 def dropout(key: Array | None, x: Array, rate: float) -> Array:
@@ -96,17 +114,6 @@ def dense(config: GPT2Config, features: int, name: str, stddev: float) -> Callab
     return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
-def layer_norm(config: GPT2Config, name: str) -> nn.LayerNorm:
-    """Returns a LayerNorm with GPT-2's epsilon and a two-pass variance: linen's default, E[x^2] - E[x]^2, cancels."""
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon,
-        dtype=config.dtype,
-        param_dtype=wide_dtype(config),
-        use_fast_variance=False,
-        name=name,
-    )
-
-
 def write(old: Array, new: Array, slot: Array, axis: int = 1) -> Array:
     """Puts `new[B, ..., T, ...]` into `old[B, ..., S, ...]` from a slot on: one for all rows, or `int32[B]`."""
     if jnp.ndim(slot) == 0:
@@ -123,6 +130,31 @@ def by_head(x: Array) -> Array:
 def residual_stddev(config: GPT2Config) -> float:
     """Returns the initial deviation of the projections into the residual stream (GPT-2 paper, section 2.3)."""
     return config.initializer_range / math.sqrt(2 * config.n_layer)
+
+
+class LayerNorm(nn.Module):
+    """Linen's LayerNorm, bit for bit, with its scale in view, `[..., D] -> [..., D]`.
+
+    The variance is a two-pass one: linen's default, E[x^2] - E[x]^2, cancels.
+    """
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, tap: Tap = no_tap):
+        wide, width = wide_dtype(self.config), x.shape[-1]
+        weight = self.param("scale", nn.initializers.ones, (width,), wide)
+        bias = self.param("bias", nn.initializers.zeros, (width,), wide)
+        weight, bias = (leaf.reshape((1,) * (x.ndim - 1) + (width,)) for leaf in (weight, bias))
+
+        x = x.astype(wide)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True) + self.config.layer_norm_epsilon
+        inverse = lax.rsqrt(variance)  # [..., 1]
+        if asks(tap, "scale"):
+            scale = jnp.sqrt(variance)
+            inverse *= scale / tap("scale", scale)  # exactly 1 where the tap changes nothing
+        return tap("out", (centred * (inverse * weight) + bias).astype(self.config.dtype))
 
 
 class Attention(nn.Module):
@@ -145,12 +177,15 @@ class Attention(nn.Module):
             slot = jnp.repeat(slot, config.n_head) if jnp.ndim(slot) else slot
             k, v = write(past[0], k, slot, axis=2), write(past[1], v, slot, axis=1)
 
-        if past is None and tap is no_tap:
-            z = self.attend_in_parts(q, k, v, mask, pattern_key)
-        else:
+        if past is not None or asks(tap, "scores") or asks(tap, "pattern"):
             z = self.attend(q, k, v, mask, tap, pattern_key)
-        z = tap("z", z).reshape(x.shape)  # [B, T, D]
-        out = dense(config, config.n_embd, "c_proj", residual_stddev(config))(z)
+        else:
+            z = self.attend_in_parts(q, k, v, mask, pattern_key)
+        z = tap("z", z)
+        out = dense(config, config.n_embd, "c_proj", residual_stddev(config))(z.reshape(x.shape))  # [B, T, D]
+        if asks(tap, "result"):
+            result = self.result(z)
+            out += (tap("result", result) - result).sum(axis=2)  # exactly 0 where the tap changes nothing
         return tap("out", dropout(out_key, out, config.resid_pdrop)), (k, v)
 
     def attend_in_parts(self, q, k, v, mask, key):
@@ -176,6 +211,11 @@ class Attention(nn.Module):
         pattern = pattern.astype(v.dtype).reshape(len(v), *pattern.shape[2:])
         z = jnp.einsum("nts,nsk->ntk", pattern, v, precision=config.precision)
         return z.reshape(len(q), config.n_head, *z.shape[1:]).swapaxes(1, 2)
+
+    def result(self, z):
+        """Returns what each head adds to the residual stream, `[B, T, H, K] -> [B, T, H, D]`, before the bias."""
+        kernel = self.variables["params"]["c_proj"]["kernel"].astype(z.dtype)
+        return jnp.einsum("bthk,hkd->bthd", z, kernel.reshape(*z.shape[2:], -1), precision=self.config.precision)
 
     def scale(self) -> float:
         """Returns what the scores are multiplied by (HF's `scale_attn_*` flags)."""
@@ -208,12 +248,12 @@ class Block(nn.Module):
         config = self.config
         attn_key, mlp_key = split_key(key, 2)
         x = tap("resid_pre", x)
-        normed = tap("ln_1.out", layer_norm(config, "ln_1")(x))
+        normed = LayerNorm(config, name="ln_1")(x, below(tap, "ln_1"))
         attn, present = Attention(config, self.layer, name="attn")(
             normed, mask, past, slot, below(tap, "attn"), attn_key
         )
         x = tap("resid_mid", x + attn)
-        normed = tap("ln_2.out", layer_norm(config, "ln_2")(x))
+        normed = LayerNorm(config, name="ln_2")(x, below(tap, "ln_2"))
         x = x + MLP(config, name="mlp")(normed, below(tap, "mlp"), mlp_key)
         return tap("resid_post", x), present
 
@@ -258,10 +298,11 @@ class GPT2(nn.Module):
     ):
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
-        x = self.embed("wte", config.vocab_size)(ids) + self.embed("wpe", config.n_positions)(positions)  # [B, T, D]
-        x = tap("embed", dropout(embed_key, x, config.embd_pdrop))
+        tokens = tap("wte.out", self.embed("wte", config.vocab_size)(ids))  # [B, T, D]
+        places = jnp.broadcast_to(self.embed("wpe", config.n_positions)(positions), tokens.shape)
+        x = tap("embed", dropout(embed_key, tokens + tap("wpe.out", places), config.embd_pdrop))
         x, presents = Blocks(config, name="h")(x, mask, past, slot, below(tap, "h"), blocks_key, remat)
-        return tap("ln_f.out", layer_norm(config, "ln_f")(x)), presents
+        return LayerNorm(config, name="ln_f")(x, below(tap, "ln_f")), presents
 
     def embed(self, name: str, rows: int) -> nn.Embed:
         """Returns an embedding table of `rows` rows."""

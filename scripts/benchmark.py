@@ -217,6 +217,19 @@ def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Activation patching at every layer and position of a prompt, in float32; the tokens are those of all runs."""
+    results = {}
+    for model in args.models or ["gpt2"]:
+        length = min(32, MODELS[model].get("n_positions", 1024))
+        spec = {"folder": make_checkpoint(model, folder), "batch": 2, "length": length}
+        result = race("patch", spec, peers(args, "transformers"), args.rounds, 1e-3)
+        title = f"patch {model}, every layer and position of {length} tokens, float32"
+        show(title, "tokens/s", result)
+        results[title] = result
+    return results
+
+
 def bench_tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Encoding a text, on one thread."""
     text = args.text
@@ -256,6 +269,7 @@ BENCHES = {
     "prefill": bench_prefill,
     "train": bench_train,
     "eval": bench_eval,
+    "patch": bench_patch,
     "tokenizer": bench_tokenizer,
     "cold": bench_cold,
 }

@@ -225,6 +225,60 @@ def hf_prefill(spec: Spec) -> Once:
     return once
 
 
+# Patching: one activation after the other, by all layers and positions; in tokens of all runs.
+
+
+def ours_patch(spec: Spec) -> Once:
+    """`gpt2_jax.patching_sweep`, all in one pass."""
+    import jax
+    import numpy as np
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids, other = tokens_of(spec, config.vocab_size)[:, None]
+
+    @jax.jit
+    def sweep(params, ids, other):
+        _, donors = gpt2_jax.capture(params, other, config=config, sites="h.*.resid_pre")
+        options = {"config": config, "site": "resid_pre", "batch_size": 8}
+        return gpt2_jax.patching_sweep(params, ids, donors, lambda logits: logits[0, 5] - logits[0, 7], **options)
+
+    def once():
+        found = np.asarray(sweep(params, ids, other))
+        return Done(found.size * ids.size, found.flatten().tolist())
+
+    return once
+
+
+def hf_patch(spec: Spec) -> Once:
+    """The loop of a hook for each layer and position."""
+    import torch
+
+    model = hf_gpt2(spec)
+    ids, other = torch.tensor(tokens_of(spec, model.config.vocab_size))[:, None]
+
+    @torch.inference_mode()
+    def once():
+        donors = model(other, output_hidden_states=True).hidden_states
+        found = []
+        for layer, donor in zip(model.transformer.h, donors[:-1], strict=True):
+            for place in range(spec["length"]):
+
+                def put(module, args, donor=donor, place=place):
+                    x = args[0].clone()
+                    x[:, place] = donor[:, place]
+                    return (x, *args[1:])
+
+                handle = layer.register_forward_pre_hook(put)
+                logits = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+                handle.remove()
+                found.append((logits[5] - logits[7]).item())
+        return Done(len(found) * spec["length"], found)
+
+    return once
+
+
 # The tokenizer: ids of a text.
 
 
@@ -417,6 +471,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     "eval": {"ours": ours_eval, "transformers": hf_eval},
     "decode": {"ours": ours_decode, "transformers": hf_decode, "CTranslate2": ctranslate2_decode},
     "prefill": {"ours": ours_prefill, "transformers": hf_prefill},
+    "patch": {"ours": ours_patch, "transformers": hf_patch},
     "tokenizer": {"ours": ours_tokenizer, "tokenizers": hf_tokenizer, "tiktoken": tiktoken_tokenizer},
     "cold": {"ours": ours_cold, "transformers": hf_cold},
     "limits": {"limits": limits},

@@ -7,6 +7,7 @@ import pytest
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
 from gpt2_jax.modules import dropout
+from gpt2_jax.taps import site_names
 
 TINY = GPT2Config(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, eos_token_id=0, bos_token_id=0)
 
@@ -117,6 +118,7 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
     np.testing.assert_array_equal(gpt2_jax.apply(params, ids, config=TINY, tap=tap), plain)
     block = [
         ("resid_pre", (2, 6, 24)),
+        ("ln_1.scale", (2, 6, 1)),
         ("ln_1.out", (2, 6, 24)),
         ("attn.q", (2, 6, 3, 8)),
         ("attn.k", (2, 6, 3, 8)),
@@ -124,8 +126,10 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
         ("attn.scores", (2, 3, 6, 6)),
         ("attn.pattern", (2, 3, 6, 6)),
         ("attn.z", (2, 6, 3, 8)),
+        ("attn.result", (2, 6, 3, 24)),
         ("attn.out", (2, 6, 24)),
         ("resid_mid", (2, 6, 24)),
+        ("ln_2.scale", (2, 6, 1)),
         ("ln_2.out", (2, 6, 24)),
         ("mlp.pre", (2, 6, 96)),
         ("mlp.post", (2, 6, 96)),
@@ -133,7 +137,9 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
         ("resid_post", (2, 6, 24)),
     ]
     layers = [(f"h.{i}.{site}", shape) for i in range(2) for site, shape in block]
-    assert sites == [("embed", (2, 6, 24)), *layers, ("ln_f.out", (2, 6, 24)), ("logits", (2, 6, 61))]
+    first = [(site, (2, 6, 24)) for site in ("wte.out", "wpe.out", "embed")]
+    assert sites == [*first, *layers, ("ln_f.scale", (2, 6, 1)), ("ln_f.out", (2, 6, 24)), ("logits", (2, 6, 61))]
+    assert tuple(site for site, _ in sites) == site_names(TINY)
 
 
 def test_a_tap_can_replace_an_activation(params, rng):

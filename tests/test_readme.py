@@ -8,7 +8,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def test_the_python_blocks_print_what_the_readme_says():
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     scope = {}
     for code, expected in blocks:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
