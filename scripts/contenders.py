@@ -158,9 +158,14 @@ def hf_decode(spec: Spec) -> Once:
 def ctranslate2_decode(spec: Spec) -> Once:
     """CTranslate2's generator, in float32."""
     import ctranslate2
+    from ctranslate2.converters import TransformersConverter
 
-    generator = ctranslate2.Generator(spec["ctranslate2"], compute_type="float32", intra_threads=os.cpu_count())
-    rows = [[f"<{id}>" for id in row] for row in tokens_of(spec, spec["vocab_size"]).tolist()]
+    folder = Path(spec["folder"]) / "ctranslate2"
+    if not folder.exists():
+        TransformersConverter(spec["folder"]).convert(str(folder))
+    tokens = json.loads((folder / "vocabulary.json").read_text())
+    generator = ctranslate2.Generator(str(folder), compute_type="float32", intra_threads=os.cpu_count())
+    rows = [[tokens[id] for id in row] for row in tokens_of(spec, len(tokens)).tolist()]
 
     def run(count):
         out = generator.generate_batch(
