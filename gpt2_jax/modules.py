@@ -9,7 +9,7 @@ dtype and are cast where they are used.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -108,10 +108,16 @@ def dense(config: GPT2Config, features: int, name: str, stddev: float) -> Callab
         dtype=config.dtype,
         param_dtype=wide_dtype(config),
         precision=config.precision,
-        kernel_init=nn.initializers.normal(stddev),
+        kernel_init=normal(stddev),
         name=name,
     )
     return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+@cache
+def normal(stddev: float) -> Callable[..., Array]:
+    """Returns the initializer N(0, stddev), jitted: linen asks it for its shape at every call of a layer."""
+    return jax.jit(nn.initializers.normal(stddev), static_argnums=(1, 2))
 
 
 def write(old: Array, new: Array, slot: Array, axis: int = 1) -> Array:
@@ -307,7 +313,7 @@ class GPT2(nn.Module):
     def embed(self, name: str, rows: int) -> nn.Embed:
         """Returns an embedding table of `rows` rows."""
         config = self.config
-        init = nn.initializers.normal(config.initializer_range)
+        init = normal(config.initializer_range)
         return nn.Embed(
             rows, config.n_embd, dtype=config.dtype, param_dtype=wide_dtype(config), embedding_init=init, name=name
         )

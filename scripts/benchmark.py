@@ -248,7 +248,7 @@ def bench_cold(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The command line from start to end, and the most memory that it takes."""
     results = {}
     for model in args.models or ["gpt2"]:
-        spec = {"folder": make_checkpoint(model, folder), "vocabulary": str(VOCABULARY), "prompt": PROMPT}
+        spec = {"folder": make_checkpoint(model, folder), "prompt": PROMPT}
         for new, empty in ((1, False), (1, True), (128, False)):
             spec |= {"new": new, "empty": empty, "cache": str(folder / "cache")}
             result = race("cold", spec, ["ours", "transformers"], args.rounds, 0)

@@ -344,16 +344,15 @@ def hf_cold(spec: Spec) -> Once:
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, vocabulary, prompt, count = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+folder, prompt, count = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 model.generation_config.eos_token_id = None
 ids = tokenizer(prompt, return_tensors="pt")
 out = model.generate(**ids, max_new_tokens=int(count), do_sample=False, pad_token_id=0)
 print(tokenizer.decode(out[0], clean_up_tokenization_spaces=False))
 """
-    words = [spec["folder"], spec["vocabulary"], spec["prompt"], str(spec["new"])]
-    return process(spec, [sys.executable, "-c", code, *words])
+    return process(spec, [sys.executable, "-c", code, spec["folder"], spec["prompt"], str(spec["new"])])
 
 
 def process(spec: Spec, command: list[str]) -> Once:
