@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -180,8 +181,10 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         folder = files.resolve(args.from_pretrained, revision=args.revision)
-        config, params = weights.load(folder, dtype=args.dtype)
-        tokenizer = load_tokenizer(args, folder)
+        with ThreadPoolExecutor(1) as pool:  # the weights are read while the vocabulary is parsed
+            reading = pool.submit(weights.load, folder, dtype=args.dtype)
+            tokenizer = load_tokenizer(args, folder)
+            config, params = reading.result()
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         say(
             f"{args.from_pretrained}: {count:,} parameters, {config.n_layer} layers, {args.dtype},"
