@@ -109,7 +109,12 @@ def attribution(
 
     With `donors`, other activations at these sites, it is the gradient times what would change: the first-order
     estimate of patching each of them in, for two passes in all (attribution patching).
+
+    Raises:
+      ValueError: as `capture`, or `donors` lack a site.
     """
+    if donors is not None and (missing := [site for site in find_sites(sites, config) if site not in donors]):
+        raise ValueError(f"`donors` must have every site, they lack {', '.join(missing)}.")
 
     def measured(offsets):
         edits = {site: add(offset) for site, offset in offsets.items()}

@@ -270,6 +270,8 @@ def test_bad_arguments_of_a_sweep_are_named(tiny, texts, acts):
         run({}, site="mlp.out", batch_size=0)
     with pytest.raises(ValueError, match="There is no site 'h.0.mlp.oot'"):
         run({}, site="mlp.oot")
+    with pytest.raises(ValueError, match="`donors` must have every site, they lack h.0.attn.z"):
+        lens.attribution(params, texts[0], metric, config=config, sites="h.*.attn.z", donors={"h.1.attn.z": 0})
 
 
 def test_ablations_equal_pytorch_hooks(tiny, model, texts, acts):
