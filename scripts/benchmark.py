@@ -191,7 +191,7 @@ def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         names = peers(args, "transformers")
         if importlib.util.find_spec("ctranslate2"):
             names.append("CTranslate2")
-        works = DECODE if args.prompts is None else [(1, prompt, 64, True) for prompt in args.prompts]
+        works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
         for batch, prompt, new, after in works:
             spec = {"folder": path, "batch": batch, "length": prompt, "new": new, "after": after}
             result = race("decode", spec, names, args.rounds, 0)
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="of which size (default: what the README quotes)")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="train: of which batch sizes")
     parser.add_argument(
-        "--prompts", nargs="+", type=int, metavar="N", help="decode: 64 tokens after N, the prompt apart"
+        "--prompts", nargs="+", type=int, metavar="N", help="decode: 63 tokens after N, the prompt apart"
     )
     parser.add_argument("--rounds", type=int, default=7, help="times that each contender works (default: 7)")
     parser.add_argument("--compile", action="store_true", help="let torch.compile take part too")
