@@ -24,7 +24,7 @@ def programs():
     step = partial(gpt2_jax.train_step, config=config.replace(resid_pdrop=0.1), tx=tx)
     sampler = gpt2_jax.sampler_from_options({"temperature": 0.7, "top_k": 9, "top_p": 0.9}, do_sample=True)
     arrays = check_arguments(ids, None, jax.random.key(0), config, 8, sampler, (3,), 0, "right")
-    decode = partial(_generate, config=config, max_new_tokens=8, copies=1)
+    decode = partial(_generate, tap=None, config=config, max_new_tokens=8, copies=1)
     return {
         "apply": (jax.jit(partial(gpt2_jax.apply, config=config)), (params, ids)),
         "generate": (jax.jit(decode), (params, *arrays)),
