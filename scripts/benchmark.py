@@ -188,13 +188,12 @@ def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results = {}
     for model in args.models or ["gpt2"]:
         path = make_checkpoint(model, folder)
-        names = peers(args, "transformers")
-        if importlib.util.find_spec("ctranslate2"):
-            names.append("CTranslate2")
+        names = peers(args, "transformers") + (["CTranslate2"] if importlib.util.find_spec("ctranslate2") else [])
+        alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []  # takes one text at a time
         works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
         for batch, prompt, new, after in works:
             spec = {"folder": path, "batch": batch, "length": prompt, "new": new, "after": after}
-            result = race("decode", spec, names, args.rounds, 0)
+            result = race("decode", spec, names + (alone if batch == 1 else []), args.rounds, 0)
             title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, float32"
             passes = 4 * matrix_parameters(model) / batch
             show(title, "tokens/s", result, flops=2 * matrix_parameters(model), bytes=passes)

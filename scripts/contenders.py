@@ -22,6 +22,7 @@ class Done(NamedTuple):
     amount: float  # tokens, or what else the work is counted in
     numbers: list[float]  # what was computed, for comparison
     seconds: float | None = None  # where not the whole turn counts
+    peak: float | None = None  # the most memory, in MiB, where not that of this process
 
 
 Once = Callable[[], Done]
@@ -174,6 +175,62 @@ def ctranslate2_decode(spec: Spec) -> Once:
         return [id for row in out for id in row.sequences_ids[0]]
 
     return decoding(spec, run)
+
+
+def llama_decode(spec: Spec) -> Once:
+    """llama.cpp through llama-cpp-python, in float32; one text at a time."""
+    import llama_cpp
+
+    file = Path(spec["folder"]) / "model.gguf"
+    if not file.exists():
+        write_gguf(Path(spec["folder"]), file)
+    threads = {"n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count()}
+    # A cache in float32, as the others', and no answer but the tokens.
+    options = {"n_ctx": 1024, "n_batch": 1024, "type_k": 0, "type_v": 0, "verbose": False}
+    model = llama_cpp.Llama(str(file), **threads, **options)
+    (prompt,) = tokens_of(spec, model.n_vocab()).tolist()
+
+    def run(count):
+        model.reset()  # else it would keep what it has read
+        tokens = model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        return [next(tokens) for _ in range(count)]
+
+    return decoding(spec, run)
+
+
+def write_gguf(folder: Path, file: Path) -> None:
+    """Writes a checkpoint in llama.cpp's format, in float32."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config, vocabulary = (json.loads((folder / name).read_text()) for name in ("config.json", "vocab.json"))
+    writer = gguf.GGUFWriter(str(file), "gpt2")
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_block_count(config["n_layer"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(vocabulary))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
+    writer.add_token_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm"}
+    names |= {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
+    names |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    for name, array in load_file(folder / "model.safetensors").items():
+        layer, part = "", name.removeprefix("transformer.")
+        if part.startswith("h."):
+            _, number, part = part.split(".", 2)
+            layer = f"blk.{number}."
+            array = array.T.copy() if array.ndim == 2 else array  # to [out, in]
+        part, leaf = part.rsplit(".", 1)
+        writer.add_tensor(f"{layer}{names[part]}.{leaf}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
@@ -364,8 +421,12 @@ def process(spec: Spec, command: list[str]) -> Once:
         with tempfile.TemporaryDirectory() as empty:
             cache = empty if spec["empty"] else spec["cache"]
             environment = os.environ | {"XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        return Done(1, [ord(character) for character in done.stdout])
+            running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            text = running.stdout.read()
+            _, running.returncode, usage = os.wait4(running.pid, 0)
+        if running.returncode:
+            raise RuntimeError(f"{command[:1]} ended with status {running.returncode}.")
+        return Done(1, [ord(character) for character in text], peak=usage.ru_maxrss / 1024)
 
     return once
 
@@ -473,7 +534,12 @@ def tokens_of(spec: Spec, vocab_size: int) -> Any:
 CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     "train": {"ours": ours_train, "PyTorch": torch_train},
     "eval": {"ours": ours_eval, "transformers": hf_eval},
-    "decode": {"ours": ours_decode, "transformers": hf_decode, "CTranslate2": ctranslate2_decode},
+    "decode": {
+        "ours": ours_decode,
+        "transformers": hf_decode,
+        "CTranslate2": ctranslate2_decode,
+        "llama.cpp": llama_decode,
+    },
     "prefill": {"ours": ours_prefill, "transformers": hf_prefill},
     "patch": {"ours": ours_patch, "transformers": hf_patch},
     "tokenizer": {"ours": ours_tokenizer, "tokenizers": hf_tokenizer, "tiktoken": tiktoken_tokenizer},
@@ -495,8 +561,7 @@ def serve(work: str, name: str, spec: Spec) -> None:
         begun = time.perf_counter()
         done = once()
         seconds = time.perf_counter() - begun if done.seconds is None else done.seconds
-        who = resource.RUSAGE_CHILDREN if work == "cold" else resource.RUSAGE_SELF
-        peak = resource.getrusage(who).ru_maxrss / 1024  # MiB on Linux
+        peak = done.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
         answer(seconds=seconds, amount=done.amount, numbers=done.numbers, peak=peak)
 
 
