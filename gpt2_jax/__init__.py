@@ -26,7 +26,7 @@ from gpt2_jax.options import load_generation_config, sampler_from_options
 from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
 from gpt2_jax.speculate import Speculation, speculate
 from gpt2_jax.taps import SITES, Edits, add, axis_masks, capture, find_sites, make_tap, patch, replace, site_names
-from gpt2_jax.text import Continuation, Conversation, complete, encode_batch, stream_text
+from gpt2_jax.text import Continuation, Conversation, complete, encode_batch, load_tokenizer, stream_text
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
 from gpt2_jax.weights import from_hf, load, save, to_hf
@@ -76,6 +76,7 @@ __all__ = [
     "init_state",
     "load",
     "load_generation_config",
+    "load_tokenizer",
     "logit_lens",
     "make_optimizer",
     "make_tap",

@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
         folder = files.resolve(args.from_pretrained, revision=args.revision)
         with ThreadPoolExecutor(1) as pool:  # the weights are read while the vocabulary is parsed
             reading = pool.submit(weights.load, folder, dtype=args.dtype)
-            tokenizer = load_tokenizer(args, folder)
+            tokenizer = gpt2_jax.load_tokenizer(folder, args.model_name)
             config, params = reading.result()
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         say(
@@ -433,22 +433,6 @@ def set_up_jax(args: argparse.Namespace, say) -> None:
             jax.devices()
         except RuntimeError as error:
             raise UserError(f"--device {args.device}: JAX finds no such device here ({error}).") from error
-
-
-def load_tokenizer(args: argparse.Namespace, folder: Path):
-    """Returns the tokenizer that was asked for: by name, or the checkpoint's own, or GPT-2's."""
-    from gpt2_jax import files
-    from gpt2_jax.config import PRESETS
-    from gpt2_jax.tokenizer import Tokenizer
-
-    if args.model_name is None:
-        try:
-            return Tokenizer.load(folder)
-        except FileNotFoundError:
-            return Tokenizer.gpt2()
-    if args.model_name in PRESETS and not Path(args.model_name).is_dir():
-        return Tokenizer.gpt2()  # all of OpenAI's sizes share it
-    return Tokenizer.load(files.resolve(args.model_name))
 
 
 def make_sampler(args: argparse.Namespace, config):

@@ -24,7 +24,7 @@ from gpt2_jax.evaluate import score
 from gpt2_jax.files import resolve
 from gpt2_jax.generate import stream
 from gpt2_jax.options import WARPERS, sampler_from_options
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.text import load_tokenizer
 from gpt2_jax.weights import load
 
 MAX_GEN_TOKS = 256  # the harness's default
@@ -66,11 +66,7 @@ class GPT2JaxLM(TemplateLM):
         del max_batch_size, device
         folder = resolve(pretrained, revision=revision)
         self.config, self.params = load(folder, dtype=dtype)
-        self._tokenizer_name = str(tokenizer or pretrained)
-        try:
-            self.tokenizer = Tokenizer.load(resolve(tokenizer) if tokenizer else folder)
-        except FileNotFoundError:
-            self.tokenizer, self._tokenizer_name = Tokenizer.gpt2(), "gpt2"
+        self.tokenizer, self._tokenizer_name = load_tokenizer(folder, tokenizer), str(tokenizer or pretrained)
         self.max_length = int(max_length or self.config.n_positions)
         if self.max_length > self.config.n_positions:
             raise ValueError(f"`max_length` must be at most {self.config.n_positions}, got {self.max_length}.")

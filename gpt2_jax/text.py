@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import PRESETS, GPT2Config
+from gpt2_jax.files import resolve
 from gpt2_jax.generate import Generation, State, advance, check_sampler, ends, fold, stream, token_logprob
 from gpt2_jax.model import KVCache, Params, empty_layers, extend
 from gpt2_jax.modules import Array
@@ -16,6 +18,25 @@ from gpt2_jax.sampling import History
 from gpt2_jax.tokenizer import Tokenizer
 
 BLOCK = 32  # tokens of a conversation that are read at a time
+
+
+def load_tokenizer(folder: str | Path, name: str | None = None) -> Tokenizer:
+    """Returns the tokenizer that was asked for by `name`: a folder, a hub id or a size of GPT-2, which share one.
+
+    Without a name it is the checkpoint's own, or GPT-2's where the folder holds none.
+
+    Raises:
+      FileNotFoundError: what was named has no tokenizer.
+      ValueError: a file of it is damaged.
+    """
+    if name in PRESETS and not Path(name).is_dir():
+        return Tokenizer.gpt2()
+    if name is not None:
+        return Tokenizer.load(resolve(name))
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError:
+        return Tokenizer.gpt2()
 
 
 class Continuation:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gpt2_jax.files import resolve
 from gpt2_jax.tasks import TASKS, Figure, Model, fetch
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.text import load_tokenizer
 from gpt2_jax.weights import load
 
 
@@ -45,10 +45,7 @@ def load_model(args: argparse.Namespace) -> Model:
     """Returns what is to be measured."""
     folder = resolve(args.from_pretrained)
     config, params = load(folder, dtype=args.dtype)
-    try:
-        tokenizer = Tokenizer.load(resolve(args.model_name) if args.model_name else folder)
-    except FileNotFoundError:
-        tokenizer = Tokenizer.gpt2()
+    tokenizer = load_tokenizer(folder, args.model_name)
 
     def progress(title, total):
         return tqdm(total=total, desc=title, disable=args.quiet).update

@@ -21,6 +21,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import replacing, resolve
 from gpt2_jax.model import Params, apply
 from gpt2_jax.taps import axis_masks, capture, find_sites, site_axes
+from gpt2_jax.text import load_tokenizer
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.weights import load
 
@@ -158,10 +159,7 @@ def main() -> int:
             raise ValueError("The texts must not be empty.")
         folder = resolve(args.from_pretrained)
         config, params = load(folder, dtype="float32")
-        try:
-            tokenizer = Tokenizer.load(resolve(args.model_name) if args.model_name else folder)
-        except FileNotFoundError:
-            tokenizer = Tokenizer.gpt2()
+        tokenizer = load_tokenizer(folder, args.model_name)
         numbers, draw = choose(args, config)(params, config, tokenizer, args)
         if args.out:
             with replacing(Path(args.out), overwrite=True) as file:
