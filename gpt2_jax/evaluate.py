@@ -17,6 +17,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import bucket
 from gpt2_jax.model import Params, check_ids, hidden_states, unembed
 from gpt2_jax.modules import Array, wide_dtype
+from gpt2_jax.sampling import argmax
 
 CHUNK = 256  # tokens whose logits, [CHUNK, V], are held at once
 
@@ -292,4 +293,4 @@ def _logprobs(params, hidden, targets, *, config) -> tuple[Array, Array]:
     """Returns log-probabilities of targets, `[C, D], [C] -> [C]`, and whether they are the likeliest."""
     logits = unembed(params, hidden, config=config)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
+    return chosen - jax.nn.logsumexp(logits, axis=-1), argmax(logits) == targets

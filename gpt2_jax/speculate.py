@@ -15,7 +15,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import check_arguments, fold
 from gpt2_jax.model import Params, extend, prefill
 from gpt2_jax.modules import Array, LayerCache, write
-from gpt2_jax.sampling import Categorical, History
+from gpt2_jax.sampling import Categorical, History, argmax
 
 
 class Speculation(NamedTuple):
@@ -111,7 +111,7 @@ def _speculate(
         logits = transform(logits, History(ids, valid, made))
         if draw:
             return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), config.vocab_size)
+        return jax.nn.one_hot(argmax(logits), config.vocab_size)
 
     def by_model(state, keys):
         """Guesses of the draft model, `int32[B, D]`, and the distributions that they are drawn from, `[B, D, V]`."""
@@ -237,5 +237,5 @@ def _choose(keys, tokens, guessed, number, wanted, draw):
 def _draw(keys, number, probs):
     """Draws from `probs[B, V]` with the `number`-th key of each row, or without keys takes the likeliest."""
     if keys is None:
-        return jnp.argmax(probs, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(fold(keys, number), jnp.log(probs)).astype(jnp.int32)
+        return argmax(probs)
+    return Categorical()(fold(keys, number), jnp.log(probs))

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
+from gpt2_jax.sampling import _ascending, argmax
 
 CASES = {
     "temperature": (Temperature(0.7), hf.TemperatureLogitsWarper(0.7)),
@@ -73,6 +74,31 @@ def test_numbers_may_differ_from_row_to_row(rng):
 
 def test_greedy_takes_the_first_of_ties():
     assert Greedy()(None, jnp.array([[0.0, 5.0, 5.0], [1.0, 1.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_argmax_equals_numpys(rng):
+    rows = np.concatenate([logits_with_ties(rng), np.full((1, 50), -np.inf, np.float32)])
+    found = argmax(jnp.asarray(rows))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, rows.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_sorting_as_integers_is_sorting(dtype, rng):
+    rows = jnp.asarray(np.concatenate([logits_with_ties(rng), rng.normal(size=(2, 50)) * 1e30]), dtype)
+    rows = rows.at[0, :4].set(jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], dtype))
+    np.testing.assert_array_equal(_ascending(rows), np.sort(rows, axis=-1))
+
+
+def test_top_k_does_not_sort_the_vocabulary():
+    text = jax.jit(TopK(40)).lower(jnp.zeros((2, 5000), jnp.float32)).compile().as_text()
+    assert "topk" in text.lower() and " sort(" not in text
+
+
+def test_draws_are_those_of_jax_random_categorical(rng):
+    logits = jnp.asarray(logits_with_ties(rng))
+    keys = jax.random.split(jax.random.key(5), len(logits))
+    np.testing.assert_array_equal(Categorical()(keys, logits), jax.vmap(jax.random.categorical)(keys, logits))
 
 
 def test_top_1_sampling_is_greedy(rng):
