@@ -10,7 +10,7 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import check_arguments, fold, select
 from gpt2_jax.model import KVCache, Params, decode_step, prefill
-from gpt2_jax.modules import Array
+from gpt2_jax.modules import Array, write
 from gpt2_jax.sampling import Categorical, History
 
 NEVER = -1e9  # HF's score of what must not be chosen; finite, so that such beams still have an order
@@ -100,14 +100,13 @@ def _search(
     config, max_new_tokens, num_beams, early_stopping, draw,
 ):  # fmt: skip
     rows = len(ids)
+    prompts = jnp.repeat(jnp.pad(ids, ((0, 0), (0, max_new_tokens))), num_beams, axis=0)
 
     def choose(logits, state):
         """Takes the next token of each beam, given `logits[B * n, V]`."""
         step, count = state.step, num_beams * max(2, 1 + len(stops))  # candidates; enough of them do not end
         own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        seen = jnp.concatenate(
-            [jnp.repeat(ids, num_beams, axis=0), state.running.ids.reshape(rows * num_beams, -1)], axis=1
-        )
+        seen = write(prompts, state.running.ids.reshape(rows * num_beams, -1), lengths.max(initial=1))  # at its slots
         logprobs = transform(own, History(seen, state.cache.valid, step))
         totals = (logprobs.reshape(rows, num_beams, -1) + state.running.scores[..., None]).reshape(rows, -1)
         if draw:  # the largest of Gumbel-perturbed scores are a draw without replacement (arXiv:1903.06059)
@@ -158,7 +157,7 @@ def _search(
         logits, cache = decode_step(params, token, cache, config=config)
         return choose(logits, state._replace(cache=cache))
 
-    logits, cache = prefill(params, ids, lengths, config=config, cache_len=ids.shape[1] + max_new_tokens)
+    logits, cache = prefill(params, ids, lengths, config=config, cache_len=prompts.shape[1])
     source = jnp.repeat(jnp.arange(rows), num_beams)
     shape = (rows, num_beams)
     empty = Beams(

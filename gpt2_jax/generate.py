@@ -1,6 +1,7 @@
-"""Text generation: an eager shell that checks its arguments, around one compiled program (prefill, then a scan)."""
+"""Text generation: an eager shell that checks its arguments, around two compiled programs (prefill, decoding loop)."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ from gpt2_jax.modules import Array, Tap, no_tap
 from gpt2_jax.sampling import Greedy, History
 
 SMALLEST_BUCKET = 32
+SMALLEST_CACHE = 256  # slots, unless fewer will do: attention over so many is a small part of a step
+CHUNK = (
+    128  # tokens that `generate` makes at a time; so many before a cache is full, the larger one's program compiles
+)
 
 
 class Generation(NamedTuple):
@@ -55,8 +60,9 @@ def generate(
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens.
 
-    Prompts are padded to a bucket of 32, 64, 128, ... columns, so that few lengths mean few compilations; `config`,
-    `max_new_tokens`, the sampler's structure and the number of stop ids are the rest of what a program depends on.
+    Prompts are padded to a bucket of 32, 64, 128, ... columns and the cache grows with the text: few sizes mean few
+    compilations, and a larger cache's program is compiled while the smaller one is filled. The rest of what a program
+    depends on are `config`, the sampler's structure and the number of stop ids. Work ends as soon as every row has.
 
     Args:
       params: the parameters.
@@ -90,16 +96,13 @@ def generate(
         ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
         overflow, keep,
     )  # fmt: skip
-    options = {"config": config, "copies": num_return_sequences, "tap": _as_pytree(tap)}
-    if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
-        pieces = list(_slide(params, *arrays, max_new_tokens=max_new_tokens, chunk=32, keep=keep, **options))
-        ids, counts, logprobs = zip(*pieces, strict=True)
-        out = Generation(jnp.concatenate(ids, axis=1), sum(counts), jnp.concatenate(logprobs, axis=1))
-    else:
-        steps = min(max_new_tokens, bucket(_room(arrays, config)))
-        out = _generate(params, *arrays, max_new_tokens=steps, **options)
-    rest = ((0, 0), (0, max_new_tokens - out.ids.shape[1]))
-    return Generation(jnp.pad(out.ids, rest, constant_values=arrays[-1]), out.lengths, jnp.pad(out.logprobs, rest))
+    options = {"config": config, "copies": num_return_sequences, "tap": _as_pytree(tap), "keep": keep}
+    pieces = list(_pieces(params, *arrays, max_new_tokens=max_new_tokens, overflow=overflow, chunk=CHUNK, **options))
+    ids, lengths, logprobs = (list(map(np.asarray, parts)) for parts in zip(*pieces, strict=True))
+    ids, logprobs = np.concatenate(ids, axis=1), np.concatenate(logprobs, axis=1)
+    rest = ((0, 0), (0, max_new_tokens - ids.shape[1]))
+    whole = Generation(np.pad(ids, rest, constant_values=arrays[-1]), sum(lengths), np.pad(logprobs, rest))
+    return jax.tree.map(jnp.asarray, whole)
 
 
 def stream(
@@ -120,10 +123,9 @@ def stream(
     keep: int | None = None,
     tap: Tap | None = None,
 ) -> Iterator[Generation]:
-    """Yields what `generate` would return in pieces: the first token, then `chunk` tokens at a time.
+    """Yields what `generate` would return in pieces: the first token, then at most `chunk` tokens at a time.
 
-    Takes and checks `generate`'s arguments, and ends as soon as every row has. The programs depend on the lengths'
-    buckets, not on `max_new_tokens`.
+    Takes and checks `generate`'s arguments, and ends as soon as every row has.
     """
     if chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
@@ -131,10 +133,18 @@ def stream(
         ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side, num_return_sequences,
         overflow, keep,
     )  # fmt: skip
-    options = {"config": config, "copies": num_return_sequences, "chunk": chunk, "tap": _as_pytree(tap)}
-    if _exceeds(arrays, config, max_new_tokens) and overflow == "slide":
-        return _slide(params, *arrays, max_new_tokens=max_new_tokens, keep=keep, **options)
-    return _stream(params, *arrays, max_new_tokens=min(max_new_tokens, _room(arrays, config)), **options)
+    options = {"config": config, "copies": num_return_sequences, "tap": _as_pytree(tap), "keep": keep}
+    return _pieces(params, *arrays, max_new_tokens=max_new_tokens, overflow=overflow, chunk=chunk, **options)
+
+
+def _pieces(params, *arrays, config, max_new_tokens, overflow, keep, **options):
+    """Yields the pieces of checked arguments, past the context if need be."""
+    full, lengths = config.n_positions, np.asarray(arrays[1])
+    options |= {"config": config, "max_new_tokens": max_new_tokens}
+    if lengths.max(initial=0) + max_new_tokens > full and overflow == "slide":
+        return _slide(params, *arrays, keep=keep, **options)
+    options["max_new_tokens"] = min(max_new_tokens, full - int(lengths.min(initial=full)))
+    return _stream(params, *arrays, **options)
 
 
 def _stream(
@@ -142,17 +152,33 @@ def _stream(
     done=False,
 ):  # fmt: skip
     """Yields pieces of a text of which `made` tokens are made already, for rows that are not `done`."""
-    cache_len = ids.shape[1] + bucket(-(-max_new_tokens // chunk) * chunk)
-    options = {"tap": tap, "config": config, "cache_len": cache_len, "copies": copies}
-    state, out = _begin_jit(params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(made), done, **options)
+    count, used = 1, int(np.max(lengths, initial=1))  # tokens made here; slots in use
+    most = used + max_new_tokens - 1  # the last token is never read
+    slots = max(ids.shape[1], cache_slots(used, most))
+    choice, static = (row_keys, sampler, stops, pad), {"tap": tap, "config": config}
+    begin = {"cache_len": slots, "copies": copies, **static}
+    state, out = _begin_jit(params, ids, lengths, *choice, jnp.int32(made), done, **begin)
     yield out
-    count = 1
-    while count < max_new_tokens and not np.all(state.done):
-        state, out = advance(params, state, row_keys, sampler, stops, pad, tap=tap, config=config, steps=chunk)
-        left = max_new_tokens - count
-        out = Generation(out.ids[:, :left], jnp.minimum(out.lengths, left), out.logprobs[:, :left])
-        count += out.ids.shape[1]
-        yield out
+    static["chunk"], growing = chunk, None
+
+    def compile_ahead(*inputs):  # the later call with the like of these finds the program
+        advance.lower(*inputs, **static).compile()
+
+    with ThreadPoolExecutor(1) as pool:
+        while count < max_new_tokens and not np.all(state.done):
+            if used == slots:
+                growing.result()
+                slots = cache_slots(used, most)
+                state, growing = _grow(state, slots=slots), None
+            steps = min(chunk, max_new_tokens - count, slots - used)
+            inputs = (*choice, jnp.int32(steps))
+            if growing is None and slots < most and slots - used <= CHUNK:
+                larger = jax.eval_shape(partial(_grow, slots=cache_slots(slots, most)), state)
+                growing = pool.submit(compile_ahead, params, larger, *inputs)
+            state, out = advance(params, state, *inputs, **static)
+            count, used = count + steps, used + steps
+            ids, logprobs = (jnp.asarray(np.asarray(x)[:, :steps]) for x in (out.ids, out.logprobs))
+            yield Generation(ids, out.lengths, logprobs)
 
 
 def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, copies, chunk, max_new_tokens, keep):
@@ -179,20 +205,21 @@ def _slide(params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, 
             yield piece
 
 
-def _room(arrays, config):
-    """How many tokens the shortest prompt leaves room for."""
-    return config.n_positions - int(arrays[1].min(initial=config.n_positions))
-
-
-def _exceeds(arrays, config, max_new_tokens):
-    """Whether the longest prompt and its new tokens exceed the context."""
-    return int(arrays[1].max(initial=0)) + max_new_tokens > config.n_positions
-
-
 def bucket(length: int, largest: int | None = None) -> int:
     """Rounds a length up to the next of 32, 64, 128, ..., at most `largest`."""
     size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
     return size if largest is None else min(size, largest)
+
+
+def cache_slots(used: int, most: int) -> int:
+    """Returns how many slots a cache gets of which `used` are in use and at most `most` will be.
+
+    Twice as many as are used, so that it seldom grows, in steps of a quarter of a power of two, so that few programs
+    serve all.
+    """
+    size = min(most, max(SMALLEST_CACHE, 2 * used))
+    step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
+    return -(-size // step) * step
 
 
 def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, tap=None, config, cache_len, copies):
@@ -209,10 +236,23 @@ def _begin(params, ids, lengths, row_keys, sampler, stops, pad, step, done, *, t
     return state, Generation(token[:, None], live, logprob[:, None])
 
 
-def _advance(params, state, row_keys, sampler, stops, pad, *, tap=None, config, steps):
-    """Chooses `steps` more tokens of each row: `steps` times a decode step, then the sampler."""
+def _advance(params, state, row_keys, sampler, stops, pad, steps, *, tap=None, config, chunk):
+    """Chooses `steps` more tokens of each row, at most `chunk`: so many times a decode step, then the sampler.
 
-    def step(state, _):
+    Stops as soon as every row has ended. The cache must have as many free slots. Behind what was made is padding.
+    """
+    blank = Generation(
+        ids=jnp.full((len(state.token), chunk), pad),
+        lengths=jnp.zeros(len(state.token), jnp.int32),
+        logprobs=jnp.zeros((len(state.token), chunk), jnp.float32),
+    )
+
+    def unfinished(carry):
+        number, state, _ = carry
+        return (number < steps) & ~state.done.all()
+
+    def step(carry):
+        number, state, out = carry
         ids = jax.lax.dynamic_update_slice_in_dim(state.ids, state.token[:, None], state.cache.slot, axis=1)
         lengths = jnp.where(state.done, 0, state.cache.lengths)  # what has ended may have no position left
         cache = state.cache._replace(lengths=lengths)
@@ -220,32 +260,29 @@ def _advance(params, state, row_keys, sampler, stops, pad, *, tap=None, config, 
         token = sampler(fold(row_keys, state.step), logits, History(ids, cache.valid, state.step))
         token = jnp.where(state.done, pad, token)
         logprob = jnp.where(state.done, 0.0, token_logprob(logits, token))
-        live = ~state.done
+        out = Generation(
+            ids=jax.lax.dynamic_update_slice_in_dim(out.ids, token[:, None], number, axis=1),
+            lengths=out.lengths + ~state.done,
+            logprobs=jax.lax.dynamic_update_slice_in_dim(out.logprobs, logprob[:, None], number, axis=1),
+        )
         done = state.done | ends(token, cache, stops, config)
-        return State(token, done, ids, state.step + 1, cache), (token, live, logprob)
+        return number + 1, State(token, done, ids, state.step + 1, cache), out
 
-    state, (tokens, live, logprobs) = jax.lax.scan(step, state, length=steps)
-    return state, Generation(tokens.T, live.sum(axis=0, dtype=jnp.int32), logprobs.T)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, blank))[1:]
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "copies"))
-def _generate(params, ids, lengths, row_keys, sampler, stops, pad, *, tap, config, max_new_tokens, copies):
-    cache_len = ids.shape[1] + max_new_tokens
-    common = {"tap": tap, "config": config}
-    state, first = _begin(
-        params, ids, lengths, row_keys, sampler, stops, pad, jnp.int32(0), False, cache_len=cache_len, copies=copies,
-        **common,
-    )  # fmt: skip
-    _, rest = _advance(params, state, row_keys, sampler, stops, pad, steps=max_new_tokens - 1, **common)
-    return Generation(
-        jnp.concatenate([first.ids, rest.ids], axis=1),
-        first.lengths + rest.lengths,
-        jnp.concatenate([first.logprobs, rest.logprobs], axis=1),
-    )
+@partial(jax.jit, static_argnames="slots")
+def _grow(state, *, slots):
+    """Returns the state with a cache of more slots."""
+    more = (0, slots - state.ids.shape[1])
+    none, cache = (0, 0), state.cache
+    layers = tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in cache.layers)
+    cache = cache._replace(layers=layers, valid=jnp.pad(cache.valid, (none, more)))
+    return state._replace(ids=jnp.pad(state.ids, (none, more)), cache=cache)
 
 
 _begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len", "copies"))
-advance = jax.jit(_advance, static_argnames=("config", "steps"), donate_argnames="state")
+advance = jax.jit(_advance, static_argnames=("config", "chunk"), donate_argnames="state")
 
 
 def ends(token, cache, stops, config):

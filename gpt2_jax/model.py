@@ -141,7 +141,7 @@ def prefill(
     cache = KVCache(
         layers=tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in layers),
         valid=jnp.arange(slots)[None] < lengths[:, None],
-        slot=jnp.int32(width),
+        slot=lengths.max(initial=1),  # padding that no row needs is overwritten
         lengths=lengths,
     )
     return tap("logits", unembed(params, last, config=config)), cache

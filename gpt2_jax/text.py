@@ -252,8 +252,9 @@ class Conversation:
                 if room <= 0 or row.finish_reason:
                     break
                 self._layers = None
-                static = {"config": self.config, "steps": self._chunk}
-                state, piece = advance(self.params, state, keys, self.sampler, stops, pad, **static)
+                static = {"config": self.config, "chunk": self._chunk}
+                steps = np.int32(min(room, self._chunk))
+                state, piece = advance(self.params, state, keys, self.sampler, stops, pad, steps, **static)
         row.finish()
         yield row
 

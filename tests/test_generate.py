@@ -6,7 +6,7 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import Categorical, Chain, GPT2Config, Greedy, Temperature, TopK, TopP, generate, stream
-from gpt2_jax.generate import _generate, bucket
+from gpt2_jax.generate import _begin_jit, advance, bucket, cache_slots, check_arguments
 
 TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=2, n_head=3, eos_token_id=None, bos_token_id=None)
 apply = jax.jit(gpt2_jax.apply, static_argnames="config")
@@ -114,17 +114,57 @@ def test_the_whole_context_can_be_used(params, rng):
 
 
 def test_new_numbers_prompts_and_seeds_compile_nothing_new(params, rng):
-    _generate.clear_cache()
+    programs = (_begin_jit, advance)
+    for program in programs:
+        program.clear_cache()
     for i in range(20):
-        width = 1 + (7 * i) % 32  # one bucket
+        width = 1 + (7 * i) % 28  # one bucket, and one cache
         sampler = Categorical(Chain((Temperature(0.5 + 0.1 * i), TopK(30), TopP(0.9 - 0.01 * i))))
         generate(
-            params, rng.integers(0, 61, (2, width)), None, jax.random.key(i), config=TINY, max_new_tokens=4,
+            params, rng.integers(0, 61, (2, width)), None, jax.random.key(i), config=TINY, max_new_tokens=2 + i % 3,
             sampler=sampler, stop_ids=(i,), pad_id=i,
         )  # fmt: skip
-    assert _generate._cache_size() == 1
+    assert [program._cache_size() for program in programs] == [1, 1]
     generate(params, rng.integers(0, 61, (2, 33)), config=TINY, max_new_tokens=4)
-    assert _generate._cache_size() == 2
+    assert [program._cache_size() for program in programs] == [2, 2]
+
+
+def test_cache_sizes_are_enough_and_few():
+    assert [cache_slots(32, most) for most in (32, 33, 159, 160, 161, 256, 2000)] == [32, 64, 160, 160, 192, 256, 256]
+    assert [cache_slots(used, 2000) for used in (256, 300, 512, 900, 1024)] == [512, 640, 1024, 2048, 2048]
+    sizes = {(used, most): cache_slots(used, most) for most in range(1, 1025) for used in range(1, most + 1)}
+    assert all(size >= min(most, 2 * used) for (used, most), size in sizes.items())
+    assert len(set(sizes.values())) == 16
+
+
+def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplog):
+    config = TINY.replace(n_positions=1024, n_layer=1)
+    params = jax.tree.map(lambda x: 5 * x, gpt2_jax.init(jax.random.key(0), config))
+    ids, lengths = rng.integers(0, 61, (2, 30)), np.array([30, 11])
+    advance.clear_cache()
+    with jax.log_compiles():  # in this thread
+        out = generate(params, ids, lengths, config=config, max_new_tokens=600)  # 256 slots, then 512, then 640
+    compiled = [record.message for record in caplog.records if record.message.startswith("Compiling jit(_advance)")]
+    assert len(compiled) == 1 and advance._cache_size() == 3
+    for row, length in enumerate(lengths):
+        whole = np.zeros((1, 640), int)
+        whole[0, : length + 600] = [*ids[row, :length], *np.asarray(out.ids[row])]
+        logits = apply(params, whole, config=config)[0, length - 1 : length + 599]
+        np.testing.assert_array_equal(logits.argmax(-1), out.ids[row])
+        logp = jax.nn.log_softmax(logits).max(-1)
+        np.testing.assert_allclose(out.logprobs[row], logp, atol=1e-5)
+    pieces = list(stream(params, ids, lengths, config=config, max_new_tokens=600, chunk=100))
+    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
+
+
+def test_work_ends_when_every_row_has(params, prompts):
+    free = generate(params, *prompts, config=TINY, max_new_tokens=20)
+    stops = tuple(np.unique(free.ids[:, 3]).tolist())
+    ids, lengths, *choice = check_arguments(*prompts, None, TINY, 20, None, stops, 0, "right")
+    state, _ = _begin_jit(params, ids, lengths, *choice, 0, False, tap=None, config=TINY, cache_len=32, copies=1)
+    state, out = advance(params, state, *choice, 15, tap=None, config=TINY, chunk=20)
+    assert state.step <= 4
+    np.testing.assert_array_equal(out.ids[:, 3:], 0)
 
 
 def test_buckets_are_powers_of_two_up_to_the_largest():

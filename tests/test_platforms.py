@@ -9,7 +9,7 @@ from jax import export
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.generate import _generate, check_arguments
+from gpt2_jax.generate import _advance, _begin, check_arguments
 
 TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=1, n_head=3)
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -24,10 +24,14 @@ def programs():
     step = partial(gpt2_jax.train_step, config=config.replace(resid_pdrop=0.1), tx=tx)
     sampler = gpt2_jax.sampler_from_options({"temperature": 0.7, "top_k": 9, "top_p": 0.9}, do_sample=True)
     arrays = check_arguments(ids, None, jax.random.key(0), config, 8, sampler, (3,), 0, "right")
-    decode = partial(_generate, tap=None, config=config, max_new_tokens=8, copies=1)
+
+    def generate(params, ids, lengths, *choice):
+        state, first = _begin(params, ids, lengths, *choice, 0, False, config=config, cache_len=64, copies=1)
+        return first, _advance(params, state, *choice, 7, config=config, chunk=8)
+
     return {
         "apply": (jax.jit(partial(gpt2_jax.apply, config=config)), (params, ids)),
-        "generate": (jax.jit(decode), (params, *arrays)),
+        "generate": (jax.jit(generate), (params, *arrays)),
         "train_step": (jax.jit(step), (gpt2_jax.init_state(params, tx), ids, jax.random.key(0))),
     }
 

@@ -12,7 +12,7 @@ import torch
 from test_parity import TINY, hf_model, ours
 
 import gpt2_jax
-from gpt2_jax.generate import _generate
+from gpt2_jax.generate import advance
 from gpt2_jax.lens import by_layer
 from gpt2_jax.modules import LayerNorm
 from gpt2_jax.taps import SITES, add, axis_masks, capture, find_sites, make_tap, patch, replace, site_axes, site_names
@@ -301,12 +301,12 @@ def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, eve
 
 def test_other_vectors_compile_nothing(tiny, ids, rng):
     config, params = tiny
-    before, texts = _generate._cache_size(), set()
+    before, texts = advance._cache_size(), set()
     for strength in (0.0, 1.0, -20.0):
         tap = make_tap({"h.0.resid_post": add(rng.normal(size=(1, 1, 24)), strength)}, config=config)
         out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=3, stop_ids=(), tap=tap)
         texts.add(np.asarray(out.ids).tobytes())
-    assert _generate._cache_size() == before + 1
+    assert advance._cache_size() == before + 1
     assert len(texts) > 1
 
 
