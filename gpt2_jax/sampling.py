@@ -17,6 +17,7 @@ from flax import struct
 
 Array = jax.Array
 Number = Any  # a float, or an array of one value per row
+FEW = 128  # where no row has more tokens left, as after `TopK`, `TopP` sorts so many instead of the whole vocabulary
 
 
 class History(NamedTuple):
@@ -90,15 +91,23 @@ class TopP:
 
     def __call__(self, logits: Array, history: History | None = None) -> Array:
         del history
-        p = _per_row(self.p)
-        ascending = _ascending(logits)
-        tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-        drop = (tail <= 1 - p) & (p < 1)  # at p = 1 nothing is dropped, whatever the sum's last digit
-        dropped = drop.at[..., -self.keep :].set(False).sum(axis=-1, keepdims=True)
-        least = jnp.take_along_axis(ascending, dropped, axis=-1)  # of those that stay
+        size, few = logits.shape[-1], min(FEW, logits.shape[-1])
+        dropped, least = jax.lax.cond(
+            (logits > -jnp.inf).sum(axis=-1).max() <= few,
+            lambda: self._cut(jnp.flip(jax.lax.top_k(logits, few)[0], axis=-1), size - few),
+            lambda: self._cut(_ascending(logits), 0),
+        )
         below, tied = logits < least, logits == least
         surplus = dropped - below.sum(axis=-1, keepdims=True)  # so many of the tied go
         return jnp.where(below | (tied & (jnp.cumsum(tied, axis=-1) <= surplus)), -jnp.inf, logits)
+
+    def _cut(self, ascending: Array, absent: int) -> tuple[Array, Array]:
+        """Returns how many tokens go, those `absent` among them, and the least logit of one that stays; `[B, 1]`."""
+        p = _per_row(self.p)
+        tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+        drop = (tail <= 1 - p) & (p < 1)  # at p = 1 nothing is dropped, whatever the sum's last digit
+        dropped = drop.at[..., -self.keep :].set(False).sum(axis=-1, keepdims=True)
+        return dropped + absent, jnp.take_along_axis(ascending, dropped, axis=-1)
 
 
 @struct.dataclass

@@ -44,6 +44,7 @@ DECODE = (  # batch, prompt, new tokens, whether the time of the prompt is taken
     (8, 32, 128, False),
     (1, 900, 100, True),
 )
+SAMPLE = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 PREFILL = (512, 1023)
 PROMPT = "The quick brown fox jumps over the lazy dog and runs into the forest, where"
 
@@ -185,16 +186,27 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Greedy tokens in float32: one text, eight, and the end of a long one."""
+    works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
+    return decoding(args, folder, works, {})
+
+
+def bench_sample(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Drawn tokens in float32, which differ from one to the other: their number alone is compared."""
+    return decoding(args, folder, DECODE[:2], SAMPLE)
+
+
+def decoding(args: argparse.Namespace, folder: Path, works: list[tuple], sample: dict[str, Any]) -> dict[str, Any]:
+    """Races in decoding, drawn by the options of `sample` or greedy without any."""
     results = {}
+    kind = ", ".join(f"{name} {value}" for name, value in sample.items()) or "greedy"
     for model in args.models or ["gpt2"]:
         path = make_checkpoint(model, folder)
         names = peers(args, "transformers") + (["CTranslate2"] if importlib.util.find_spec("ctranslate2") else [])
         alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []  # takes one text at a time
-        works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
         for batch, prompt, new, after in works:
-            spec = {"folder": path, "batch": batch, "length": prompt, "new": new, "after": after}
+            spec = {"folder": path, "batch": batch, "length": prompt, "new": new, "after": after, "sample": sample}
             result = race("decode", spec, names + (alone if batch == 1 else []), args.rounds, 0)
-            title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, float32"
+            title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, {kind}, float32"
             passes = 4 * matrix_parameters(model) / batch
             show(title, "tokens/s", result, flops=2 * matrix_parameters(model), bytes=passes)
             results[title] = result
@@ -264,6 +276,7 @@ def peers(args: argparse.Namespace, name: str) -> list[str]:
 
 BENCHES = {
     "decode": bench_decode,
+    "sample": bench_sample,
     "prefill": bench_prefill,
     "train": bench_train,
     "eval": bench_eval,

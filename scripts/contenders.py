@@ -120,20 +120,24 @@ def hf_eval(spec: Spec) -> Once:
     return once
 
 
-# Decoding: greedy tokens after prompts; `after` takes away the time of the prompts and the first token.
+# Decoding: tokens after prompts, the likeliest or, with `sample`, drawn. `after` takes away the time of the prompts
+# and the first token.
 
 
 def ours_decode(spec: Spec) -> Once:
     """`gpt2_jax.generate`."""
+    import jax
     import numpy as np
 
     import gpt2_jax
 
     config, params = gpt2_jax.load(spec["folder"])
-    ids = tokens_of(spec, config.vocab_size)
+    ids, key = tokens_of(spec, config.vocab_size), jax.random.key(0)
+    sampler = gpt2_jax.sampler_from_options(spec["sample"], do_sample=True) if spec["sample"] else None
 
     def run(count):
-        out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=count, stop_ids=())
+        options = {"config": config, "max_new_tokens": count, "sampler": sampler, "stop_ids": ()}
+        out = gpt2_jax.generate(params, ids, None, key, **options)
         return np.asarray(out.ids).ravel().tolist()
 
     return decoding(spec, run)
@@ -147,10 +151,10 @@ def hf_decode(spec: Spec) -> Once:
     ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
     model.generation_config.eos_token_id = None
 
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": bool(spec["sample"])}
+
     def run(count):
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+        out = model.generate(ids, max_new_tokens=count, **options, **spec["sample"])
         return out[:, ids.shape[1] :].flatten().tolist()
 
     return decoding(spec, run)
@@ -167,11 +171,12 @@ def ctranslate2_decode(spec: Spec) -> Once:
     tokens = json.loads((folder / "vocabulary.json").read_text())
     generator = ctranslate2.Generator(str(folder), compute_type="float32", intra_threads=os.cpu_count())
     rows = [[tokens[id] for id in row] for row in tokens_of(spec, len(tokens)).tolist()]
+    names = {"temperature": "sampling_temperature", "top_k": "sampling_topk", "top_p": "sampling_topp"}
+    options = {names[name]: value for name, value in ({"top_k": 1} | spec["sample"]).items()}
+    options |= {"include_prompt_in_result": False, "end_token": []}
 
     def run(count):
-        out = generator.generate_batch(
-            rows, max_length=count, min_length=count, sampling_topk=1, include_prompt_in_result=False, end_token=[]
-        )
+        out = generator.generate_batch(rows, max_length=count, min_length=count, **options)
         return [id for row in out for id in row.sequences_ids[0]]
 
     return decoding(spec, run)
@@ -189,10 +194,13 @@ def llama_decode(spec: Spec) -> Once:
     options = {"n_ctx": 1024, "n_batch": 1024, "type_k": 0, "type_v": 0, "verbose": False}
     model = llama_cpp.Llama(str(file), **threads, **options)
     (prompt,) = tokens_of(spec, model.n_vocab()).tolist()
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
+    choice = {names[name]: value for name, value in ({"top_k": 1, "temperature": 0.0} | spec["sample"]).items()}
+    choice |= {"min_p": 0.0, "repeat_penalty": 1.0}
 
     def run(count):
         model.reset()  # else it would keep what it has read
-        tokens = model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        tokens = model.generate(prompt, **choice)
         return [next(tokens) for _ in range(count)]
 
     return decoding(spec, run)
@@ -247,7 +255,7 @@ def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
             begun = time.perf_counter()
             run(1)
             seconds -= time.perf_counter() - begun
-        return Done(spec["batch"] * spec["new"], numbers, seconds)
+        return Done(spec["batch"] * spec["new"], [len(numbers)] if spec["sample"] else numbers, seconds)
 
     return once
 

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
-from gpt2_jax.sampling import _ascending, argmax
+from gpt2_jax.sampling import FEW, _ascending, argmax
 
 CASES = {
     "temperature": (Temperature(0.7), hf.TemperatureLogitsWarper(0.7)),
@@ -51,6 +51,18 @@ def test_transform_equals_hf_ties_included(name, rng, monkeypatch):
     logits = logits_with_ties(rng)
     expected = theirs(None, torch.tensor(logits)).numpy()
     np.testing.assert_allclose(jax.jit(ours)(logits), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 20, FEW, FEW + 1])
+@pytest.mark.parametrize("p", [0.0, 0.6, 0.97, 1.0])
+def test_top_p_of_what_top_k_leaves_of_a_large_vocabulary(k, p, rng, monkeypatch):
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
+    logits = rng.normal(size=(6, 700)).astype(np.float32) * 2
+    logits[3:] = np.round(logits[3:])  # more than k tie
+    theirs = hf.TopPLogitsWarper(p)(None, hf.TopKLogitsWarper(k)(None, torch.tensor(logits))).numpy()
+    for rows in (slice(0, 3), slice(None)):
+        ours = jax.jit(Chain((TopK(k), TopP(p))))(logits[rows])
+        np.testing.assert_array_equal(ours, theirs[rows])
 
 
 def test_top_k_keeps_ties_with_the_last():
