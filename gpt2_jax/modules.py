@@ -23,6 +23,7 @@ Array = jax.Array
 Tap = Callable[[str, Array], Array]  # (site, activation) -> activation; what reads or changes activations
 LayerCache = tuple[Array, Array]  # keys [BH, K, S] and values [BH, S, K], as the products with one query read them
 PARTS, SMALLEST_PART = 4, 64  # into how many parts attention divides its queries, and the fewest worth it
+ROW_PARTS = 8  # into how many parts a product with one row divides its sum
 
 # HF's names (transformers/activations.py) -> functions.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -109,9 +110,28 @@ def dense(config: GPT2Config, features: int, name: str, stddev: float) -> Callab
         param_dtype=wide_dtype(config),
         precision=config.precision,
         kernel_init=normal(stddev),
+        dot_general=product,
         name=name,
     )
     return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def product(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`lax.dot_general` of `x[N, in]` and `kernel[in, out]`.
+
+    One row goes in parts on CPU, where XLA's matrix-vector product slows down, by a third, as the sum gets longer.
+    """
+
+    def whole(x, kernel):
+        return lax.dot_general(x, kernel, dimension_numbers, **options)
+
+    def in_parts(x, kernel):
+        x, kernel = x.reshape(ROW_PARTS, -1), kernel.reshape(ROW_PARTS, -1, kernel.shape[1])
+        return lax.dot_general(x, kernel, (((1,), (1,)), ((0,), (0,))), **options).sum(axis=0, keepdims=True)
+
+    if x.shape[0] > 1 or x.shape[1] % ROW_PARTS:
+        return whole(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=in_parts, default=whole)
 
 
 @cache
