@@ -1,7 +1,7 @@
 """Text generation: an eager shell that checks its arguments, around two compiled programs (prefill, decoding loop)."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -167,7 +167,7 @@ def _stream(
     with ThreadPoolExecutor(1) as pool:
         while count < max_new_tokens and not np.all(state.done):
             if used == slots:
-                growing.result()
+                wait([growing])  # for the program, not for success: if it is not there, the call below compiles it
                 slots = cache_slots(used, most)
                 state, growing = _grow(state, slots=slots), None
             steps = min(chunk, max_new_tokens - count, slots - used)

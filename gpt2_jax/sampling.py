@@ -93,7 +93,7 @@ class TopP:
         del history
         size, few = logits.shape[-1], min(FEW, logits.shape[-1])
         dropped, least = jax.lax.cond(
-            (logits > -jnp.inf).sum(axis=-1).max() <= few,
+            (logits > -jnp.inf).sum(axis=-1).max(initial=0) <= few,
             lambda: self._cut(jnp.flip(jax.lax.top_k(logits, few)[0], axis=-1), size - few),
             lambda: self._cut(_ascending(logits), 0),
         )

@@ -157,6 +157,15 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
     np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
 
 
+def test_a_cache_grows_under_settings_of_one_thread_too(rng):
+    config = TINY.replace(n_positions=512, n_layer=1)
+    with jax.enable_x64(False):  # where the compiling thread has it on
+        params = gpt2_jax.init(jax.random.key(0), config)
+        inside = generate(params, rng.integers(0, 61, (1, 9)), config=config, max_new_tokens=300)
+    assert inside.lengths.tolist() == [300]
+    assert inside.ids.dtype == jnp.int32 and inside.logprobs.dtype == jnp.float32
+
+
 def test_work_ends_when_every_row_has(params, prompts):
     free = generate(params, *prompts, config=TINY, max_new_tokens=20)
     stops = tuple(np.unique(free.ids[:, 3]).tolist())
