@@ -8,6 +8,7 @@ the largest logit; rules that forbid ids may leave none, and then id 0 is taken.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -91,23 +92,7 @@ class TopP:
 
     def __call__(self, logits: Array, history: History | None = None) -> Array:
         del history
-        size, few = logits.shape[-1], min(FEW, logits.shape[-1])
-        dropped, least = jax.lax.cond(
-            (logits > -jnp.inf).sum(axis=-1).max(initial=0) <= few,
-            lambda: self._cut(jnp.flip(jax.lax.top_k(logits, few)[0], axis=-1), size - few),
-            lambda: self._cut(_ascending(logits), 0),
-        )
-        below, tied = logits < least, logits == least
-        surplus = dropped - below.sum(axis=-1, keepdims=True)  # so many of the tied go
-        return jnp.where(below | (tied & (jnp.cumsum(tied, axis=-1) <= surplus)), -jnp.inf, logits)
-
-    def _cut(self, ascending: Array, absent: int) -> tuple[Array, Array]:
-        """Returns how many tokens go, those `absent` among them, and the least logit of one that stays; `[B, 1]`."""
-        p = _per_row(self.p)
-        tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-        drop = (tail <= 1 - p) & (p < 1)  # at p = 1 nothing is dropped, whatever the sum's last digit
-        dropped = drop.at[..., -self.keep :].set(False).sum(axis=-1, keepdims=True)
-        return dropped + absent, jnp.take_along_axis(ascending, dropped, axis=-1)
+        return _top_p(logits, _per_row(self.p), self.keep)
 
 
 @struct.dataclass
@@ -404,6 +389,28 @@ class Categorical:
         logits = self.transform(logits, history)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
         return argmax(logits + noise)  # as `jax.random.categorical` draws
+
+
+@partial(jax.jit, static_argnames="keep")  # else the branches would compile at each call outside of `jit`
+def _top_p(logits: Array, p: Array, keep: int) -> Array:
+    """Applies `TopP`, with `p[]` or `p[B, 1]`, by the least logit of one that stays."""
+    size, few = logits.shape[-1], min(FEW, logits.shape[-1])
+
+    def cut(ascending, absent):
+        """How many tokens go, those `absent` from here among them, and the least logit of those that stay."""
+        tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+        drop = (tail <= 1 - p) & (p < 1)  # at p = 1 nothing is dropped, whatever the sum's last digit
+        dropped = drop.at[..., -keep:].set(False).sum(axis=-1, keepdims=True)
+        return dropped + absent, jnp.take_along_axis(ascending, dropped, axis=-1)
+
+    dropped, least = jax.lax.cond(
+        (logits > -jnp.inf).sum(axis=-1).max(initial=0) <= few,
+        lambda: cut(jnp.flip(jax.lax.top_k(logits, few)[0], axis=-1), size - few),
+        lambda: cut(_ascending(logits), 0),
+    )
+    below, tied = logits < least, logits == least
+    surplus = dropped - below.sum(axis=-1, keepdims=True)  # so many of the tied go
+    return jnp.where(below | (tied & (jnp.cumsum(tied, axis=-1) <= surplus)), -jnp.inf, logits)
 
 
 def argmax(x: Array) -> Array:
