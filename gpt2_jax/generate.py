@@ -16,9 +16,7 @@ from gpt2_jax.sampling import Greedy, History
 
 SMALLEST_BUCKET = 32
 SMALLEST_CACHE = 256  # slots, unless fewer will do: attention over so many is a small part of a step
-CHUNK = (
-    128  # tokens that `generate` makes at a time; so many before a cache is full, the larger one's program compiles
-)
+CHUNK = 128  # tokens that `generate` makes at a time, and before the end of a cache when the next program compiles
 
 
 class Generation(NamedTuple):
@@ -172,7 +170,7 @@ def _stream(
                 state, growing = _grow(state, slots=slots), None
             steps = min(chunk, max_new_tokens - count, slots - used)
             inputs = (*choice, jnp.int32(steps))
-            if growing is None and slots < most and slots - used <= CHUNK:
+            if growing is None and slots < most and slots - used <= max(steps, CHUNK):
                 larger = jax.eval_shape(partial(_grow, slots=cache_slots(slots, most)), state)
                 growing = pool.submit(compile_ahead, params, larger, *inputs)
             state, out = advance(params, state, *inputs, **static)

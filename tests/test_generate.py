@@ -153,8 +153,9 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
         np.testing.assert_array_equal(logits.argmax(-1), out.ids[row])
         logp = jax.nn.log_softmax(logits).max(-1)
         np.testing.assert_allclose(out.logprobs[row], logp, atol=1e-5)
-    pieces = list(stream(params, ids, lengths, config=config, max_new_tokens=600, chunk=100))
-    np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
+    for chunk in (100, 500):
+        pieces = list(stream(params, ids, lengths, config=config, max_new_tokens=600, chunk=chunk))
+        np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
 
 
 def test_a_cache_grows_under_settings_of_one_thread_too(rng):
