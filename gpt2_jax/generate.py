@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import KVCache, Params, check_ids, check_side, decode_step, prefill
+from gpt2_jax.model import KVCache, Params, check_ids, check_side, decode_step, lengthen, prefill
 from gpt2_jax.modules import Array, Tap, no_tap
 from gpt2_jax.sampling import Greedy, History
 
@@ -272,11 +272,10 @@ def _advance(params, state, row_keys, sampler, stops, pad, steps, *, tap=None, c
 @partial(jax.jit, static_argnames="slots")
 def _grow(state, *, slots):
     """Returns the state with a cache of more slots."""
-    more = (0, slots - state.ids.shape[1])
-    none, cache = (0, 0), state.cache
-    layers = tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in cache.layers)
-    cache = cache._replace(layers=layers, valid=jnp.pad(cache.valid, (none, more)))
-    return state._replace(ids=jnp.pad(state.ids, (none, more)), cache=cache)
+    count, cache = slots - state.ids.shape[1], state.cache
+    more = ((0, 0), (0, count))
+    cache = cache._replace(layers=lengthen(cache.layers, count), valid=jnp.pad(cache.valid, more))
+    return state._replace(ids=jnp.pad(state.ids, more), cache=cache)
 
 
 _begin_jit = jax.jit(_begin, static_argnames=("config", "cache_len", "copies"))

@@ -137,9 +137,8 @@ def prefill(
     mask = positions[:, None, None, :] <= positions[:, None, :, None]
     hidden, layers = forward(params, ids, positions, mask, config=config, tap=tap)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
-    none, more = (0, 0), (0, slots - width)
     cache = KVCache(
-        layers=tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in layers),
+        layers=lengthen(layers, slots - width),
         valid=jnp.arange(slots)[None] < lengths[:, None],
         slot=lengths.max(initial=1),  # padding that no row needs is overwritten
         lengths=lengths,
@@ -174,6 +173,12 @@ def empty_layers(config: GPT2Config, rows: int, slots: int) -> tuple[LayerCache,
     count, width = rows * config.n_head, config.head_dim
     keys, values = (count, width, slots), (count, slots, width)
     return tuple((jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.n_layer))
+
+
+def lengthen(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerCache, ...]:
+    """Returns the keys and values of a cache with `count` more slots."""
+    none, more = (0, 0), (0, count)
+    return tuple((jnp.pad(k, (none, none, more)), jnp.pad(v, (none, more, none))) for k, v in layers)
 
 
 def extend(
