@@ -16,8 +16,10 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax import files, weights
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import CheckpointError, replacing
+from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.pretrained.formats import WEIGHT_FILE
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -30,7 +32,7 @@ def read(source, *, config=None, dtype=None):
         params = weights.from_hf(weights.to_hf(weights.load_params(source)), config, dtype)
         return config.replace(dtype=params["wte"]["embedding"].dtype.name), params
     if config is not None:
-        raise files.CheckpointError("`--config` is for a single file of params: a folder has its own.")
+        raise CheckpointError("`--config` is for a single file of params: a folder has its own.")
     return weights.load(source, dtype=dtype)
 
 
@@ -41,7 +43,7 @@ def read_config(file, config):
         return GPT2Config.from_json_file(path / "config.json" if path.is_dir() else path)
     stored = weights.load_config(file)
     if stored is None:
-        raise files.CheckpointError(f"{file} holds no config: give one with `--config config.json`.")
+        raise CheckpointError(f"{file} holds no config: give one with `--config config.json`.")
     return stored
 
 
@@ -51,7 +53,7 @@ def write(target, params, config, source=None):
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
-    for name in files.TOKENIZER_FILES:
+    for name in hub.TOKENIZER_FILES:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -62,14 +64,16 @@ def verify(written, source):
         import torch
         import transformers
     except ImportError as error:
-        raise files.CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
+        raise CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
     import numpy as np
 
     import gpt2_jax
 
     transformers.utils.logging.disable_progress_bar()
     config, params = read(written)
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=(2, min(32, config.n_positions)))
+    ids = np.random.default_rng(0).integers(
+        config.vocab_size, size=(2, min(32, config.n_positions))
+    )
     ours = np.asarray(gpt2_jax.apply(params, ids, config=config.replace(dtype="float32")))
     with tempfile.TemporaryDirectory() as scratch:
         folder = source or written
@@ -89,17 +93,21 @@ def is_params_file(path):
 
 def convert(args):
     """Converts, verifies if asked to, and only then puts the result in its place."""
-    source = None if is_params_file(args.src) else files.resolve(args.src, revision=args.revision)
-    with files.replacing(args.dst, overwrite=args.overwrite, keep_others=True) as temporary:
+    source = None if is_params_file(args.src) else hub.resolve(args.src, revision=args.revision)
+    with replacing(
+        args.dst, overwrite=args.overwrite, keep=lambda name: not WEIGHT_FILE.fullmatch(name)
+    ) as temporary:
         config, params = read(source or args.src, config=args.config, dtype=args.dtype)
         write(temporary, params, config, source)
         dtype = params["wte"]["embedding"].dtype.name
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         if args.verify:
             error, scale = verify(temporary, source)
-            print(f"largest difference from PyTorch's logits: {error:.3g} (largest logit: {scale:.3g})")
+            print(
+                f"largest difference from PyTorch's logits: {error:.3g} (largest logit: {scale:.3g})"
+            )
             if not error <= TOLERANCE[dtype] * scale:
-                raise files.CheckpointError(
+                raise CheckpointError(
                     f"Expected logits within {TOLERANCE[dtype] * scale:.3g} of PyTorch's, got {error:.3g}: "
                     f"nothing was written."
                 )
@@ -108,13 +116,21 @@ def convert(args):
 
 def main(argv=None):
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("src", help='"demo", a folder, a hub id, or a .safetensors file of params')
     parser.add_argument("dst", help="a folder, or a .safetensors file of params")
-    parser.add_argument("--dtype", help="cast to float32, float16, bfloat16 or float64 (default: as they are)")
+    parser.add_argument(
+        "--dtype", help="cast to float32, float16, bfloat16 or float64 (default: as they are)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--config", help="config.json, or a folder with one, for a file that holds none")
-    parser.add_argument("--verify", action="store_true", help="compare logits with PyTorch's before finishing")
+    parser.add_argument(
+        "--config", help="config.json, or a folder with one, for a file that holds none"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare logits with PyTorch's before finishing"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     args = parser.parse_args(argv)
     try:

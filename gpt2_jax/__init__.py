@@ -1,12 +1,31 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
-from gpt2_jax.beam import Beams, beam_search
-from gpt2_jax.circuits import center_unembed, center_writing_weights, fold_layer_norm, ov_circuit, qk_circuit
 from gpt2_jax.config import PRESETS, GPT2Config
-from gpt2_jax.evaluate import Likelihood, perplexity, score, score_choices, token_logprobs
-from gpt2_jax.files import CheckpointError, resolve
-from gpt2_jax.generate import Generation, generate, stream
-from gpt2_jax.lens import (
+from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choices, token_logprobs
+from gpt2_jax.files import CheckpointError
+from gpt2_jax.generation.beam import Beams, beam_search
+from gpt2_jax.generation.generate import Generation, generate, stream
+from gpt2_jax.generation.options import load_generation_config, sampler_from_options
+from gpt2_jax.generation.sampling import (
+    Categorical,
+    Chain,
+    Greedy,
+    History,
+    MinP,
+    Temperature,
+    TopK,
+    TopP,
+)
+from gpt2_jax.generation.speculate import Speculation, speculate
+from gpt2_jax.generation.text import Continuation, Conversation, complete, encode_batch, stream_text
+from gpt2_jax.interpretability.circuits import (
+    center_unembed,
+    center_writing_weights,
+    fold_layer_norm,
+    ov_circuit,
+    qk_circuit,
+)
+from gpt2_jax.interpretability.reading import (
     LogitAttribution,
     attention_patterns,
     attribution,
@@ -21,15 +40,31 @@ from gpt2_jax.lens import (
     stream_logits,
     zero_ablation,
 )
+from gpt2_jax.interpretability.taps import (
+    SITES,
+    Edits,
+    add,
+    axis_masks,
+    capture,
+    find_sites,
+    make_tap,
+    patch,
+    replace,
+    site_names,
+)
 from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
-from gpt2_jax.options import load_generation_config, sampler_from_options
-from gpt2_jax.sampling import Categorical, Chain, Greedy, History, MinP, Temperature, TopK, TopP
-from gpt2_jax.speculate import Speculation, speculate
-from gpt2_jax.taps import SITES, Edits, add, axis_masks, capture, find_sites, make_tap, patch, replace, site_names
-from gpt2_jax.text import Continuation, Conversation, complete, encode_batch, load_tokenizer, stream_text
+from gpt2_jax.pretrained.hub import resolve
+from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.train import TrainState, init_state, make_optimizer, next_token_loss, train_step, warmup_cosine
-from gpt2_jax.weights import from_hf, load, save, to_hf
+from gpt2_jax.training.step import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    next_token_loss,
+    train_step,
+    warmup_cosine,
+)
 
 __all__ = [
     "PRESETS",

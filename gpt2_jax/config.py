@@ -60,7 +60,9 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    reorder_and_upcast_attn: bool = False  # scores are always scaled and normalised in float32 or better
+    reorder_and_upcast_attn: bool = (
+        False  # scores are always scaled and normalised in float32 or better
+    )
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
@@ -83,16 +85,22 @@ class GPT2Config:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)!r}.")
         if not self.layer_norm_epsilon > 0.0:
-            raise ValueError(f"`layer_norm_epsilon` must be positive, got {self.layer_norm_epsilon!r}.")
+            raise ValueError(
+                f"`layer_norm_epsilon` must be positive, got {self.layer_norm_epsilon!r}."
+            )
         if not self.initializer_range > 0.0:
-            raise ValueError(f"`initializer_range` must be positive, got {self.initializer_range!r}.")
+            raise ValueError(
+                f"`initializer_range` must be positive, got {self.initializer_range!r}."
+            )
         for name, allowed in (
             ("activation_function", ACTIVATIONS),
             ("dtype", DTYPES),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
+                )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
 
@@ -130,7 +138,9 @@ class GPT2Config:
         values = dict(values)
         model_type = values.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise ValueError(f'`model_type` must be "gpt2", got "{model_type}": this is another architecture.')
+            raise ValueError(
+                f'`model_type` must be "gpt2", got "{model_type}": this is another architecture.'
+            )
         for name, why in _UNSUPPORTED.items():
             if values.get(name):
                 raise ValueError(f"`{name}={values[name]!r}` is not supported: {why}.")

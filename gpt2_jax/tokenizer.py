@@ -21,7 +21,10 @@ from gpt2_jax.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-REMEMBERED_PIECES, REMEMBERED_LENGTH = 2**18, 64  # bounds of a tokenizer's memory; most texts stay far below
+REMEMBERED_PIECES, REMEMBERED_LENGTH = (
+    2**18,
+    64,
+)  # bounds of a tokenizer's memory; most texts stay far below
 
 
 class Tokenizer:
@@ -46,13 +49,19 @@ class Tokenizer:
         self.merges = [tuple(pair) for pair in merges]
         tokens = self.vocab | self.special_tokens
         if len(set(tokens.values())) != len(tokens):
-            raise ValueError(f"Each token must have an id of its own, got {len(tokens)} tokens and fewer ids.")
+            raise ValueError(
+                f"Each token must have an id of its own, got {len(tokens)} tokens and fewer ids."
+            )
         bad = [pair for pair in self.merges if not {*pair, "".join(pair)} <= self.vocab.keys()]
         if bad:
-            raise ValueError(f"Both parts of a merge and the whole must be tokens, {len(bad)} are not: {bad[:3]}.")
+            raise ValueError(
+                f"Both parts of a merge and the whole must be tokens, {len(bad)} are not: {bad[:3]}."
+            )
         self._bytes = {id: _spelled_bytes(token) for token, id in self.vocab.items()}
         self._bytes |= {id: token.encode() for token, id in self.special_tokens.items()}
-        self._byte_ids = {byte: self.vocab[char] for byte, char in byte_chars().items() if char in self.vocab}
+        self._byte_ids = {
+            byte: self.vocab[char] for byte, char in byte_chars().items() if char in self.vocab
+        }
         self._merged = {  # pair of ids -> (rank, id of the whole)
             (self.vocab[left], self.vocab[right]): (rank, self.vocab[left + right])
             for rank, (left, right) in enumerate(self.merges)
@@ -82,13 +91,19 @@ class Tokenizer:
         elif (folder / "tokenizer.json").is_file():
             vocab, merges, special = _read_tokenizer_json(folder / "tokenizer.json")
         else:
-            raise FileNotFoundError(f"{folder}: expected vocab.json and merges.txt, or tokenizer.json.")
+            raise FileNotFoundError(
+                f"{folder}: expected vocab.json and merges.txt, or tokenizer.json."
+            )
         if _read_json(folder / "tokenizer_config.json", {}).get("add_prefix_space"):
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: `add_prefix_space` is not supported.")
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: `add_prefix_space` is not supported."
+            )
         special |= _read_json(folder / "added_tokens.json", {})
         named = _read_json(folder / "special_tokens_map.json", {}).values()
         named = {
-            token["content"] if isinstance(token, dict) else token for token in named if not isinstance(token, list)
+            token["content"] if isinstance(token, dict) else token
+            for token in named
+            if not isinstance(token, list)
         }
         special |= {token: vocab[token] for token in {END_OF_TEXT, *named} if token in vocab}
         return Tokenizer(vocab, merges, special)
@@ -124,10 +139,15 @@ class Tokenizer:
             return self._encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        ids = [[self.special_tokens[part]] if part in allowed else self._encode_ordinary(part) for part in parts]
+        ids = [
+            [self.special_tokens[part]] if part in allowed else self._encode_ordinary(part)
+            for part in parts
+        ]
         return list(chain.from_iterable(ids))
 
-    def encode_batch(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Iterable[str], allowed_special: Collection[str] = ()
+    ) -> list[list[int]]:
         """Returns the ids of each text: see `encode`."""
         return [self.encode(text, allowed_special) for text in texts]
 
@@ -141,7 +161,9 @@ class Tokenizer:
         try:
             return b"".join([self._bytes[index(id)] for id in ids])
         except KeyError as error:
-            raise ValueError(f"Ids must be those of tokens, in [0, {self.vocab_size}), got {error}.") from None
+            raise ValueError(
+                f"Ids must be those of tokens, in [0, {self.vocab_size}), got {error}."
+            ) from None
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """Returns the text of ids; `errors` is for bytes that are no UTF-8, as in `bytes.decode`."""
@@ -171,19 +193,30 @@ class Tokenizer:
             return list(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
         except UnicodeEncodeError:
             at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-            raise ValueError(f"`text` must be spellable in UTF-8, got {text[at]!r} at position {at}.") from None
+            raise ValueError(
+                f"`text` must be spellable in UTF-8, got {text[at]!r} at position {at}."
+            ) from None
 
     def _merge(self, piece: str) -> list[int]:
         """Merges the bytes of a piece, the earliest merge first and from left to right, by a heap of candidates."""
         try:
             ids = [self._byte_ids[byte] for byte in piece.encode("utf-8")]
         except KeyError as error:
-            raise ValueError(f"The vocabulary has no token for byte {error} of {piece!r}.") from None
+            raise ValueError(
+                f"The vocabulary has no token for byte {error} of {piece!r}."
+            ) from None
         if len(ids) == 1:
             return ids
         merged, end = self._merged, len(ids)
-        before, after = list(range(-1, end - 1)), list(range(1, end + 1))  # neighbours of what is left
-        heap = [(*merged[pair], i) for i, pair in enumerate(zip(ids, ids[1:], strict=False)) if pair in merged]
+        before, after = (
+            list(range(-1, end - 1)),
+            list(range(1, end + 1)),
+        )  # neighbours of what is left
+        heap = [
+            (*merged[pair], i)
+            for i, pair in enumerate(zip(ids, ids[1:], strict=False))
+            if pair in merged
+        ]
         heapq.heapify(heap)
         while heap:
             _, whole, i = heapq.heappop(heap)
@@ -233,9 +266,15 @@ class _Pieces(dict):
 @cache
 def byte_chars() -> dict[int, str]:
     """Returns the printable character that spells each byte in vocabulary files (openai/gpt-2, src/encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def splitter(text: str) -> Any:
@@ -286,7 +325,9 @@ def _pair(line: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+def _read_tokenizer_json(
+    file: Path,
+) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
     """Returns vocabulary, merges and added tokens of a file of HF's `tokenizers`, if it is a byte-level BPE."""
     values = _read_json(file)
     model, splitting = values.get("model") or {}, values.get("pre_tokenizer") or {}
@@ -296,9 +337,13 @@ def _read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, st
         "normalizer": values.get("normalizer"),
     }
     if found != {"model": "BPE", "pre_tokenizer": "ByteLevel", "normalizer": None}:
-        raise ValueError(f"{file}: expected a BPE model, a ByteLevel pre-tokenizer and no normalizer, got {found}.")
+        raise ValueError(
+            f"{file}: expected a BPE model, a ByteLevel pre-tokenizer and no normalizer, got {found}."
+        )
     if splitting.get("add_prefix_space") or not splitting.get("use_regex", True):
-        raise ValueError(f"{file}: `add_prefix_space` and a ByteLevel without `use_regex` are not supported.")
+        raise ValueError(
+            f"{file}: `add_prefix_space` and a ByteLevel without `use_regex` are not supported."
+        )
     merges = [_pair(pair) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
     return model["vocab"], merges, added

@@ -55,7 +55,9 @@ class Contender:
     def __init__(self, work: str, name: str, spec: Spec):
         script = Path(__file__).with_name("contenders.py")
         command = [sys.executable, str(script), work, name, json.dumps(spec)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.ready = self._answer()
 
     def once(self) -> dict[str, Any]:
@@ -88,8 +90,12 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
     scale = max(map(abs, mine), default=0)
     for name, contender in contenders.items():
         theirs = contender.ready["numbers"]
-        if len(theirs) != len(mine) or any(abs(a - b) > tolerance * scale for a, b in zip(mine, theirs, strict=True)):
-            raise RuntimeError(f"{work}: ours gives {mine[:20]}... where {name} gives {theirs[:20]}...")
+        if len(theirs) != len(mine) or any(
+            abs(a - b) > tolerance * scale for a, b in zip(mine, theirs, strict=True)
+        ):
+            raise RuntimeError(
+                f"{work}: ours gives {mine[:20]}... where {name} gives {theirs[:20]}..."
+            )
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     measured = []
     for _ in range(rounds):
@@ -98,9 +104,14 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
         measured.append(machine.once()["numbers"])
     for contender in (*contenders.values(), machine):
         contender.close()
-    speeds = {name: [turn["amount"] / turn["seconds"] for turn in done] for name, done in turns.items()}
+    speeds = {
+        name: [turn["amount"] / turn["seconds"] for turn in done] for name, done in turns.items()
+    }
     out: dict[str, Any] = {
-        "limits": {"gflops": median(m[0] for m in measured), "gbytes": median(m[1] for m in measured)}
+        "limits": {
+            "gflops": median(m[0] for m in measured),
+            "gbytes": median(m[1] for m in measured),
+        }
     }
     for name in names:
         out[name] = {
@@ -113,11 +124,15 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
     return out
 
 
-def show(title: str, unit: str, result: dict[str, Any], *, flops: float = 0, bytes: float = 0) -> None:
+def show(
+    title: str, unit: str, result: dict[str, Any], *, flops: float = 0, bytes: float = 0
+) -> None:
     """Prints a table. `flops` and `bytes` are what one unit needs at least, for the share of the machine's limit."""
     compute, memory = result["limits"]["gflops"] * 1e9, result["limits"]["gbytes"] * 1e9
     print(f"\n{title}  (this machine: {compute / 1e9:.0f} GFLOP/s, {memory / 1e9:.0f} GB/s)")
-    print(f"{'':24} {unit:>10} {'from':>10} {'to':>10} {'ours is':>9} {'of the limit':>13} {'peak MiB':>9}")
+    print(
+        f"{'':24} {unit:>10} {'from':>10} {'to':>10} {'ours is':>9} {'of the limit':>13} {'peak MiB':>9}"
+    )
     for name, row in result.items():
         if name != "limits":
             speeds = " ".join(f"{row[key]:10,.4g}" for key in ("speed", "slowest", "fastest"))
@@ -136,7 +151,9 @@ def make_checkpoint(model: str, folder: Path) -> str:
             "config = gpt2_jax.GPT2Config(**json.loads(options));"
             "gpt2_jax.save(target, gpt2_jax.init(jax.random.key(0), config), config)"
         )
-        subprocess.run([sys.executable, "-c", code, str(target), json.dumps(MODELS[model])], check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(target), json.dumps(MODELS[model])], check=True
+        )
         for file in ("vocab.json", "merges.txt"):
             shutil.copy(VOCABULARY / file, target)
     return str(target)
@@ -163,8 +180,15 @@ def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for model in args.models or ["gpt2", "char"]:
         usual, length, steps = TRAIN[model]
         for batch in args.batches or [usual]:
-            spec = {"folder": make_checkpoint(model, folder), "batch": batch, "length": length, "steps": steps}
-            result = race("train", spec | {"learning_rate": 3e-4}, peers(args, "PyTorch"), args.rounds, 1e-4)
+            spec = {
+                "folder": make_checkpoint(model, folder),
+                "batch": batch,
+                "length": length,
+                "steps": steps,
+            }
+            result = race(
+                "train", spec | {"learning_rate": 3e-4}, peers(args, "PyTorch"), args.rounds, 1e-4
+            )
             title = f"train {model}, batch {batch} x {length}, AdamW, float32"
             show(title, "tokens/s", result, flops=6 * matrix_parameters(model))
             results[title] = result
@@ -195,16 +219,29 @@ def bench_sample(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return decoding(args, folder, DECODE[:2], SAMPLE)
 
 
-def decoding(args: argparse.Namespace, folder: Path, works: list[tuple], sample: dict[str, Any]) -> dict[str, Any]:
+def decoding(
+    args: argparse.Namespace, folder: Path, works: list[tuple], sample: dict[str, Any]
+) -> dict[str, Any]:
     """Races in decoding, drawn by the options of `sample` or greedy without any."""
     results = {}
     kind = ", ".join(f"{name} {value}" for name, value in sample.items()) or "greedy"
     for model in args.models or ["gpt2"]:
         path = make_checkpoint(model, folder)
-        names = peers(args, "transformers") + (["CTranslate2"] if importlib.util.find_spec("ctranslate2") else [])
-        alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []  # takes one text at a time
+        names = peers(args, "transformers") + (
+            ["CTranslate2"] if importlib.util.find_spec("ctranslate2") else []
+        )
+        alone = (
+            ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []
+        )  # takes one text at a time
         for batch, prompt, new, after in works:
-            spec = {"folder": path, "batch": batch, "length": prompt, "new": new, "after": after, "sample": sample}
+            spec = {
+                "folder": path,
+                "batch": batch,
+                "length": prompt,
+                "new": new,
+                "after": after,
+                "sample": sample,
+            }
             result = race("decode", spec, names + (alone if batch == 1 else []), args.rounds, 0)
             title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, {kind}, float32"
             passes = 4 * matrix_parameters(model) / batch
@@ -217,7 +254,9 @@ def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A prompt read and its cache filled, in float32."""
     results = {}
     for model in args.models or ["gpt2"]:
-        for length in sorted({min(length, MODELS[model].get("n_positions", 1024)) for length in PREFILL}):
+        for length in sorted(
+            {min(length, MODELS[model].get("n_positions", 1024)) for length in PREFILL}
+        ):
             spec = {"folder": make_checkpoint(model, folder), "batch": 1, "length": length}
             result = race("prefill", spec, peers(args, "transformers"), args.rounds, 1e-4)
             title = f"prefill {model}, {length} tokens, float32"
@@ -245,7 +284,10 @@ def bench_tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = args.text
     if text is None:
         text = folder / "text.txt"
-        text.write_text((ROOT / "tests" / "data" / "held-out.txt").read_text(encoding="utf-8") * 100, encoding="utf-8")
+        text.write_text(
+            (ROOT / "tests" / "data" / "held-out.txt").read_text(encoding="utf-8") * 100,
+            encoding="utf-8",
+        )
     names = ["ours", "tokenizers"] + (["tiktoken"] if importlib.util.find_spec("tiktoken") else [])
     spec = {"text": str(text), "vocabulary": str(VOCABULARY)}
     result = race("tokenizer", spec, names, args.rounds, 0)
@@ -292,14 +334,29 @@ def main() -> None:
         description="Measure gpt2_jax beside its peers, interleaved, on the same weights."
     )
     parser.add_argument("work", choices=[*BENCHES, "all"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="of which size (default: what the README quotes)")
-    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="train: of which batch sizes")
     parser.add_argument(
-        "--prompts", nargs="+", type=int, metavar="N", help="decode: 63 tokens after N, the prompt apart"
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        help="of which size (default: what the README quotes)",
     )
-    parser.add_argument("--rounds", type=int, default=7, help="times that each contender works (default: 7)")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, metavar="N", help="train: of which batch sizes"
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="decode: 63 tokens after N, the prompt apart",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="times that each contender works (default: 7)"
+    )
     parser.add_argument("--compile", action="store_true", help="let torch.compile take part too")
-    parser.add_argument("--text", metavar="FILE", help="tokenizer: the text (default: a page, a hundred times)")
+    parser.add_argument(
+        "--text", metavar="FILE", help="tokenizer: the text (default: a page, a hundred times)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as JSON")
     args = parser.parse_args()
     facts = {"date": date.today().isoformat(), "cores": os.cpu_count(), "processor": processor()}

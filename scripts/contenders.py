@@ -49,7 +49,9 @@ def ours_train(spec: Spec) -> Once:
             state, metrics = gpt2_jax.train_step(state, next(batches), config=config, tx=tx)
             losses.append(metrics["loss"])
         states.append(jax.block_until_ready(state))
-        return Done(spec["steps"] * spec["batch"] * spec["length"], [float(loss) for loss in losses])
+        return Done(
+            spec["steps"] * spec["batch"] * spec["length"], [float(loss) for loss in losses]
+        )
 
     return once
 
@@ -133,7 +135,9 @@ def ours_decode(spec: Spec) -> Once:
 
     config, params = gpt2_jax.load(spec["folder"])
     ids, key = tokens_of(spec, config.vocab_size), jax.random.key(0)
-    sampler = gpt2_jax.sampler_from_options(spec["sample"], do_sample=True) if spec["sample"] else None
+    sampler = (
+        gpt2_jax.sampler_from_options(spec["sample"], do_sample=True) if spec["sample"] else None
+    )
 
     def run(count):
         options = {"config": config, "max_new_tokens": count, "sampler": sampler, "stop_ids": ()}
@@ -151,7 +155,11 @@ def hf_decode(spec: Spec) -> Once:
     ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
     model.generation_config.eos_token_id = None
 
-    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": bool(spec["sample"])}
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0,
+        "do_sample": bool(spec["sample"]),
+    }
 
     def run(count):
         out = model.generate(ids, max_new_tokens=count, **options, **spec["sample"])
@@ -169,9 +177,15 @@ def ctranslate2_decode(spec: Spec) -> Once:
     if not folder.exists():
         TransformersConverter(spec["folder"]).convert(str(folder))
     tokens = json.loads((folder / "vocabulary.json").read_text())
-    generator = ctranslate2.Generator(str(folder), compute_type="float32", intra_threads=os.cpu_count())
+    generator = ctranslate2.Generator(
+        str(folder), compute_type="float32", intra_threads=os.cpu_count()
+    )
     rows = [[tokens[id] for id in row] for row in tokens_of(spec, len(tokens)).tolist()]
-    names = {"temperature": "sampling_temperature", "top_k": "sampling_topk", "top_p": "sampling_topp"}
+    names = {
+        "temperature": "sampling_temperature",
+        "top_k": "sampling_topk",
+        "top_p": "sampling_topp",
+    }
     options = {names[name]: value for name, value in ({"top_k": 1} | spec["sample"]).items()}
     options |= {"include_prompt_in_result": False, "end_token": []}
 
@@ -195,7 +209,10 @@ def llama_decode(spec: Spec) -> Once:
     model = llama_cpp.Llama(str(file), **threads, **options)
     (prompt,) = tokens_of(spec, model.n_vocab()).tolist()
     names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
-    choice = {names[name]: value for name, value in ({"top_k": 1, "temperature": 0.0} | spec["sample"]).items()}
+    choice = {
+        names[name]: value
+        for name, value in ({"top_k": 1, "temperature": 0.0} | spec["sample"]).items()
+    }
     choice |= {"min_p": 0.0, "repeat_penalty": 1.0}
 
     def run(count):
@@ -211,7 +228,9 @@ def write_gguf(folder: Path, file: Path) -> None:
     import gguf
     from safetensors.numpy import load_file
 
-    config, vocabulary = (json.loads((folder / name).read_text()) for name in ("config.json", "vocab.json"))
+    config, vocabulary = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "vocab.json")
+    )
     writer = gguf.GGUFWriter(str(file), "gpt2")
     writer.add_context_length(config["n_positions"])
     writer.add_embedding_length(config["n_embd"])
@@ -224,7 +243,12 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_token_list(list(vocabulary))
     writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
     writer.add_token_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
-    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm"}
+    names = {
+        "wte": "token_embd",
+        "wpe": "position_embd",
+        "ln_f": "output_norm",
+        "ln_1": "attn_norm",
+    }
     names |= {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
     names |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     for name, array in load_file(folder / "model.safetensors").items():
@@ -255,7 +279,9 @@ def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
             begun = time.perf_counter()
             run(1)
             seconds -= time.perf_counter() - begun
-        return Done(spec["batch"] * spec["new"], [len(numbers)] if spec["sample"] else numbers, seconds)
+        return Done(
+            spec["batch"] * spec["new"], [len(numbers)] if spec["sample"] else numbers, seconds
+        )
 
     return once
 
@@ -312,7 +338,9 @@ def ours_patch(spec: Spec) -> Once:
     def sweep(params, ids, other):
         _, donors = gpt2_jax.capture(params, other, config=config, sites="h.*.resid_pre")
         options = {"config": config, "site": "resid_pre", "batch_size": 8}
-        return gpt2_jax.patching_sweep(params, ids, donors, lambda logits: logits[0, 5] - logits[0, 7], **options)
+        return gpt2_jax.patching_sweep(
+            params, ids, donors, lambda logits: logits[0, 5] - logits[0, 7], **options
+        )
 
     def once():
         found = np.asarray(sweep(params, ids, other))
@@ -364,7 +392,9 @@ def hf_tokenizer(spec: Spec) -> Once:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = ByteLevelBPETokenizer(f"{spec['vocabulary']}/vocab.json", f"{spec['vocabulary']}/merges.txt")
+    tokenizer = ByteLevelBPETokenizer(
+        f"{spec['vocabulary']}/vocab.json", f"{spec['vocabulary']}/merges.txt"
+    )
     return encoding(spec, lambda text: tokenizer.encode(text).ids)
 
 
@@ -398,8 +428,16 @@ def encoding(spec: Spec, encode: Callable[[str], list[int]]) -> Once:
 
 def ours_cold(spec: Spec) -> Once:
     """The command `gpt2-jax`."""
-    code = "from gpt2_jax.cli import main; main()"
-    command = [sys.executable, "-c", code, spec["prompt"], "--from_pretrained", spec["folder"], "--quiet"]
+    code = "from gpt2_jax.commands.generate import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        spec["prompt"],
+        "--from_pretrained",
+        spec["folder"],
+        "--quiet",
+    ]
     return process(spec, [*command, "--max_tokens", str(spec["new"])])
 
 
@@ -417,7 +455,9 @@ ids = tokenizer(prompt, return_tensors="pt")
 out = model.generate(**ids, max_new_tokens=int(count), do_sample=False, pad_token_id=0)
 print(tokenizer.decode(out[0], clean_up_tokenization_spaces=False))
 """
-    return process(spec, [sys.executable, "-c", code, spec["folder"], spec["prompt"], str(spec["new"])])
+    return process(
+        spec, [sys.executable, "-c", code, spec["folder"], spec["prompt"], str(spec["new"])]
+    )
 
 
 def process(spec: Spec, command: list[str]) -> Once:
@@ -489,8 +529,12 @@ def lean_gpt2(folder: str) -> Any:
         def __init__(self):
             super().__init__()
             self.ln_1, self.ln_2 = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
-            self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
-            self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+            self.attn = nn.ModuleDict(
+                {"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)}
+            )
+            self.mlp = nn.ModuleDict(
+                {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
+            )
 
         def forward(self, x):
             rows, length, _ = x.shape
@@ -498,7 +542,9 @@ def lean_gpt2(folder: str) -> Any:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.attn["c_proj"](z.transpose(1, 2).reshape(rows, length, width))
-            return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+            return x + self.mlp["c_proj"](
+                F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+            )
 
     class Lean(nn.Module):
         def __init__(self):
@@ -516,7 +562,8 @@ def lean_gpt2(folder: str) -> Any:
 
     model = Lean()
     state = {
-        name.removeprefix("transformer."): tensor for name, tensor in load_file(f"{folder}/model.safetensors").items()
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(f"{folder}/model.safetensors").items()
     }
     dense = [name for name in state if name.startswith("h.") and state[name].ndim == 2]
     model.load_state_dict(state | {name: state[name].T.contiguous() for name in dense})
@@ -550,7 +597,11 @@ CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     },
     "prefill": {"ours": ours_prefill, "transformers": hf_prefill},
     "patch": {"ours": ours_patch, "transformers": hf_patch},
-    "tokenizer": {"ours": ours_tokenizer, "tokenizers": hf_tokenizer, "tiktoken": tiktoken_tokenizer},
+    "tokenizer": {
+        "ours": ours_tokenizer,
+        "tokenizers": hf_tokenizer,
+        "tiktoken": tiktoken_tokenizer,
+    },
     "cold": {"ours": ours_cold, "transformers": hf_cold},
     "limits": {"limits": limits},
 }
@@ -569,7 +620,9 @@ def serve(work: str, name: str, spec: Spec) -> None:
         begun = time.perf_counter()
         done = once()
         seconds = time.perf_counter() - begun if done.seconds is None else done.seconds
-        peak = done.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+        peak = (
+            done.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        )  # MiB on Linux
         answer(seconds=seconds, amount=done.amount, numbers=done.numbers, peak=peak)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2_jax.files import resolve
-from gpt2_jax.tasks import TASKS, Figure, Model, fetch
-from gpt2_jax.text import load_tokenizer
-from gpt2_jax.weights import load
+from gpt2_jax.evaluation.tasks import TASKS, Figure, Model, fetch
+from gpt2_jax.pretrained.hub import resolve
+from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.pretrained.weights import load
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +20,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure a GPT-2 by the protocols of the published figures.",
         epilog="example: python scripts/evaluate.py --task perplexity --data book.txt --from_pretrained demo",
     )
-    out.add_argument("--task", nargs="+", required=True, choices=[*TASKS, "all"], help="what to measure")
+    out.add_argument(
+        "--task", nargs="+", required=True, choices=[*TASKS, "all"], help="what to measure"
+    )
     out.add_argument(
         "--data",
         nargs="+",
@@ -29,12 +31,23 @@ def parser() -> argparse.ArgumentParser:
         help="each task's file in its published format, in the order of the tasks (default: from the hub)",
     )
     out.add_argument(
-        "--from_pretrained", default="gpt2", metavar="MODEL", help="hub id, folder or demo (default: gpt2)"
+        "--from_pretrained",
+        default="gpt2",
+        metavar="MODEL",
+        help="hub id, folder or demo (default: gpt2)",
     )
-    out.add_argument("--model_name", metavar="NAME", help="whose tokenizer (default: the model's own, or GPT-2's)")
+    out.add_argument(
+        "--model_name",
+        metavar="NAME",
+        help="whose tokenizer (default: the model's own, or GPT-2's)",
+    )
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    out.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts at once (default: 8)")
-    out.add_argument("--stride", type=int, metavar="N", help="of perplexity's windows (default: half a window)")
+    out.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
+    )
+    out.add_argument(
+        "--stride", type=int, metavar="N", help="of perplexity's windows (default: half a window)"
+    )
     out.add_argument("--limit", type=int, metavar="N", help="take the first N examples of a set")
     out.add_argument("--json", action="store_true", help="print one JSON object per figure")
     out.add_argument("--quiet", action="store_true", help="no progress")
@@ -70,7 +83,9 @@ def main() -> int:
             if (value := getattr(args, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
         if args.data and len(args.data) != len(tasks):
-            raise ValueError(f"--data must name a file for each of {', '.join(tasks)}, got {len(args.data)}.")
+            raise ValueError(
+                f"--data must name a file for each of {', '.join(tasks)}, got {len(args.data)}."
+            )
         for file in args.data:
             if not Path(file).is_file():
                 raise ValueError(f"{file}: there is no such file.")

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from gpt2_jax.corpus import prepare
+from gpt2_jax.training.corpus import prepare
 
 
 def parser() -> argparse.ArgumentParser:
@@ -12,8 +12,15 @@ def parser() -> argparse.ArgumentParser:
         description="Turn texts into token files that train.py reads.",
         epilog="example: python scripts/prepare_data.py input.txt --out data/shakespeare_char --tokenizer char",
     )
-    out.add_argument("inputs", nargs="+", metavar="TEXT", help="text file, folder of *.txt, or - for standard input")
-    out.add_argument("--out", required=True, metavar="FOLDER", help="where train.bin, val.bin and the rest go")
+    out.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="TEXT",
+        help="text file, folder of *.txt, or - for standard input",
+    )
+    out.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where train.bin, val.bin and the rest go"
+    )
     out.add_argument(
         "--tokenizer",
         default="gpt2",
@@ -23,13 +30,23 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--vocab_size", type=int, metavar="N", help="tokens of a bpe")
     out.add_argument(
-        "--val_fraction", type=float, default=0.1, metavar="F", help="for validation, of each file (default: 0.1)"
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="for validation, of each file (default: 0.1)",
     )
     out.add_argument(
-        "--unwrap", action="store_true", help="join the lines of each paragraph, as printed books need it"
+        "--unwrap",
+        action="store_true",
+        help="join the lines of each paragraph, as printed books need it",
     )
-    out.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    out.add_argument("--overwrite", action="store_true", help="replace the files that are in the folder")
+    out.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
+    )
+    out.add_argument(
+        "--overwrite", action="store_true", help="replace the files that are in the folder"
+    )
     out.add_argument("--quiet", action="store_true", help="no progress bar")
     return out
 

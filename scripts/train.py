@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from gpt2_jax.recipes import RECIPES, SHAPE, Recipe
+from gpt2_jax.training.recipes import RECIPES, SHAPE, Recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,13 +16,31 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python scripts/train.py data/shakespeare --out runs/shakespeare --recipe shakespeare_char",
     )
     out.add_argument("data", help="folder with train.bin, as prepare_data.py or nanoGPT writes it")
-    out.add_argument("--out", required=True, metavar="RUN", help="folder of the run: checkpoints, metrics, curves")
-    out.add_argument("--recipe", choices=RECIPES, help="where the values below begin (default: gpt2's)")
-    out.add_argument("--from_pretrained", metavar="MODEL", help="fine-tune these weights: hub id, folder or demo")
-    out.add_argument("--resume", action="store_true", help="go on from the last checkpoint, with the run's own recipe")
-    out.add_argument("--export", metavar="FOLDER", help="when finished, write the best weights in HF's layout")
     out.add_argument(
-        "--export_dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of these weights"
+        "--out",
+        required=True,
+        metavar="RUN",
+        help="folder of the run: checkpoints, metrics, curves",
+    )
+    out.add_argument(
+        "--recipe", choices=RECIPES, help="where the values below begin (default: gpt2's)"
+    )
+    out.add_argument(
+        "--from_pretrained", metavar="MODEL", help="fine-tune these weights: hub id, folder or demo"
+    )
+    out.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint, with the run's own recipe",
+    )
+    out.add_argument(
+        "--export", metavar="FOLDER", help="when finished, write the best weights in HF's layout"
+    )
+    out.add_argument(
+        "--export_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of these weights",
     )
     out.add_argument("--quiet", action="store_true", help="no progress bar")
     group = out.add_argument_group("recipe")
@@ -58,9 +76,13 @@ def choose(args: argparse.Namespace) -> tuple[Recipe, str | None]:
 def main() -> int:
     """Trains; returns 2 after a user's mistake, 1 after a loss that is not finite, 130 after Ctrl-C."""
     args = parser().parse_args()
-    say = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    say = (
+        (lambda text: None)
+        if args.quiet
+        else (lambda text: print(text, file=sys.stderr, flush=True))
+    )
     try:
-        from gpt2_jax.fit import TrainingError, export, fit
+        from gpt2_jax.training.run import TrainingError, export, fit
     except ImportError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -69,7 +91,9 @@ def main() -> int:
         options = {"resume": args.resume, "say": say, "progress": not args.quiet}
         summary = fit(recipe, args.data, args.out, from_pretrained=start, **options)
         if not summary.finished:
-            say(f"Stopped after step {summary.step} of {recipe.steps}; --resume goes on from there.")
+            say(
+                f"Stopped after step {summary.step} of {recipe.steps}; --resume goes on from there."
+            )
             return 130
         if args.export:
             step = export(args.out, args.export, dtype=args.export_dtype)

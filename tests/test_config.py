@@ -27,13 +27,17 @@ def test_presets_have_the_published_number_of_parameters():
 
 
 def test_dict_round_trip_is_the_identity():
-    config = GPT2Config(n_inner=100, activation_function="gelu", eos_token_id=(1, 2), tie_word_embeddings=False)
+    config = GPT2Config(
+        n_inner=100, activation_function="gelu", eos_token_id=(1, 2), tie_word_embeddings=False
+    )
     assert GPT2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_hf_reads_what_we_write_and_we_read_what_hf_writes(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = GPT2Config(n_embd=96, n_head=3, n_inner=50, layer_norm_epsilon=1e-3, resid_pdrop=0.0, attn_pdrop=0.25)
+    config = GPT2Config(
+        n_embd=96, n_head=3, n_inner=50, layer_norm_epsilon=1e-3, resid_pdrop=0.0, attn_pdrop=0.25
+    )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.GPT2Config.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
@@ -56,7 +60,10 @@ def test_old_files_with_n_ctx_are_read():
         ({"vocab_size": "50257"}, "`vocab_size` must be a positive integer, got '50257'"),
         ({"attn_pdrop": 1.0}, r"`attn_pdrop` must be in \[0, 1\), got 1.0"),
         ({"layer_norm_epsilon": 0}, "`layer_norm_epsilon` must be positive"),
-        ({"activation_function": "gelu_knew"}, "`activation_function` must be one of .*'gelu_knew'"),
+        (
+            {"activation_function": "gelu_knew"},
+            "`activation_function` must be one of .*'gelu_knew'",
+        ),
         ({"add_cross_attention": True}, "`add_cross_attention=True` is not supported"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config=.*` is not supported"),
         ({"model_type": "llama"}, '`model_type` must be "gpt2", got "llama"'),

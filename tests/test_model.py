@@ -6,10 +6,12 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
+from gpt2_jax.interpretability.taps import site_names
 from gpt2_jax.modules import dropout
-from gpt2_jax.taps import site_names
 
-TINY = GPT2Config(vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, eos_token_id=0, bos_token_id=0)
+TINY = GPT2Config(
+    vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, eos_token_id=0, bos_token_id=0
+)
 
 
 apply = jax.jit(gpt2_jax.apply, static_argnames=("config", "padding_side"))
@@ -22,7 +24,11 @@ def apply_and_record(params, ids, config, key=None):
     def recorded(params, ids):
         seen = {}
         logits = gpt2_jax.apply(
-            params, ids, config=config, dropout_key=key, tap=lambda site, x: seen.setdefault(site, x)
+            params,
+            ids,
+            config=config,
+            dropout_key=key,
+            tap=lambda site, x: seen.setdefault(site, x),
         )
         return logits, seen
 
@@ -62,7 +68,9 @@ def test_attention_in_parts_changes_only_rounding(rng, side, length):
 
     def gradient(**options):  # a tap, even one that does nothing, sees the whole pattern at once
         def loss(params):
-            logits = gpt2_jax.apply(params, ids, lengths, config=config, padding_side=side, **options)
+            logits = gpt2_jax.apply(
+                params, ids, lengths, config=config, padding_side=side, **options
+            )
             return jnp.square(logits * real[..., None]).mean()
 
         return jax.jit(jax.grad(loss))(params)
@@ -93,8 +101,12 @@ def test_initialisation_follows_gpt2():
         else:
             expected = scaled if "c_proj" in name else 0.02
             # Four standard errors of a sample deviation, the leaves having 9,216 entries and more.
-            np.testing.assert_allclose(leaf.std(), expected, rtol=4 / np.sqrt(2 * leaf.size), err_msg=name)
-            np.testing.assert_allclose(leaf.mean(), 0, atol=4 * expected / np.sqrt(leaf.size), err_msg=name)
+            np.testing.assert_allclose(
+                leaf.std(), expected, rtol=4 / np.sqrt(2 * leaf.size), err_msg=name
+            )
+            np.testing.assert_allclose(
+                leaf.mean(), 0, atol=4 * expected / np.sqrt(leaf.size), err_msg=name
+            )
 
 
 def test_initial_loss_is_near_that_of_a_guess(params, rng):
@@ -138,7 +150,13 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
     ]
     layers = [(f"h.{i}.{site}", shape) for i in range(2) for site, shape in block]
     first = [(site, (2, 6, 24)) for site in ("wte.out", "wpe.out", "embed")]
-    assert sites == [*first, *layers, ("ln_f.scale", (2, 6, 1)), ("ln_f.out", (2, 6, 24)), ("logits", (2, 6, 61))]
+    assert sites == [
+        *first,
+        *layers,
+        ("ln_f.scale", (2, 6, 1)),
+        ("ln_f.out", (2, 6, 24)),
+        ("logits", (2, 6, 61)),
+    ]
     assert tuple(site for site, _ in sites) == site_names(TINY)
 
 
@@ -149,7 +167,10 @@ def test_a_tap_can_replace_an_activation(params, rng):
     @jax.jit
     def patched(params, ids):
         return gpt2_jax.apply(
-            params, ids, config=TINY, tap=lambda site, x: seen[site] if site == "h.1.resid_post" else x
+            params,
+            ids,
+            config=TINY,
+            tap=lambda site, x: seen[site] if site == "h.1.resid_post" else x,
         )
 
     chex.assert_trees_all_close(patched(params, ids), expected, atol=1e-6)
@@ -180,14 +201,27 @@ def test_without_a_key_or_a_rate_nothing_is_dropped(params, rng):
     ids = rng.integers(0, 61, (2, 8))
     off = TINY.replace(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     plain = apply(params, ids, config=TINY)
-    np.testing.assert_array_equal(apply(params, ids, config=off, dropout_key=jax.random.key(5)), plain)
-    assert np.abs(apply(params, ids, config=TINY, dropout_key=jax.random.key(5)) - plain).max() > 1e-3
+    np.testing.assert_array_equal(
+        apply(params, ids, config=off, dropout_key=jax.random.key(5)), plain
+    )
+    assert (
+        np.abs(apply(params, ids, config=TINY, dropout_key=jax.random.key(5)) - plain).max() > 1e-3
+    )
 
 
-@pytest.mark.parametrize("dtype, wide", [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "dtype, wide", [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
+)
 def test_each_dtype_is_used_where_it_should_be(params, rng, dtype, wide):
     _, seen = apply_and_record(params, rng.integers(0, 61, (2, 5)), TINY.replace(dtype=dtype))
-    for site in ("embed", "h.0.attn.q", "h.0.attn.out", "h.1.mlp.post", "h.1.resid_post", "ln_f.out"):
+    for site in (
+        "embed",
+        "h.0.attn.q",
+        "h.0.attn.out",
+        "h.1.mlp.post",
+        "h.1.resid_post",
+        "ln_f.out",
+    ):
         assert seen[site].dtype == dtype, site
     for site in ("h.0.attn.scores", "h.0.attn.pattern", "logits"):
         assert seen[site].dtype == wide, site
@@ -197,10 +231,16 @@ def test_every_product_carries_the_precision_asked_for(params):
     ids = jnp.zeros((1, 4), jnp.int32)
     for precision in ("default", "highest"):
         config = TINY.replace(precision=precision)
-        text = jax.jit(gpt2_jax.apply, static_argnames="config").lower(params, ids, config=config).as_text()
+        text = (
+            jax.jit(gpt2_jax.apply, static_argnames="config")
+            .lower(params, ids, config=config)
+            .as_text()
+        )
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert len(products) == 2 * 6 + 1
-        wanted = [f"precision = [{precision.upper()}, {precision.upper()}]" in line for line in products]
+        wanted = [
+            f"precision = [{precision.upper()}, {precision.upper()}]" in line for line in products
+        ]
         assert all(wanted), products
 
 
@@ -223,7 +263,9 @@ def test_bad_ids_are_named(params, ids, message):
 
 
 def test_other_bad_arguments_are_named(params):
-    with pytest.raises(ValueError, match="`cache_len` must be at least the 3 columns of `ids`, got 2"):
+    with pytest.raises(
+        ValueError, match="`cache_len` must be at least the 3 columns of `ids`, got 2"
+    ):
         gpt2_jax.prefill(params, [[1, 2, 3]], config=TINY, cache_len=2)
     with pytest.raises(ValueError, match="`padding_side` must be"):
         gpt2_jax.apply(params, [[1]], config=TINY, padding_side="middle")
@@ -249,5 +291,7 @@ def test_apply_and_the_decode_loop_lower_for_cpu_cuda_and_tpu(dtype):
         return jax.lax.scan(step, (jnp.argmax(logits, -1).astype(jnp.int32), cache), length=5)[1]
 
     for function in (apply, decode):
-        exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(shapes, ids)
+        exported = jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(
+            shapes, ids
+        )
         assert exported.platforms == ("cpu", "cuda", "tpu")

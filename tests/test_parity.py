@@ -9,10 +9,8 @@ import torch
 import transformers
 
 import gpt2_jax
-from gpt2_jax import weights
+from tests.reference import TINY, assert_near, hf_model, ours
 
-TINY = {"vocab_size": 61, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 3}
-TINY |= {"bos_token_id": 0, "eos_token_id": 0}
 GRID = {
     "plain": {},
     "gelu": {"activation_function": "gelu"},
@@ -35,30 +33,6 @@ GRID = {
 }
 
 
-def hf_model(**options):
-    """A seeded HF model in float64 whose every parameter, biases and LayerNorms too, is far from trivial."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(**options)
-    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def ours(model, dtype="float64"):
-    """The same model as our config and params."""
-    config = gpt2_jax.GPT2Config.from_dict(model.config.to_dict()).replace(dtype=dtype)
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return config, weights.from_hf(state, config, dtype=dtype)
-
-
-def assert_near(actual, expected, relative):
-    """Asserts the largest difference, relative to the largest expected value."""
-    expected = np.asarray(expected)
-    chex.assert_trees_all_close(np.asarray(actual), expected, rtol=0, atol=relative * np.abs(expected).max())
-
-
 def loss_and_taps(params, ids, config):
     """Mean next-token loss, with the logits and each layer's output on the side."""
     seen = {}
@@ -75,8 +49,12 @@ def loss_and_taps(params, ids, config):
 def check_everything(model, config, params, ids, relative):
     """Logits, hidden states, loss and the gradient of every parameter."""
     reference = model(torch.tensor(ids), output_hidden_states=True)
-    targets = torch.tensor(ids[:, 1:]).reshape(-1)  # HF's own `labels` would round the logits to float32
-    reference_loss = torch.nn.functional.cross_entropy(reference.logits[:, :-1].flatten(0, 1), targets)
+    targets = torch.tensor(ids[:, 1:]).reshape(
+        -1
+    )  # HF's own `labels` would round the logits to float32
+    reference_loss = torch.nn.functional.cross_entropy(
+        reference.logits[:, :-1].flatten(0, 1), targets
+    )
     reference_loss.backward()
     step = jax.jit(jax.value_and_grad(loss_and_taps, has_aux=True), static_argnums=2)
     (loss, (logits, seen)), grads = step(params, ids, config)
@@ -87,7 +65,7 @@ def check_everything(model, config, params, ids, relative):
     for site, hidden in zip(sites, reference.hidden_states, strict=True):
         assert_near(seen[site], hidden.detach(), relative)
     expected = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    for name, grad in weights.to_hf(grads).items():
+    for name, grad in gpt2_jax.to_hf(grads).items():
         assert_near(grad, expected.pop(name), relative)
     assert not expected
 
@@ -96,7 +74,9 @@ def check_everything(model, config, params, ids, relative):
 def test_logits_hidden_states_loss_and_gradients_equal_pytorch(name, rng):
     model = hf_model(**TINY | GRID[name])
     dtype, relative = "float64", 1e-10
-    if model.config.reorder_and_upcast_attn:  # HF's upcast is to float32 and fails in a float64 model
+    if (
+        model.config.reorder_and_upcast_attn
+    ):  # HF's upcast is to float32 and fails in a float64 model
         model, dtype, relative = model.float(), "float32", 1e-5
     config, params = ours(model, dtype)
     check_everything(model, config, params, rng.integers(0, 61, (3, 17)), relative)
@@ -148,9 +128,18 @@ def test_greedy_generation_equals_hf_token_for_token(stop, rng):
         eos_token_id=list(stop) or None,
         pad_token_id=60,
     )[:, 9:].numpy()
-    out = gpt2_jax.generate(params, ids, lengths, config=config, max_new_tokens=14, stop_ids=stop, pad_id=60)
+    out = gpt2_jax.generate(
+        params, ids, lengths, config=config, max_new_tokens=14, stop_ids=stop, pad_id=60
+    )
     again = gpt2_jax.generate(
-        params, left, lengths, config=config, max_new_tokens=14, stop_ids=stop, pad_id=60, padding_side="left"
+        params,
+        left,
+        lengths,
+        config=config,
+        max_new_tokens=14,
+        stop_ids=stop,
+        pad_id=60,
+        padding_side="left",
     )
     width = reference.shape[1]  # HF ends when every row has
     np.testing.assert_array_equal(np.asarray(out.ids)[:, :width], reference)
@@ -172,7 +161,9 @@ def test_lower_precisions_stay_near_float64(rng):
 @pytest.mark.slow
 def test_124m_equals_pytorch(rng):
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel._from_config(transformers.GPT2Config(), attn_implementation="eager").eval()
+    model = transformers.GPT2LMHeadModel._from_config(
+        transformers.GPT2Config(), attn_implementation="eager"
+    ).eval()
     ids = rng.integers(0, 50257, (1, 48))
     with torch.no_grad():
         single = model(torch.tensor(ids)).logits.numpy()

@@ -9,7 +9,7 @@ from jax import export
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.generate import _advance, _begin, check_arguments
+from gpt2_jax.generation.generate import _advance, _begin, check_arguments
 
 TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=1, n_head=3)
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -22,12 +22,16 @@ def programs():
     ids = np.ones((2, 32), np.int32)
     tx = gpt2_jax.make_optimizer(1e-3)
     step = partial(gpt2_jax.train_step, config=config.replace(resid_pdrop=0.1), tx=tx)
-    sampler = gpt2_jax.sampler_from_options({"temperature": 0.7, "top_k": 9, "top_p": 0.9}, do_sample=True)
+    sampler = gpt2_jax.sampler_from_options(
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.9}, do_sample=True
+    )
     one = ids[:1]  # whose products are made in parts on one of the platforms
     arrays = check_arguments(one, None, jax.random.key(0), config, 8, sampler, (3,), 0, "right")
 
     def generate(params, ids, lengths, *choice):
-        state, first = _begin(params, ids, lengths, *choice, 0, False, config=config, cache_len=64, copies=1)
+        state, first = _begin(
+            params, ids, lengths, *choice, 0, False, config=config, cache_len=64, copies=1
+        )
         return first, _advance(params, state, *choice, 7, config=config, chunk=8)
 
     return {
@@ -44,4 +48,6 @@ def test_one_program_serves_all_platforms(name):
     assert exported.platforms == PLATFORMS
     found = jax.tree.leaves(exported.call(*arguments))
     for ours, expected in zip(found, jax.tree.leaves(function(*arguments)), strict=True):
-        np.testing.assert_allclose(jax.device_get(ours), jax.device_get(expected), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            jax.device_get(ours), jax.device_get(expected), rtol=1e-5, atol=1e-7
+        )

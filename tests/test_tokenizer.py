@@ -19,7 +19,9 @@ ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
 
 
 def cases(file):
-    return [json.loads(line) for line in (DATA / file).read_text(encoding="utf-8").split("\n") if line]
+    return [
+        json.loads(line) for line in (DATA / file).read_text(encoding="utf-8").split("\n") if line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +32,22 @@ def gpt2():
 @pytest.fixture
 def toy():
     """Letters, a merge of two merges, and a token that no merge makes."""
-    vocab = {"l": 0, "o": 1, "w": 2, "e": 3, "r": 4, "Ġ": 5, "Ġl": 6, "Ġlo": 7, "Ġlow": 8, "er": 9, "lower": 10}
-    return Tokenizer(vocab, [("Ġ", "l"), ("Ġl", "o"), ("Ġlo", "w"), ("e", "r")], {"<|endoftext|>": 11})
+    vocab = {
+        "l": 0,
+        "o": 1,
+        "w": 2,
+        "e": 3,
+        "r": 4,
+        "Ġ": 5,
+        "Ġl": 6,
+        "Ġlo": 7,
+        "Ġlow": 8,
+        "er": 9,
+        "lower": 10,
+    }
+    return Tokenizer(
+        vocab, [("Ġ", "l"), ("Ġl", "o"), ("Ġlo", "w"), ("e", "r")], {"<|endoftext|>": 11}
+    )
 
 
 @pytest.mark.parametrize("file", ["vectors.jsonl", "stress.jsonl"])
@@ -60,8 +76,13 @@ def test_the_fast_pattern_cuts_as_the_whole_one_does(text):
 
 def test_every_character_is_of_one_class_in_both_patterns():
     plane = [chr(code) for code in range(0x10000) if not 0xD800 <= code <= 0xDFFF]
-    for text in ("".join(f"{char}a" for char in plane), "".join(f" {char}1 \t{char}" for char in plane)):
-        assert tokenizer.splitter("plain").findall(text) == tokenizer.splitter("\U0001f600").findall(text)
+    for text in (
+        "".join(f"{char}a" for char in plane),
+        "".join(f" {char}1 \t{char}" for char in plane),
+    ):
+        assert tokenizer.splitter("plain").findall(text) == tokenizer.splitter(
+            "\U0001f600"
+        ).findall(text)
 
 
 def test_merges_follow_their_rank_from_left_to_right(toy):
@@ -156,7 +177,10 @@ def test_tokenizer_json_is_read(gpt2, tmp_path):
         ({"model": {"type": "Unigram"}}, "expected a BPE model.*'model': 'Unigram'"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "'pre_tokenizer': 'Metaspace'"),
         ({"normalizer": {"type": "NFC"}}, "'normalizer': {'type': 'NFC'}"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "`add_prefix_space` .* not supported"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "`add_prefix_space` .* not supported",
+        ),
     ],
 )
 def test_another_kind_of_tokenizer_is_refused(tmp_path, change, message):
@@ -168,7 +192,9 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path, change, message):
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected vocab.json and merges.txt, or tokenizer.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected vocab.json and merges.txt, or tokenizer.json"
+    ):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": ')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
@@ -191,7 +217,9 @@ def test_what_cannot_be_encoded_or_decoded_is_named(gpt2, toy):
         gpt2.decode([1, 50257])
     with pytest.raises(ValueError, match="got -1"):
         gpt2.decode([-1])
-    with pytest.raises(ValueError, match=r"must be among \['<\|endoftext\|>'\] or 'all', got \['<pad>'\]"):
+    with pytest.raises(
+        ValueError, match=r"must be among \['<\|endoftext\|>'\] or 'all', got \['<pad>'\]"
+    ):
         gpt2.encode("a", ["<pad>"])
     with pytest.raises(ValueError, match="an id of its own"):
         Tokenizer({"a": 0, "b": 0}, [])

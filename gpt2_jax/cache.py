@@ -1,0 +1,248 @@
+"""The KV cache: what decoding remembers of each row. Alone knows how keys and values lie in memory.
+
+Axes are those of `modules.py`: B rows, T new tokens, S slots, H heads, K head width. Keys and values come and go as
+`[B, T, H, K]`; whoever decodes asks for them to be written, read, lengthened, selected or forgotten, and never
+looks inside. Nothing here is jitted; everything can be.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from gpt2_jax.config import GPT2Config
+
+SMALLEST_BUCKET = 32
+SMALLEST_CACHE = (
+    256  # slots, unless fewer will do: attention over so many is a small part of a step
+)
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, as the products with one query read them.
+
+    Rows and heads share an axis: were they two, XLA would copy the cache before each product and each write.
+    """
+
+    keys: Float[Array, "BH K S"]
+    values: Float[Array, "BH S K"]
+
+
+class KVCache(NamedTuple):
+    """What decoding remembers of `B` rows, in `S` slots.
+
+    A slot holds one token of each row; rows of different lengths leave some of their slots unused. Positions enter
+    at the input only, so a token's slot and its position may differ.
+    """
+
+    layers: tuple[LayerCache, ...]
+    valid: Bool[Array, "B S"]  # which slots hold a real token
+    slot: (
+        Int[Array, ""] | Int[Array, " B"]
+    )  # next slot to write: one for all rows, or each row's own
+    lengths: Int[Array, " B"]  # next position of each row
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are, used or not."""
+        return self.valid.shape[1]
+
+
+# One layer.
+
+
+def layer_of(k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]) -> LayerCache:
+    """Returns the cache that holds these tokens alone, in order."""
+    return LayerCache(_by_head(k).swapaxes(1, 2), _by_head(v))
+
+
+def write(
+    layer: LayerCache,
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    slot: Int[Array, ""] | Int[Array, " B"],
+) -> LayerCache:
+    """Returns a layer's cache with `T` tokens of each row written from a slot on."""
+    new = layer_of(k, v)
+    n_heads = k.shape[2]
+    if jnp.ndim(slot):
+        slot = jnp.repeat(slot, n_heads)
+    return LayerCache(
+        keys=put(layer.keys, new.keys, slot, axis=2),
+        values=put(layer.values, new.values, slot, axis=1),
+    )
+
+
+def first_slots(layer: LayerCache, count: int) -> LayerCache:
+    """Returns the cache of a layer's first `count` slots."""
+    return LayerCache(layer.keys[..., :count], layer.values[:, :count])
+
+
+def scores(
+    q: Float[Array, "B T H K"], layer: LayerCache, *, precision: str, dtype: DTypeLike
+) -> Float[Array, "B H T S"]:
+    """Returns the product of each query with each key, in `dtype`."""
+    rows, length, heads, _ = q.shape
+    products = jnp.einsum(
+        "ntk,nks->nts",
+        _by_head(q),
+        layer.keys,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    return products.reshape(rows, heads, length, layer.keys.shape[2])
+
+
+def mix(
+    pattern: Float[Array, "B H T S"], layer: LayerCache, *, precision: str
+) -> Float[Array, "B T H K"]:
+    """Returns the values, mixed as the attention pattern says, in the dtype of the values."""
+    rows, heads, length, slots = pattern.shape
+    pattern = pattern.astype(layer.values.dtype).reshape(rows * heads, length, slots)
+    mixed = jnp.einsum("nts,nsk->ntk", pattern, layer.values, precision=precision)
+    return mixed.reshape(rows, heads, length, layer.values.shape[2]).swapaxes(1, 2)
+
+
+# The whole cache.
+
+
+def empty(config: GPT2Config, rows: int, slots: int) -> KVCache:
+    """Returns a cache in which nothing is written yet."""
+    keys_shape = (rows * config.n_head, config.head_dim, slots)
+    values_shape = (rows * config.n_head, slots, config.head_dim)
+    layers = tuple(
+        LayerCache(jnp.zeros(keys_shape, config.dtype), jnp.zeros(values_shape, config.dtype))
+        for _ in range(config.n_layer)
+    )
+    return KVCache(
+        layers=layers,
+        valid=jnp.zeros((rows, slots), bool),
+        slot=jnp.int32(0),
+        lengths=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots: int) -> KVCache:
+    """Returns the cache of right-padded prompts that were read from slot 0 on, with room for `slots` tokens."""
+    width = layers[0].keys.shape[2]
+    return KVCache(
+        layers=_lengthen_layers(layers, slots - width),
+        valid=jnp.arange(slots)[None] < lengths[:, None],
+        slot=lengths.max(initial=1),  # padding that no row needs is overwritten
+        lengths=lengths,
+    )
+
+
+def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVCache:
+    """Returns the cache after `count` tokens of each row were written to its `layers`, at `cache.slot`."""
+    return KVCache(
+        layers=layers,
+        valid=cache.valid | _new_slots(cache, count).any(axis=1),
+        slot=cache.slot + count,
+        lengths=cache.lengths + count,
+    )
+
+
+def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
+    """Returns which slots each of `count` new tokens sees: what is there, and new ones up to itself."""
+    return (cache.valid[:, None] | _new_slots(cache, count))[:, None]
+
+
+def lengthen(cache: KVCache, slots: int) -> KVCache:
+    """Returns the cache with room for `slots` tokens."""
+    count = slots - cache.slots
+    return cache._replace(
+        layers=_lengthen_layers(cache.layers, count),
+        valid=jnp.pad(cache.valid, ((0, 0), (0, count))),
+    )
+
+
+def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
+    """Returns a cache of some rows of another, in the order of `rows`; a row may come more than once."""
+    n_rows = len(cache.valid)
+
+    def take(x):  # [BH, ...] -> [RH, ...]
+        separate = x.reshape(n_rows, -1, *x.shape[1:])  # [B, H, ...]
+        return separate[rows].reshape(-1, *x.shape[1:])
+
+    return KVCache(
+        layers=jax.tree.map(take, cache.layers),
+        valid=cache.valid[rows],
+        slot=cache.slot[rows] if jnp.ndim(cache.slot) else cache.slot,
+        lengths=cache.lengths[rows],
+    )
+
+
+def keep_first(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
+    """Returns the cache in which each row remembers its first `lengths[b]` slots and goes on behind them.
+
+    For caches in which a token's slot is its position: those of prompts, and whatever was written behind them with a
+    slot for each row. What stood behind is overwritten: so a row can go back.
+    """
+    return cache._replace(
+        valid=jnp.arange(cache.slots)[None] < lengths[:, None],
+        slot=lengths,
+        lengths=lengths,
+    )
+
+
+# Sizes: few of them, so that few programs are compiled.
+
+
+def bucket(length: int, largest: int | None = None) -> int:
+    """Rounds a length up to the next of 32, 64, 128, ..., at most `largest`."""
+    size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return size if largest is None else min(size, largest)
+
+
+def cache_slots(used: int, most: int) -> int:
+    """Returns how many slots a cache gets of which `used` are in use and at most `most` will be.
+
+    Twice as many as are used, so that it seldom grows, in steps of a quarter of a power of two, so that few programs
+    serve all.
+    """
+    size = min(most, max(SMALLEST_CACHE, 2 * used))
+    step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
+    return -(-size // step) * step
+
+
+# Arrays.
+
+
+def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: int = 1) -> Array:
+    """Puts `new[N, ..., T, ...]` into `old[N, ..., S, ...]` from a place on: one for all rows, or each row's own."""
+    if jnp.ndim(start) == 0:
+        return lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
+    put_row = partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return jax.vmap(put_row)(old, new, start)
+
+
+def _new_slots(cache: KVCache, count: int) -> Bool[Array, "#B T S"]:
+    """Returns which of the `count` next slots are the token's own or those of the new tokens before it."""
+    slot = jnp.reshape(cache.slot, (-1, 1, 1))
+    slots = jnp.arange(cache.slots)[None, None]
+    tokens = jnp.arange(count)[None, :, None]
+    return (slots >= slot) & (slots <= slot + tokens)
+
+
+def _by_head(x: Float[Array, "B T H K"]) -> Float[Array, "BH T K"]:
+    """Lines up rows and heads."""
+    rows, length, heads, width = x.shape
+    return x.swapaxes(1, 2).reshape(rows * heads, length, width)
+
+
+def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerCache, ...]:
+    """Returns the layers with `count` more slots."""
+    none = (0, 0)
+    more = (0, count)
+    return tuple(
+        LayerCache(
+            keys=jnp.pad(layer.keys, (none, none, more)),
+            values=jnp.pad(layer.values, (none, more, none)),
+        )
+        for layer in layers
+    )

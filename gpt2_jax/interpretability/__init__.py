@@ -1,0 +1,1 @@
+"""Reading and changing what a model computes: sites, edits, lenses, patching, circuits, pictures."""

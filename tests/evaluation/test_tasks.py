@@ -1,0 +1,229 @@
+"""The tasks' readers and protocols, on small sets made by hand; `test_lm_eval.py` checks their figures."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import gpt2_jax
+from gpt2_jax.evaluation import tasks
+from gpt2_jax.evaluation.tasks import Model, TaskError
+
+ROOT = Path(__file__).parents[2]
+HELD_OUT = ROOT / "tests" / "data" / "held-out.txt"
+PAGE = " ".join(HELD_OUT.read_text(encoding="utf-8").split())
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The shipped model."""
+    config, params = gpt2_jax.load("demo", dtype="float32")
+    return Model(params, config, gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo")))
+
+
+@pytest.fixture(scope="module")
+def logprobs():
+    """A function from ids to the log-probability of each but the first, by HF's model."""
+    hf = transformers.GPT2LMHeadModel.from_pretrained(
+        gpt2_jax.resolve("demo"), attn_implementation="eager"
+    ).float()
+
+    @torch.no_grad()
+    def of(ids):
+        ids = torch.tensor(ids)
+        logp = torch.log_softmax(hf(ids[None, :-1]).logits[0], -1)
+        return logp[torch.arange(len(ids) - 1), ids[1:]].double().numpy(), logp.argmax(
+            -1
+        ).numpy() == ids[1:].numpy()
+
+    return of
+
+
+def write(file, rows):
+    """A file with a JSON object on each line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_perplexity_of_a_file(model, logprobs, tmp_path):
+    text = PAGE[:600]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    ids = model.tokenizer.encode(text)
+    assert len(ids) < 256  # one window: its sum is PyTorch's
+    nll = -logprobs(ids)[0].sum()
+    found = {
+        figure.metric: figure for figure in tasks.perplexity_of_file(model, tmp_path / "a.txt")
+    }
+    expected = {
+        "perplexity": (math.exp(nll / (len(ids) - 1)), len(ids) - 1),
+        "word perplexity": (math.exp(nll / len(text.split())), len(text.split())),
+        "bits per byte": (nll / len(text.encode()) / math.log(2), len(text.encode())),
+    }
+    for metric, (value, count) in expected.items():
+        np.testing.assert_allclose(found[metric].value, value, rtol=1e-5)
+        assert found[metric].count == count and found[metric].paper is None
+
+
+def test_lambada_looks_at_the_last_word_or_at_its_last_token(model, logprobs, tmp_path):
+    texts = [" ".join(PAGE.split()[i * 20 : i * 20 + 17 + i]) for i in range(6)]
+    found = tasks.lambada(model, write(tmp_path / "l", [{"text": text} for text in texts]))
+    totals, whole, last = [], [], []
+    for text in texts:
+        ids, context = model.tokenizer.encode(text), model.tokenizer.encode(text.rpartition(" ")[0])
+        logp, greedy = logprobs(ids)
+        totals.append(logp[len(context) - 1 :].sum())
+        whole.append(greedy[len(context) - 1 :].all())
+        last.append(greedy[-1])
+    values = [figure.value for figure in found]
+    np.testing.assert_allclose(
+        values, [math.exp(-np.mean(totals)), np.mean(whole), np.mean(last)], rtol=1e-5
+    )
+    limited = tasks.lambada(model._replace(limit=2), tmp_path / "l")
+    np.testing.assert_allclose(limited[0].value, math.exp(-np.mean(totals[:2])), rtol=1e-5)
+
+
+def test_hellaswag_as_llm_c_has_it(model, logprobs, tmp_path):
+    words = PAGE.split()
+    parts = [" ".join(words[i : i + 6 + i % 5]) for i in range(0, 240, 8)]
+    rows = [
+        {"ctx": parts[i], "endings": parts[i + 1 : i + 5], "label": i % 4} for i in range(0, 30, 5)
+    ]
+    found = tasks.hellaswag(model, write(tmp_path / "h", rows))
+    plain, normed = [], []
+    for row in rows:
+        context = model.tokenizer.encode(row["ctx"])
+        ends = [model.tokenizer.encode(" " + ending) for ending in row["endings"]]
+        scores = [logprobs(context + end)[0][len(context) - 1 :] for end in ends]
+        plain.append(np.argmax([score.sum() for score in scores]) == row["label"])
+        normed.append(np.argmax([score.mean() for score in scores]) == row["label"])
+    assert [figure.value for figure in found] == [np.mean(plain), np.mean(normed)]
+    np.testing.assert_allclose(found[0].stderr, math.sqrt(np.var(plain) / 5))
+
+
+def test_cbt_puts_each_word_in_its_place(model, logprobs, tmp_path):
+    context = [f"{i} Sentence number {i} of a tale ." for i in range(1, 21)]
+    words = ["king", "queen", "wolf", "apple"]
+    lines = [*context, "21 Then the XXXXX went home .\tking\t\t" + "|".join(words), "", *context]
+    lines.append("21 At the end the XXXXX ate it .\twolf\t\t" + "|".join(words))
+    (tmp_path / "cbtest_CN_test.txt").write_text("\n".join(lines))
+    (found,) = tasks.cbt(model, tmp_path / "cbtest_CN_test.txt")
+    hits = []
+    story = " ".join(line.partition(" ")[2] for line in context)
+    for start, end, answer in (
+        ("Then the", "went home .", "king"),
+        ("At the end the", "ate it .", "wolf"),
+    ):
+        before = model.tokenizer.encode(f"{story} {start}")
+        scores = [
+            logprobs(before + model.tokenizer.encode(f" {word} {end}"))[0][len(before) - 1 :]
+            for word in words
+        ]
+        hits.append(words[np.argmax([score.sum() for score in scores])] == answer)
+    assert (found.value, found.count) == (np.mean(hits), 2)
+
+
+def test_enwik8_is_its_last_part(model, logprobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TEST_BYTES", 400)
+    (tmp_path / "enwik8").write_bytes(PAGE.encode()[:2000])
+    (found,) = tasks.enwik8(model, tmp_path / "enwik8")
+    text = PAGE.encode()[1600:2000].decode("utf-8", "replace")
+    nll = -logprobs(model.tokenizer.encode(text))[0].sum()
+    np.testing.assert_allclose(found.value, nll / len(text.encode()) / math.log(2), rtol=1e-5)
+
+
+def test_rolling_windows_score_each_token_once_after_one_more(model):
+    for count in (1, 255, 256, 257, 700):
+        ids = list(range(1, count + 1))
+        windows = tasks.rolling_windows(model, ids)
+        assert sum((window[-scored:] for window, scored in windows), []) == ids
+        assert all(len(window) <= 257 and scored < len(window) for window, scored in windows)
+
+
+def test_the_papers_figure_stands_beside_a_model_of_that_size(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        tasks.SIZES, (model.config.n_layer, model.config.n_embd), 2
+    )  # as if it were gpt2-large
+    file = write(tmp_path / "l", [{"text": "Once upon a time"}])
+    assert [figure.paper for figure in tasks.lambada(model, file)] == [10.87, None, 0.6012]
+    (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
+    papers = {figure.metric: figure.paper for figure in tasks.wikitext(model, tmp_path / "w")}
+    assert papers.pop("word perplexity") == 19.93 and set(papers.values()) == {None}
+    (tmp_path / "e").write_text("once upon a time")
+    assert tasks.text8(model, tmp_path / "e")[0].paper == 1.02
+
+
+@pytest.mark.parametrize(
+    "task, content, message",
+    [
+        ("perplexity", b" \n", "expected a text, got an empty one"),
+        ("perplexity", b"ab\xff", "invalid start byte at byte 2"),
+        ("perplexity", b"a", "at least 2 tokens"),
+        ("lambada", b"plain text", "line 1: expected a JSON object, got 'plain text'"),
+        ("lambada", b'{"txt": "a b"}', r"line 1: expected a field `text`, got \['txt'\]"),
+        ("lambada", b'{"text": "one"}', "line 1: expected several words, got 'one'"),
+        (
+            "hellaswag",
+            b'{"ctx": "a", "endings": ["b"], "label": 1}',
+            r"expected a label in \[0, 1\), got 1",
+        ),
+        ("hellaswag", b'{"endings": ["b"], "label": 0}', "line 1: expected a field `ctx`"),
+        ("wikitext", b"no headings here", "expected WikiText with headings"),
+        ("cbt", b"no number", "line 1: expected a numbered line"),
+        ("cbt", b"21 no gap\tking\t\tking|queen", "expected XXXXX and an answer"),
+    ],
+)
+def test_a_wrong_format_is_named(model, tmp_path, task, content, message):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tasks.TASKS[task](model, tmp_path / "data")
+
+
+def test_data_comes_from_the_hub_in_its_published_format(tmp_path, monkeypatch):
+    import types
+
+    asked = []
+
+    def load_dataset(repository, name, split):
+        asked.append((repository, name, split))
+        return (
+            [{"text": ""}, {"text": " = Title = \n"}]
+            if "wikitext" in repository
+            else [{"text": "two words"}]
+        )
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert json.loads(tasks.fetch("lambada", tmp_path).read_text()) == {"text": "two words"}
+    assert tasks.fetch("wikitext", tmp_path).read_text() == "\n = Title = \n"
+    assert asked[0] == ("EleutherAI/lambada_openai", "default", "test")
+    with pytest.raises(TaskError, match="cbt is not on the hub in a known form"):
+        tasks.fetch("cbt", tmp_path)
+
+
+def test_the_script_prints_figures_and_explains_mistakes(tmp_path):
+    def run(*args):
+        command = [
+            sys.executable,
+            ROOT / "scripts" / "evaluate.py",
+            "--from_pretrained",
+            "demo",
+            "--quiet",
+            *args,
+        ]
+        environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = run("--task", "perplexity", "--data", HELD_OUT, "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["metric"] for row in rows] == ["perplexity", "word perplexity", "bits per byte"], (
+        done.stderr
+    )
+    assert 1 < rows[2]["value"] < 2.2
+    wrong = run("--task", "perplexity", "--data", tmp_path / "none")
+    assert wrong.returncode == 2 and wrong.stderr.endswith("none: there is no such file.\n")
+    assert run("--task", "lambada", "cbt", "--data", HELD_OUT).stderr.count("\n") == 1

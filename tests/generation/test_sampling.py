@@ -1,0 +1,163 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
+from gpt2_jax.kernels import FEW, argmax, ascending
+
+CASES = {
+    "temperature": (Temperature(0.7), hf.TemperatureLogitsWarper(0.7)),
+    "top_k_1": (TopK(1), hf.TopKLogitsWarper(1)),
+    "top_k_7": (TopK(7), hf.TopKLogitsWarper(7)),
+    "top_k_beyond": (TopK(1000), hf.TopKLogitsWarper(1000)),
+    "top_p_0": (TopP(0.0), hf.TopPLogitsWarper(0.0)),
+    "top_p_half": (TopP(0.5), hf.TopPLogitsWarper(0.5)),
+    "top_p_most": (TopP(0.95), hf.TopPLogitsWarper(0.95)),
+    "min_p": (MinP(0.2), hf.MinPLogitsWarper(0.2)),
+    "min_p_0": (MinP(0.0), hf.MinPLogitsWarper(0.0)),
+    "min_p_1": (MinP(1.0), hf.MinPLogitsWarper(1.0)),
+    "chain": (
+        Chain((Temperature(1.3), TopK(20), TopP(0.9), MinP(0.05))),
+        LogitsProcessorList(
+            [
+                hf.TemperatureLogitsWarper(1.3),
+                hf.TopKLogitsWarper(20),
+                hf.TopPLogitsWarper(0.9),
+                hf.MinPLogitsWarper(0.05),
+            ]
+        ),
+    ),
+}
+
+
+def logits_with_ties(rng):
+    """Random rows, rows of few distinct values, a constant row and a row with -inf, in float32."""
+    rows = [
+        *rng.normal(size=(4, 50)) * 3,
+        *rng.integers(0, 4, (4, 50)),
+        np.zeros(50),
+        rng.normal(size=50),
+    ]
+    rows[-1][::2] = -np.inf
+    return np.array(rows, np.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transform_equals_hf_ties_included(name, rng, monkeypatch):
+    # HF's top-p leaves the order of ties to an unstable sort, so its own answer is arbitrary there; we fix it.
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
+    ours, theirs = CASES[name]
+    logits = logits_with_ties(rng)
+    expected = theirs(None, torch.tensor(logits)).numpy()
+    np.testing.assert_allclose(jax.jit(ours)(logits), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 20, FEW, FEW + 1])
+@pytest.mark.parametrize("p", [0.0, 0.6, 0.97, 1.0])
+def test_top_p_of_what_top_k_leaves_of_a_large_vocabulary(k, p, rng, monkeypatch):
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
+    logits = rng.normal(size=(6, 700)).astype(np.float32) * 2
+    logits[3:] = np.round(logits[3:])  # more than k tie
+    theirs = hf.TopPLogitsWarper(p)(
+        None, hf.TopKLogitsWarper(k)(None, torch.tensor(logits))
+    ).numpy()
+    for rows in (slice(0, 3), slice(None)):
+        ours = jax.jit(Chain((TopK(k), TopP(p))))(logits[rows])
+        np.testing.assert_array_equal(ours, theirs[rows])
+
+
+def test_top_k_keeps_ties_with_the_last():
+    logits = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    kept = np.isfinite(TopK(2)(logits))
+    np.testing.assert_array_equal(kept, [[True, False, True, True, False]])
+
+
+def test_top_p_of_one_is_the_identity(rng):
+    logits = logits_with_ties(rng)
+    np.testing.assert_array_equal(TopP(1.0)(logits), logits)
+
+
+def test_numbers_may_differ_from_row_to_row(rng):
+    logits = jnp.asarray(rng.normal(size=(2, 30)))
+    for kind, values in ((Temperature, (0.5, 2.0)), (TopP, (0.3, 0.9)), (MinP, (0.5, 0.1))):
+        both = kind(jnp.array(values))(logits)
+        for row, value in enumerate(values):
+            np.testing.assert_allclose(both[row], kind(value)(logits[row : row + 1])[0])
+
+
+def test_greedy_takes_the_first_of_ties():
+    assert Greedy()(None, jnp.array([[0.0, 5.0, 5.0], [1.0, 1.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_argmax_equals_numpys(rng):
+    rows = np.concatenate([logits_with_ties(rng), np.full((1, 50), -np.inf, np.float32)])
+    found = argmax(jnp.asarray(rows))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, rows.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_sorting_as_integers_is_sorting(dtype, rng):
+    rows = jnp.asarray(
+        np.concatenate([logits_with_ties(rng), rng.normal(size=(2, 50)) * 1e30]), dtype
+    )
+    rows = rows.at[0, :4].set(jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], dtype))
+    np.testing.assert_array_equal(ascending(rows), np.sort(rows, axis=-1))
+
+
+def test_top_k_does_not_sort_the_vocabulary():
+    text = jax.jit(TopK(40)).lower(jnp.zeros((2, 5000), jnp.float32)).compile().as_text()
+    assert "topk" in text.lower() and " sort(" not in text
+
+
+def test_draws_are_those_of_jax_random_categorical(rng):
+    logits = jnp.asarray(logits_with_ties(rng))
+    keys = jax.random.split(jax.random.key(5), len(logits))
+    np.testing.assert_array_equal(
+        Categorical()(keys, logits), jax.vmap(jax.random.categorical)(keys, logits)
+    )
+
+
+def test_top_1_sampling_is_greedy(rng):
+    logits = jnp.asarray(rng.normal(size=(8, 40)))
+    keys = jax.random.split(jax.random.key(0), 8)
+    np.testing.assert_array_equal(Categorical(TopK(1))(keys, logits), Greedy()(None, logits))
+
+
+def test_draws_follow_the_softmax_of_the_transformed_logits():
+    logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
+    keys = jax.random.split(jax.random.key(3), 20_000)
+    draws = Categorical(Chain((TopK(3),)))(keys, jnp.broadcast_to(logits, (20_000, 4)))
+    frequencies = np.bincount(draws, minlength=4) / 20_000
+    # Five standard deviations of a frequency near 4/9 over 20,000 draws are 0.018.
+    np.testing.assert_allclose(frequencies, [4 / 9, 3 / 9, 2 / 9, 0], atol=0.018)
+
+
+def test_a_row_draws_the_same_alone(rng):
+    logits = jnp.asarray(rng.normal(size=(5, 40)))
+    keys = jax.random.split(jax.random.key(1), 5)
+    together = Categorical()(keys, logits)
+    alone = [int(Categorical()(keys[i : i + 1], logits[i : i + 1])[0]) for i in range(5)]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Temperature(0.0), "`temperature` must be greater than 0, got 0.0"),
+        (lambda: Temperature(float("nan")), "`temperature` must be greater than 0, got nan"),
+        (lambda: TopK(0), "`k` of TopK must be a positive integer, got 0"),
+        (lambda: TopK(2.5), "`k` of TopK must be a positive integer, got 2.5"),
+        (lambda: TopP(1.5), r"`p` must be in \[0, 1\], got 1.5"),
+        (lambda: MinP(jnp.array([0.1, -0.1])), r"`min_p` must be in \[0, 1\]"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

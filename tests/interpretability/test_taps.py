@@ -1,0 +1,494 @@
+"""Every site equals PyTorch's, in float64; taps cost what they ask for; edits compose with JAX's transformations."""
+
+import copy
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import gpt2_jax
+from gpt2_jax.generation.generate import advance
+from gpt2_jax.interpretability.reading import by_layer
+from gpt2_jax.interpretability.taps import (
+    SITES,
+    add,
+    axis_masks,
+    capture,
+    find_sites,
+    make_tap,
+    patch,
+    replace,
+    site_axes,
+    site_names,
+)
+from gpt2_jax.modules import LayerNorm
+from gpt2_jax.pretrained.weights import to_hf
+from tests.reference import TINY, hf_model, ours
+
+ROWS, LENGTH, LAYER = 2, 7, 1
+capture_jit = jax.jit(capture, static_argnames=("config", "sites"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hf_model(**TINY | {"scale_attn_by_inverse_layer_idx": True})
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def tiny(model):
+    return ours(model)
+
+
+@pytest.fixture(scope="module")
+def everything(tiny, ids):
+    """Logits, and the activation of every site."""
+    config, params = tiny
+    return jax.device_get(capture_jit(params, ids, config=config, sites="*"))
+
+
+@pytest.fixture(scope="module")
+def seen_by_hooks(model, ids):
+    """What goes into and comes out of every module of HF's model, with its own hidden states and attentions."""
+    ins, outs = {}, {}
+
+    def keep(name, module, args, kwargs, out):
+        ins[name] = (args or tuple(kwargs.values()))[0].detach().numpy()
+        outs[name] = (out[0] if isinstance(out, tuple) else out).detach().numpy()
+
+    handles = [
+        module.register_forward_hook(
+            partial(keep, name.removeprefix("transformer.")), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if name.startswith("transformer.") or name == "lm_head"
+    ]
+    out = model(torch.tensor(ids), output_hidden_states=True, output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    return (
+        ins,
+        outs,
+        [x.detach().numpy() for x in out.hidden_states],
+        [x.detach().numpy() for x in out.attentions],
+    )
+
+
+def pytorch_sites(model, seen_by_hooks):
+    """The same sites, out of what PyTorch's hooks saw."""
+    ins, outs, hidden, attentions = seen_by_hooks
+    heads = (ROWS, LENGTH, 3, 8)
+
+    def scale(x):
+        return np.sqrt(x.var(axis=-1, keepdims=True) + model.config.layer_norm_epsilon)
+
+    acts = {
+        "wte.out": outs["wte"],
+        "wpe.out": np.broadcast_to(outs["wpe"], (ROWS, LENGTH, 24)),
+        "embed": hidden[0],
+    }
+    for i in range(2):
+        h, block = f"h.{i}", {}
+        q, k, v = (x.reshape(heads) for x in np.split(outs[f"{h}.attn.c_attn"], 3, axis=-1))
+        out = model.transformer.h[i].attn.c_proj.weight.detach().numpy().reshape(3, 8, 24)
+        z = ins[f"{h}.attn.c_proj"].reshape(heads)
+        block["resid_pre"] = ins[h]
+        block |= {"ln_1.scale": scale(ins[h]), "ln_1.out": outs[f"{h}.ln_1"]}
+        block |= {"attn.q": q, "attn.k": k, "attn.v": v}
+        block["attn.scores"] = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(8) / (i + 1)
+        block |= {"attn.pattern": attentions[i], "attn.z": z}
+        block["attn.result"] = np.einsum("bthk,hkd->bthd", z, out)
+        block |= {"attn.out": outs[f"{h}.attn"], "resid_mid": ins[f"{h}.ln_2"]}
+        block |= {"ln_2.scale": scale(ins[f"{h}.ln_2"]), "ln_2.out": outs[f"{h}.ln_2"]}
+        block |= {
+            "mlp.pre": outs[f"{h}.mlp.c_fc"],
+            "mlp.post": outs[f"{h}.mlp.act"],
+            "mlp.out": outs[f"{h}.mlp"],
+        }
+        acts |= {f"{h}.{site}": x for site, x in block.items()} | {f"{h}.resid_post": outs[h]}
+    return acts | {
+        "ln_f.scale": scale(ins["ln_f"]),
+        "ln_f.out": outs["ln_f"],
+        "logits": outs["lm_head"],
+    }
+
+
+def test_every_site_equals_pytorch(tiny, model, everything, seen_by_hooks):
+    logits, acts = everything
+    expected = pytorch_sites(model, seen_by_hooks)
+    assert set(acts) == set(expected) == set(site_names(tiny[0]))
+    for site, x in acts.items():
+        np.testing.assert_allclose(x, expected[site], rtol=0, atol=1e-10, err_msg=site)
+    np.testing.assert_allclose(acts["h.0.resid_post"], seen_by_hooks[2][1], rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(acts["logits"], logits)
+
+
+def test_the_table_of_sites_gives_their_axes(tiny, everything):
+    config, _ = tiny
+    sizes = {"B": ROWS, "T": LENGTH, "S": LENGTH, "H": 3, "K": 8, "D": 24, "F": 96, "V": 61, "1": 1}
+    assert {site: x.shape for site, x in everything[1].items()} == {
+        site: tuple(sizes[axis] for axis in site_axes(site, config)) for site in site_names(config)
+    }
+
+
+def test_every_site_equals_transformer_lens(model, ids, everything):
+    bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
+    folder = gpt2_jax.resolve("demo")  # for its tokenizer, which it insists on
+    theirs = bridge.boot_transformers(
+        str(folder), hf_model=copy.deepcopy(model), dtype=torch.float64, device="cpu"
+    )
+    theirs.set_use_attn_result(True)
+    _, cache = theirs.run_with_cache(torch.tensor(ids))
+    causal = np.tril(np.ones((LENGTH, LENGTH), bool))
+    for site, (_, hook) in SITES.items():
+        if hook:
+            x, y = (
+                everything[1][site.replace("h.i", "h.1")],
+                cache[hook.replace(".i.", ".1.")].detach().numpy(),
+            )
+            x, y = (np.where(causal, z, 0) if site.endswith("scores") else z for z in (x, y))
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-10, err_msg=site)
+
+
+def test_a_site_that_does_not_exist_is_named_with_near_ones(tiny, ids):
+    config, params = tiny
+    with pytest.raises(
+        ValueError, match=r"no site 'h.2.attn.z' in 2 layers. Near ones: h.1.attn.z, h.0.attn.z"
+    ):
+        capture(params, ids, config=config, sites="h.2.attn.z")
+    with pytest.raises(ValueError, match=r"no site 'resid_post' .* Near ones: h\.[01]\.resid_post"):
+        patch(params, ids, config=config, edits={"resid_post": 0.0})
+    with pytest.raises(ValueError, match="one edit, got a second one for h.0.attn.z"):
+        make_tap({"h.*.attn.z": 0.0, "h.0.*": 0.0}, config=config)
+    with pytest.raises(
+        ValueError, match=r"edit of h.0.attn.z must return the shape \(2, 7, 3, 8\), got \(3, 8\)"
+    ):
+        patch(params, ids, config=config, edits={"h.0.attn.z": lambda x: x[0, 0]})
+    with pytest.raises(ValueError, match="`tap` must be callable"):
+        gpt2_jax.generate(params, ids, config=config, max_new_tokens=1, tap={"h.0.attn.z": 0.0})
+    with pytest.raises(
+        ValueError, match="`over` must be axes of h.0.attn.z in their order, of 'THK'; got 'HT'"
+    ):
+        axis_masks("h.0.attn.z", "HT", 5, config=config)
+
+
+def test_patterns_find_sites_in_the_order_of_the_forward_pass(tiny):
+    config, _ = tiny
+    assert find_sites(("ln_f.*", "h.*.attn.[qk]"), config) == (
+        "h.0.attn.q", "h.0.attn.k", "h.1.attn.q", "h.1.attn.k", "ln_f.scale", "ln_f.out",
+    )  # fmt: skip
+    assert find_sites((), config) == ()
+
+
+def program(function, params, ids):
+    """The program that XLA gets, which names every function alike."""
+
+    def same_name(params, ids):
+        return function(params, ids)
+
+    return jax.jit(same_name).lower(params, ids).as_text()
+
+
+def test_what_is_not_asked_for_costs_nothing(tiny):
+    config, params = tiny
+    ids = np.zeros((1, 24), np.int32)
+    plain = program(partial(gpt2_jax.apply, config=config), params, ids)
+    assert program(lambda p, x: capture(p, x, config=config, sites=())[0], params, ids) == plain
+    assert program(lambda p, x: patch(p, x, config=config, edits={}), params, ids) == plain
+
+    sites = ("h.0.resid_post", "h.1.attn.q", "h.1.ln_2.out", "h.0.mlp.post")
+    one = program(lambda p, x: capture(p, x, config=config, sites=sites), params, ids)
+    differ = set(one.splitlines()) ^ set(plain.splitlines())
+    assert all(line.strip().startswith(("func.func public @main", "return")) for line in differ)
+
+
+def test_what_would_cost_something_is_computed_when_asked_for(tiny):
+    config, params = tiny
+    ids = np.zeros((1, 24), np.int32)
+    plain = program(partial(gpt2_jax.apply, config=config), params, ids)
+    for site, operation in (
+        ("h.0.attn.result", "dot_general"),
+        ("h.0.ln_1.scale", "stablehlo.sqrt"),
+    ):
+        text = program(partial(capture, config=config, sites=site), params, ids)
+        assert text.count(operation) == plain.count(operation) + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_identity_edit_leaves_the_logits_bit_identical(tiny, ids, dtype):
+    config, params = tiny
+    config = config.replace(dtype=dtype)
+    plain = jax.jit(partial(gpt2_jax.apply, config=config))(params, ids)
+    edited = jax.jit(partial(patch, config=config, edits={"*": lambda x: x}))(params, ids)
+    np.testing.assert_array_equal(plain, edited)
+
+
+def test_layer_norm_is_linens(rng):
+    import flax.linen as nn
+
+    x = jnp.asarray(rng.normal(3, 2, (2, 5, 24)))
+    weights = {"scale": jnp.asarray(rng.normal(size=24)), "bias": jnp.asarray(rng.normal(size=24))}
+    for dtype in ("float64", "float32", "bfloat16"):
+        config = gpt2_jax.GPT2Config(n_embd=24, n_head=3, dtype=dtype)
+        linen = nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False)
+        for params in (weights, jax.tree.map(lambda leaf, to=dtype: leaf.astype(to), weights)):
+            expected = linen.apply({"params": params}, x.astype(dtype))
+            ours = LayerNorm(config).apply({"params": params}, x.astype(dtype))
+            assert ours.dtype == expected.dtype
+            np.testing.assert_array_equal(ours, expected)
+
+
+def hook_edit(model, ids, name, change, pre=False):
+    """Logits of HF's model with a module's output (or first input) changed."""
+    module = model.get_submodule(f"transformer.{name}")
+
+    def after(module, args, out):
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    def before(module, args):
+        return (change(args[0]), *args[1:])
+
+    handle = (
+        module.register_forward_pre_hook(before) if pre else module.register_forward_hook(after)
+    )
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits.numpy()
+    handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize(
+    "site, name, pre",
+    [
+        ("wte.out", "wte", False),
+        ("h.1.resid_pre", "h.1.ln_1", None),
+        ("h.0.ln_1.out", "h.0.ln_1", False),
+        ("h.1.attn.z", "h.1.attn.c_proj", True),
+        ("h.0.attn.out", "h.0.attn", False),
+        ("h.1.mlp.pre", "h.1.mlp.c_fc", False),
+        ("h.1.mlp.post", "h.1.mlp.c_proj", True),
+        ("h.0.mlp.out", "h.0.mlp", False),
+        ("h.0.resid_post", "h.0", False),
+        ("ln_f.out", "ln_f", False),
+    ],
+)
+def test_an_edit_does_what_a_pytorch_hook_does(tiny, model, ids, site, name, pre):
+    config, params = tiny
+    change = {None: ("h.0", False)}.get(pre, (name, pre))
+    expected = hook_edit(model, ids, change[0], lambda x: 1.5 * x.flip(0) - 0.25, change[1])
+    logits = patch(params, ids, config=config, edits={site: lambda x: 1.5 * x[::-1] - 0.25})
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+    assert np.abs(logits - gpt2_jax.apply(params, ids, config=config)).max() > 1e-3
+
+
+def test_equal_edits_at_different_sites_agree(tiny, ids, everything):
+    """Each edit of an inner site is written as one further on, in numpy."""
+    config, params = tiny
+    acts, run = everything[1], partial(patch, params, ids, config=config)
+    pattern, v = acts["h.1.attn.pattern"][::-1], acts["h.1.attn.v"]
+    mixed = np.einsum("bhts,bshk->bthk", pattern, v)
+    through_pattern = run(edits={"h.1.attn.pattern": pattern})
+    np.testing.assert_allclose(
+        run(edits={"h.1.attn.z": mixed}), through_pattern, rtol=0, atol=1e-10
+    )
+    scores = np.log(np.maximum(pattern, 1e-300))
+    np.testing.assert_allclose(
+        run(edits={"h.1.attn.scores": scores}), through_pattern, rtol=0, atol=1e-10
+    )
+    less = acts["h.1.attn.out"] - acts["h.1.attn.result"][:, :, 2]
+    one_head = run(edits={"h.1.attn.result": lambda x: x.at[:, :, 2].set(0)})
+    np.testing.assert_allclose(run(edits={"h.1.attn.out": less}), one_head, rtol=0, atol=1e-10)
+    bias = np.asarray(params["h"]["1"]["ln_2"]["bias"])
+    halved = run(edits={"h.1.ln_2.out": (acts["h.1.ln_2.out"] - bias) / 2 + bias})
+    np.testing.assert_allclose(
+        run(edits={"h.1.ln_2.scale": lambda x: 2 * x}), halved, rtol=0, atol=1e-10
+    )
+
+
+def test_capture_sees_what_the_edits_made(tiny, ids):
+    config, params = tiny
+    sites, edits = ("embed", "h.0.mlp.out", "h.1.resid_pre"), {"h.0.*.out": 0.0}
+    logits, acts = capture(params, ids, config=config, sites=sites, edits=edits)
+    assert not acts["h.0.mlp.out"].any()
+    np.testing.assert_array_equal(acts["h.1.resid_pre"], acts["embed"])
+    np.testing.assert_array_equal(logits, patch(params, ids, config=config, edits=edits))
+
+
+def test_left_padded_rows_are_edited_as_right_padded_ones(tiny, ids):
+    config, params = tiny
+    lengths, edits = np.array([7, 4]), {"h.0.mlp.out": lambda x: 2 * x}
+    right = patch(params, ids, lengths, config=config, edits=edits)
+    left_ids = np.stack([ids[0], np.roll(ids[1], 3)])
+    left = patch(params, left_ids, lengths, config=config, edits=edits, padding_side="left")
+    np.testing.assert_allclose(left[1, 3:], right[1, :4], rtol=0, atol=1e-10)
+
+
+# Steering while sampling.
+
+
+def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, everything, rng):
+    config, params = tiny
+    vector = rng.normal(0, 3, (1, 1, 24))
+    tap = make_tap({"h.0.resid_post": add(vector), "h.1.attn.out": lambda x: -x}, config=config)
+    options = {"config": config, "max_new_tokens": 5, "stop_ids": ()}
+    out = gpt2_jax.generate(params, ids, tap=tap, **options)
+    expected, step = ids, jax.jit(lambda ids: gpt2_jax.apply(params, ids, config=config, tap=tap))
+    for _ in range(5):  # without a cache: every token reads the whole text, edited
+        padded = np.pad(expected, ((0, 0), (0, 12 - expected.shape[1])))
+        token = np.asarray(step(padded))[:, expected.shape[1] - 1].argmax(-1)
+        expected = np.concatenate([expected, token[:, None]], axis=1)
+    np.testing.assert_array_equal(out.ids, expected[:, 7:])
+    assert (out.ids[:, 0] != everything[0][:, -1].argmax(-1)).all()
+    pieces = [piece.ids for piece in gpt2_jax.stream(params, ids, chunk=4, tap=tap, **options)]
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), out.ids)
+
+
+def test_other_vectors_compile_nothing(tiny, ids, rng):
+    config, params = tiny
+    before, texts = advance._cache_size(), set()
+    for strength in (0.0, 1.0, -20.0):
+        tap = make_tap(
+            {"h.0.resid_post": add(rng.normal(size=(1, 1, 24)), strength)}, config=config
+        )
+        out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=3, stop_ids=(), tap=tap)
+        texts.add(np.asarray(out.ids).tobytes())
+    assert advance._cache_size() == before + 1
+    assert len(texts) > 1
+
+
+# Transformations.
+
+
+@pytest.fixture(scope="module")
+def steer(tiny, ids):
+    """A number of the output as a function of an offset to the stream, for derivatives."""
+    config, params = tiny
+
+    def value(offset, params=params, ids=ids):
+        return patch(params, ids, config=config, edits={"h.0.resid_post": add(offset)})[
+            :, -1, 5
+        ].sum()
+
+    return value
+
+
+def test_derivatives_with_respect_to_an_edit_equal_finite_differences(steer, rng):
+    """Forward mode, reverse mode, and forward over reverse: Hessian-vector products."""
+    x, direction = rng.normal(size=(2, ROWS, LENGTH, 24))
+    forward = jax.jit(lambda x, d: jax.jvp(steer, (x,), (d,)))
+    reverse = jax.jit(jax.grad(steer))
+    second = jax.jit(lambda x, d: jax.jvp(jax.grad(steer), (x,), (d,))[1])
+    step = 1e-5
+    ahead, behind = x + step * direction, x - step * direction
+    slope = forward(x, direction)[1]
+    difference = forward(ahead, direction)[0] - forward(behind, direction)[0]
+    np.testing.assert_allclose(slope, difference / (2 * step), rtol=1e-6)
+    np.testing.assert_allclose((reverse(x) * direction).sum(), slope, rtol=1e-10)
+    expected = (reverse(ahead) - reverse(behind)) / (2 * step)
+    np.testing.assert_allclose(
+        second(x, direction), expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+    )
+
+
+def test_the_jacobian_of_the_residual_stream_is_causal_and_equals_pytorchs(tiny, model, ids):
+    config, params = tiny
+
+    def after(x):  # [T, D] -> [T, D], from before layer 1 to after it
+        site = "h.1.resid_post"
+        return capture(
+            params, ids[:1], config=config, sites=site, edits={"h.1.resid_pre": x[None]}
+        )[1][site][0]
+
+    x = capture(params, ids[:1], config=config, sites="h.1.resid_pre")[1]["h.1.resid_pre"][0]
+    jacobian = np.asarray(jax.jit(jax.jacrev(after))(x))  # [T, D, T, D]
+    mask = torch.full((LENGTH, LENGTH), torch.finfo(torch.float64).min, dtype=torch.float64).triu(
+        1
+    )[None, None]
+    expected = torch.autograd.functional.jacobian(
+        lambda x: model.transformer.h[1](x[None], attention_mask=mask)[0],
+        torch.tensor(np.asarray(x)),
+    )
+    np.testing.assert_allclose(jacobian, expected.numpy(), rtol=0, atol=1e-10)
+    assert not jacobian.transpose(0, 2, 1, 3)[np.triu_indices(LENGTH, 1)].any()
+
+
+def test_per_example_gradients_equal_pytorchs_of_each_example(tiny, model, ids):
+    config, params = tiny
+
+    def loss(params, row):
+        return gpt2_jax.next_token_loss(params, row[None], config=config)[0]
+
+    together = jax.device_get(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, ids))
+    for row in range(ROWS):
+        model.zero_grad()
+        logits = model(torch.tensor(ids[row : row + 1])).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(ids[row, 1:])).backward()
+        ours = to_hf(jax.tree.map(lambda leaf, row=row: leaf[row], together))
+        for name, parameter in model.named_parameters():
+            np.testing.assert_allclose(
+                ours[name], parameter.grad.numpy(), rtol=0, atol=1e-10, err_msg=name
+            )
+
+
+def test_vmap_over_stacked_params_is_an_ensemble(tiny, ids):
+    config, params = tiny
+    members = [params, jax.tree.map(lambda leaf: 0.9 * leaf, params)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    edits = {"h.0.attn.out": lambda x: 2 * x}
+    run = jax.jit(
+        lambda params: capture(params, ids, config=config, sites="h.1.attn.pattern", edits=edits)
+    )
+    logits, acts = jax.jit(jax.vmap(run))(stacked)
+    for i, member in enumerate(members):
+        one, seen = run(member)
+        np.testing.assert_allclose(logits[i], one, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            acts["h.1.attn.pattern"][i], seen["h.1.attn.pattern"], rtol=0, atol=1e-12
+        )
+
+
+def test_vmap_over_edits_equals_a_loop(tiny, ids, rng):
+    config, params = tiny
+    vectors = rng.normal(size=(3, 1, 1, 24))
+    run = jax.jit(lambda v: patch(params, ids, config=config, edits={"h.0.mlp.out": replace(v)}))
+    for one, vector in zip(jax.jit(jax.vmap(run))(vectors), vectors, strict=True):
+        np.testing.assert_allclose(one, run(vector), rtol=0, atol=1e-10)
+
+
+def test_a_mask_over_the_params_freezes_the_rest(tiny, ids):
+    config, params = tiny
+    label = jax.tree_util.tree_map_with_path(
+        lambda path, _: (
+            "train"
+            if path[:2] == (jax.tree_util.DictKey("h"), jax.tree_util.DictKey("1"))
+            else "freeze"
+        ),
+        params,
+    )
+    tx = optax.multi_transform({"train": optax.sgd(1e-2), "freeze": optax.set_to_zero()}, label)
+    state, _ = gpt2_jax.train_step(gpt2_jax.init_state(params, tx), ids, config=config, tx=tx)
+    for name, before, after in zip(
+        *map(jax.tree.leaves, (label, params, state.params)), strict=True
+    ):
+        assert (np.asarray(before) != np.asarray(after)).any() == (name == "train")
+
+
+def test_masks_select_one_index_each(tiny, everything):
+    config, _ = tiny
+    masks = np.asarray(axis_masks("h.0.attn.z", "TH", LENGTH, config=config))
+    assert masks.shape == (LENGTH * 3, LENGTH, 3, 1)
+    assert [tuple(np.argwhere(mask)[0]) for mask in masks] == [
+        (t, h, 0) for t in range(LENGTH) for h in range(3)
+    ]
+    assert masks.sum() == len(masks)
+    x = by_layer(everything[1], "attn.z")[0]
+    changed = np.argwhere(np.asarray(replace(7.0, masks[4])(x)) != x)
+    assert {tuple(place[1:3]) for place in changed} == {(1, 1)}

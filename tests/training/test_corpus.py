@@ -1,0 +1,236 @@
+"""Text to token files: the ids are the tokenizer's, the parts are those asked for, and all or nothing is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2_jax import Tokenizer
+from gpt2_jax.files import CheckpointError
+from gpt2_jax.tokenizer import splitter
+from gpt2_jax.training import corpus
+from gpt2_jax.training.corpus import char_tokenizer, encode, prepare, split
+from gpt2_jax.training.data import DataError
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "tests" / "data" / "held-out.txt").read_text(encoding="utf-8")
+
+
+def read(folder, name):
+    """The ids of a token file."""
+    return np.fromfile(
+        folder / f"{name}.bin", json.loads((folder / "meta.json").read_text())["dtype"]
+    ).tolist()
+
+
+def write(file, text):
+    """A file with this text and nothing changed."""
+    file.write_text(text, encoding="utf-8", newline="")
+    return file
+
+
+def test_one_text_is_cut_by_characters_and_gets_no_mark_as_in_nanogpt(tmp_path):
+    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out")
+    cut, gpt2 = int(len(PAGE) * 0.9), Tokenizer.gpt2()
+    assert read(tmp_path / "out", "train") == gpt2.encode(PAGE[:cut])
+    assert read(tmp_path / "out", "val") == gpt2.encode(PAGE[cut:])
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint16", 50257)
+    assert meta["train"]["tokens"] == len(gpt2.encode(PAGE[:cut]))
+    assert meta["val"]["bytes"] == len(PAGE[cut:].encode())
+    assert Tokenizer.load(tmp_path / "out").encode(PAGE) == gpt2.encode(PAGE)
+
+
+def test_documents_end_with_a_mark_and_stay_whole(tmp_path):
+    texts = [f"Document {i}.\r\nIts <|endoftext|> second line.\n" for i in range(10)]
+    write(tmp_path / "a.txt", "\ufeff" + "<|endoftext|>\n".join(texts) + "<|endoftext|>")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.25)
+    ids = [Tokenizer.gpt2().encode(text) + [50256] for text in texts]
+    assert read(tmp_path / "out", "train") == sum(ids[:7], [])
+    assert read(tmp_path / "out", "val") == sum(ids[7:], [])
+
+
+def test_folders_are_read_in_order_and_each_file_is_divided(tmp_path):
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    write(tmp_path / "in" / "b.txt", "b" * 10)
+    write(tmp_path / "in" / "deeper" / "a.txt", "a" * 10)
+    write(tmp_path / "in" / "notes.md", "not this")
+    prepare([tmp_path / "in"], tmp_path / "out", val_fraction=0.5)
+    tokenizer = Tokenizer.gpt2()
+    expected = [*tokenizer.encode("b" * 5), 50256, *tokenizer.encode("a" * 5), 50256]
+    assert read(tmp_path / "out", "train") == read(tmp_path / "out", "val") == expected
+
+
+@pytest.mark.parametrize(
+    "counts, fraction, expected",
+    [
+        ([10], 0.0, (10, 0)),
+        ([10], 0.1, (9, 1)),
+        ([2], 0.01, (1, 1)),
+        ([3], 0.99, (1, 2)),
+        ([10, 4], 0.25, (7 + 3, 3 + 1)),
+    ],
+)
+def test_whole_documents_are_divided(counts, fraction, expected):
+    files = [[f"{file} {number}" for number in range(count)] for file, count in enumerate(counts)]
+    train, val = split(files, fraction)
+    assert (len(train), len(val)) == expected and sorted(train + val) == sorted(sum(files, []))
+
+
+def test_without_validation_there_is_no_file_of_it(tmp_path):
+    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", val_fraction=0)
+    assert "val" not in meta and not (tmp_path / "out" / "val.bin").exists()
+    assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode(PAGE)
+
+
+def test_printed_lines_are_unwrapped(tmp_path):
+    text = "\n\nA line\nand its  end.\r\n \t\r\nA second\n   paragraph.\n\n\n\nA third.\n"
+    prepare([write(tmp_path / "a.txt", text)], tmp_path / "out", unwrap=True, val_fraction=0)
+    expected = "A line and its  end.\n\nA second paragraph.\n\nA third."
+    assert Tokenizer.gpt2().decode(read(tmp_path / "out", "train")) == expected
+
+
+def test_characters_are_tokens_in_the_order_of_their_code_points(tmp_path):
+    text = "zebra, éclair, 10€, 🦓🦒!\n\tzebra"
+    meta = prepare(
+        [write(tmp_path / "a.txt", text)], tmp_path / "out", tokenizer="char", val_fraction=0
+    )
+    chars = sorted(set(text))
+    assert read(tmp_path / "out", "train") == [chars.index(char) for char in text]
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.decode(read(tmp_path / "out", "train")) == text
+    assert meta["vocab_size"] == tokenizer.vocab_size > len(chars) and meta["eot_id"] is None
+    assert char_tokenizer(["to be or not"]).vocab_size == len(set("to be or not"))
+
+
+def test_a_trained_vocabulary_encodes_as_its_library_does(tmp_path):
+    write(tmp_path / "a.txt", PAGE)
+    meta = prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="bpe", vocab_size=400)
+    files = [str(tmp_path / "out" / name) for name in ("vocab.json", "merges.txt")]
+    reference, cut = tokenizers.ByteLevelBPETokenizer(*files), int(len(PAGE) * 0.9)
+    assert read(tmp_path / "out", "train") == reference.encode(PAGE[:cut]).ids
+    assert read(tmp_path / "out", "val") == reference.encode(PAGE[cut:]).ids
+    assert meta["vocab_size"] == 400 and meta["eot_id"] == 0
+
+
+def test_a_models_tokenizer_is_used(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no folder none"):
+        prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", tokenizer="./none")
+    char_tokenizer([PAGE]).save(tmp_path / "tokenizer")
+    write(tmp_path / "a.txt", PAGE)
+    prepare(
+        [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
+    )
+    assert read(tmp_path / "out", "train") == [sorted(set(PAGE)).index(char) for char in PAGE]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pieces_and_workers_change_no_id(monkeypatch, workers):
+    monkeypatch.setattr(corpus, "CHUNK", 40)
+    monkeypatch.setattr(corpus, "WORTH_WORKERS", 0)
+    hard = PAGE[:2000] + "\n \n  x 1 y's  we'll\t z " * 30 + "ß é 漢字 " * 20 + "Don't stop " * 10
+    texts = [hard, "", "short", hard[::-1]]
+    out = list(encode(Tokenizer.gpt2(), texts, workers))
+    ids, texts_ids = [], []
+    for piece, _, is_last in out:
+        ids += piece
+        if is_last:
+            texts_ids.append(ids)
+            ids = []
+    assert texts_ids == [Tokenizer.gpt2().encode(text) for text in texts if text] and len(out) > 50
+    assert sum(characters for _, characters, _ in out) == sum(map(len, texts))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab1.' \n\t\r\x1c\x85\xa0\u2028\u3000\u0301漢é🦓"), min_size=4))
+def test_the_tokenizers_pattern_finds_the_same_wherever_a_text_may_be_cut(text):
+    cuts = [0, *(cut.end() for cut in corpus.SAFE_CUT.finditer(text)), len(text)]
+    parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    assert sum((splitter(part).findall(part) for part in parts), []) == splitter(text).findall(text)
+
+
+@pytest.mark.parametrize("line", ["Привет как дела", "吾輩は猫である"])
+def test_texts_of_any_script_are_cut(monkeypatch, line):
+    monkeypatch.setattr(corpus, "CHUNK", 40)
+    pieces = [characters for _, characters, _ in encode(Tokenizer.gpt2(), [f"{line}\n" * 100], 1)]
+    assert len(pieces) > 10 and max(pieces) < 80
+
+
+def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
+    def fails(*args):
+        yield [1], 1, False
+        raise OSError("disk full")
+
+    monkeypatch.setattr(corpus, "encode", fails)
+    with pytest.raises(OSError, match="disk full"):
+        prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
+    write(tmp_path / "a.txt", PAGE)
+    write(tmp_path / "b.txt", "other")
+    prepare([tmp_path / "a.txt"], tmp_path / "out")
+    before = read(tmp_path / "out", "train")
+    with pytest.raises(CheckpointError, match="out exists already: expected a new or empty place"):
+        prepare([tmp_path / "b.txt"], tmp_path / "out")
+    assert read(tmp_path / "out", "train") == before
+    prepare([tmp_path / "b.txt"], tmp_path / "out", overwrite=True, val_fraction=0)
+    assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode("other")
+    assert not (tmp_path / "out" / "val.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (b"abc \xff", {}, "a.txt: expected UTF-8, but invalid start byte at byte 4"),
+        (b"\n \n", {}, "a.txt: expected a text, got an empty one"),
+        (b"text", {"val_fraction": 1.0}, r"`val_fraction` must be in \[0, 1\), got 1.0"),
+        (
+            b"text",
+            {"tokenizer": "bpe"},
+            '`vocab_size` is for the tokenizer "bpe", which needs it; got None',
+        ),
+        (b"text", {"vocab_size": 300}, 'got 300 for "gpt2"'),
+        (b"text", {"workers": 0}, "`workers` must be at least 1, got 0"),
+        (b"text", {"tokenizer": "bpe", "vocab_size": 256}, "at least 257.*got 256"),
+        (None, {}, "a.txt: expected a text file, or a folder"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(tmp_path, content, options, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_reads_standard_input_and_explains_mistakes(tmp_path):
+    def run(*args, text=PAGE):
+        command = [sys.executable, ROOT / "scripts" / "prepare_data.py", *args]
+        return subprocess.run(
+            command,
+            input=text.encode(),
+            capture_output=True,
+            env={"PYTHONPATH": str(ROOT)},
+            timeout=60,
+        )
+
+    done = run("-", "--out", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.2")
+    assert done.returncode == 0 and b"val: " in done.stderr
+    chars = sorted(set(PAGE))
+    assert read(tmp_path / "out", "train") == [
+        chars.index(char) for char in PAGE[: int(len(PAGE) * 0.8)]
+    ]
+    wrong = run(tmp_path / "none.txt", "--out", tmp_path / "other")
+    assert (
+        wrong.returncode == 2
+        and len(wrong.stderr.splitlines()) == 1
+        and b"none.txt: expected" in wrong.stderr
+    )

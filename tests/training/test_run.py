@@ -1,0 +1,329 @@
+"""Whole training runs: stopped, killed, resumed, exported; and what they refuse."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import gpt2_jax
+from gpt2_jax.files import CheckpointError
+from gpt2_jax.training.data import DataError
+from gpt2_jax.training.recipes import RECIPES, Recipe
+from gpt2_jax.training.run import TrainingError, export, fit
+
+ROOT = Path(__file__).parents[2]
+TINY = Recipe(
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    n_positions=8,
+    dropout=0.1,
+    batch_size=4,
+    micro_batches=2,
+    steps=12,
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    warmup_steps=2,
+    eval_every=6,
+    save_every=4,
+    log_every=1,
+    sample_tokens=5,
+)
+
+
+def quiet(text):
+    """Takes a message and says nothing."""
+    del text
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of token files as `prepare_data.py` makes them: a text of few letters, each a token."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = ("the cat sat on the mat and the dog sat on the log " * 20).encode()
+    letters = sorted(set(text.decode()))
+    space = "\u0120"
+    gpt2_jax.Tokenizer({space if c == " " else c: i for i, c in enumerate(letters)}, []).save(
+        folder
+    )
+    ids = np.array([letters.index(chr(byte)) for byte in text], np.uint16)
+    ids[:900].tofile(folder / "train.bin")
+    ids[900:].tofile(folder / "val.bin")
+    meta = {"dtype": "uint16", "vocab_size": len(letters), "val": {"tokens": 100, "bytes": 100}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def curve(run):
+    """What is to be the same whatever happened: all metrics but the speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    summary = fit(TINY, corpus, out, say=quiet)
+    assert summary.finished and summary.step == 12
+    return out
+
+
+def test_a_run_learns_and_records_what_it_did(corpus, finished):
+    lines = curve(finished)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "val_loss" in line] == [6, 12]
+    assert lines[-1]["val_loss"] < lines[0]["loss"] - 0.3
+    np.testing.assert_allclose(
+        lines[-1]["bits_per_byte"], lines[-1]["val_loss"] / np.log(2), rtol=1e-12
+    )
+    assert len(lines[-1]["sample"]) == 5
+    run = json.loads((finished / "run.json").read_text())
+    assert run["recipe"] == dataclasses.asdict(TINY)
+
+
+def test_the_exported_model_is_transformers_and_ours_and_has_the_loss_that_was_reported(
+    corpus, finished, tmp_path
+):
+    step = export(finished, tmp_path / "hf")
+    ids = np.fromfile(corpus / "val.bin", np.uint16).astype(np.int64)
+    reported = {line["step"]: line["val_loss"] for line in curve(finished) if "val_loss" in line}
+    assert reported[step] == min(reported.values())
+    model = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    )
+    total = 0.0
+    for start in range(
+        0, len(ids) - 1, 8
+    ):  # each id but the first once, from at most eight before it
+        window = torch.tensor(ids[start : start + 9])[None]
+        logits = model(window[:, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    np.testing.assert_allclose(reported[step], total / (len(ids) - 1), rtol=1e-5)
+    config, params = gpt2_jax.load(tmp_path / "hf")
+    ours = gpt2_jax.apply(params, ids[None, :8], config=config)
+    np.testing.assert_allclose(ours, model(torch.tensor(ids[None, :8])).logits.detach(), atol=1e-5)
+    tokenizer = gpt2_jax.Tokenizer.load(tmp_path / "hf")
+    assert tokenizer.encode("the cat") == ids_of(corpus, "the cat")
+
+
+def ids_of(corpus, text):
+    """The ids of a text, from the vocabulary file."""
+    vocab = json.loads((corpus / "vocab.json").read_text())
+    return [vocab[char.replace(" ", "\u0120")] for char in text]
+
+
+def train(corpus, out, *options, **kwargs):
+    """Starts `scripts/train.py` on the tiny recipe."""
+    fields = dataclasses.asdict(TINY)
+    flags = [f"--{name}={value}" for name, value in fields.items() if not isinstance(value, bool)]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "train.py",
+        corpus,
+        "--out",
+        out,
+        *flags,
+        *options,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(condition, process, seconds=90):
+    """Waits until `condition()` or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def checkpoint_there(run):
+    """Whether a run has saved anything."""
+    return any(child.name.isdigit() for child in (run / "checkpoints").glob("*"))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_the_curve_is_that_of_an_undisturbed_run(corpus, tmp_path):
+    steps = ["--steps=300", "--save_every=10", "--eval_every=100", "--sample_tokens=0", "--quiet"]
+    whole = train(corpus, tmp_path / "whole", *steps)
+    killed = train(corpus, tmp_path / "killed", *steps)
+    wait_for(lambda: checkpoint_there(tmp_path / "killed"), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(curve(tmp_path / "killed")) < 300
+    resumed = train(corpus, tmp_path / "killed", *steps, "--resume")
+    for process in (whole, resumed):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_stops(corpus, tmp_path):
+    run = tmp_path / "run"
+    process = train(corpus, run, "--steps=100000", "--save_every=100000", "--eval_every=100000")
+    wait_for(lambda: (run / "metrics.jsonl").is_file() and len(curve(run)) > 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (
+        process.returncode == 130
+        and "--resume goes on from there" in errors
+        and "Traceback" not in errors
+    )
+    assert [int(child.name) for child in (run / "checkpoints").glob("[0-9]*")] == [
+        curve(run)[-1]["step"]
+    ]
+
+
+def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path):
+    import gpt2_jax.training.run as module
+
+    made = []
+
+    def stop_after_five(*args, **kwargs):
+        made.append(1)
+        if len(made) > 5:
+            raise ValueError("as if the machine had stopped")
+        return original(*args, **kwargs)
+
+    original, module.train_step = module.train_step, stop_after_five
+    try:
+        with pytest.raises(TrainingError, match="Step 6, batch 5: as if"):
+            fit(TINY, corpus, tmp_path / "run", say=quiet)
+    finally:
+        module.train_step = original
+    fit(TINY, corpus, tmp_path / "run", resume=True, say=quiet)
+    assert curve(tmp_path / "run") == curve(finished)
+    before = curve(tmp_path / "run")
+    summary = fit(TINY, corpus, tmp_path / "run", resume=True, say=quiet)  # nothing is left to do
+    assert summary.finished and curve(tmp_path / "run") == before
+
+
+def test_a_finished_run_is_not_overwritten(corpus, finished):
+    before = curve(finished)
+    with pytest.raises(
+        CheckpointError, match="holds a run already: resume it, or give another folder"
+    ):
+        fit(TINY, corpus, finished, say=quiet)
+    assert curve(finished) == before
+
+
+def test_resuming_something_else_says_what_differs(corpus, finished, tmp_path):
+    other = dataclasses.replace(TINY, learning_rate=2e-2, seed=3, log_every=2)
+    with pytest.raises(CheckpointError) as error:
+        fit(other, corpus, finished, resume=True, say=quiet)
+    assert "recipe.learning_rate: 0.01 then, 0.02 now" in str(error.value)
+    assert "recipe.seed: 0 then, 3 now" in str(error.value) and "log_every" not in str(error.value)
+
+    changed = tmp_path / "corpus"
+    changed.mkdir()
+    for file in corpus.iterdir():
+        (changed / file.name).write_bytes(file.read_bytes())
+    ids = np.fromfile(changed / "train.bin", np.uint16)
+    ids[10] = (ids[10] + 1) % 5
+    ids.tofile(changed / "train.bin")
+    with pytest.raises(CheckpointError, match=r"data.train.sha256: '\w+' then, '\w+' now"):
+        fit(TINY, changed, finished, resume=True, say=quiet)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(corpus, tmp_path):
+    run = tmp_path / "run"
+    wild = dataclasses.replace(
+        TINY, learning_rate=1e30, warmup_steps=8, min_learning_rate=0, save_every=1
+    )
+    with pytest.raises(TrainingError, match=r"Step \d+, batch \d+: the loss is (nan|inf)"):
+        fit(wild, corpus, run, say=quiet)
+    last = max(int(child.name) for child in (run / "checkpoints").glob("[0-9]*"))
+    assert last == curve(run)[-1]["step"]
+
+
+def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
+    export(finished, tmp_path / "base")
+    gentle = dataclasses.replace(
+        TINY, length=4, steps=1, warmup_steps=0, learning_rate=1e-9, min_learning_rate=0
+    )
+    summary = fit(
+        gentle, corpus, tmp_path / "tuned", from_pretrained=str(tmp_path / "base"), say=quiet
+    )
+    config, params = gpt2_jax.load(tmp_path / "base")
+    export(tmp_path / "tuned", tmp_path / "out", dtype="float16")
+    tuned_config, tuned = gpt2_jax.load(tmp_path / "out")
+    assert (tuned_config.n_layer, tuned_config.dtype) == (
+        config.n_layer,
+        "float16",
+    ) and summary.val_loss < 3
+    for name in ("wte", "wpe"):
+        np.testing.assert_allclose(tuned[name]["embedding"], params[name]["embedding"], atol=1e-3)
+    with pytest.raises(CheckpointError, match="from_pretrained: '.*base' then, None now"):
+        fit(gentle, corpus, tmp_path / "tuned", resume=True, say=quiet)
+
+
+def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
+    with pytest.raises(DataError, match="expected `train.bin`"):
+        fit(TINY, tmp_path, tmp_path / "run", say=quiet)
+    with pytest.raises(DataError, match="Windows of 1024"):
+        fit(dataclasses.replace(TINY, n_positions=1024), corpus, tmp_path / "run", say=quiet)
+    with pytest.raises(DataError, match="another vocabulary than demo"):
+        fit(TINY, corpus, tmp_path / "run", from_pretrained="demo", say=quiet)
+    with pytest.raises(ValueError, match=r"`length` must be at most 8 \(`n_positions`\), got 9"):
+        fit(dataclasses.replace(TINY, length=9), corpus, tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError, match="holds no run"):
+        export(tmp_path, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 5}, "`batch_size` must be a multiple of `micro_batches`, got 5 and 2"),
+        ({"warmup_steps": 12}, r"`warmup_steps` must be in \[0, 12\)"),
+        ({"min_learning_rate": 1.0}, "got 0.01 and 1.0"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"pdrop` must be in \[0, 1\), got 1.0"),
+        ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"batch_size": 2.5}, "`batch_size` must be of type int, got 2.5"),
+        ({"b2": 1.0}, r"`b2` must be in \[0, 1\)"),
+        ({"max_grad_norm": 0}, "`max_grad_norm` must be positive"),
+        ({"seed": -1}, "`seed` must not be negative"),
+    ],
+)
+def test_a_recipe_checks_itself(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_named_recipes_are_the_published_ones():
+    published = RECIPES["shakespeare_char"]
+    config = published.config(vocab_size=65, eot_id=None)
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (4, 4, 128, 64)
+    assert (published.batch_size, published.steps, published.learning_rate, published.dropout) == (
+        12,
+        2000,
+        1e-3,
+        0,
+    )
+    assert (
+        RECIPES["gpt2"].batch_size * RECIPES["gpt2"].n_positions == 491_520
+    )  # nanoGPT's tokens of an update
+
+
+def test_mistakes_on_the_command_line_are_one_line(corpus, tmp_path):
+    process = train(corpus, tmp_path / "run", "--from_pretrained=demo")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.startswith(
+        "train.py: --n_layer, --n_head, --n_embd, --n_positions: "
+    )
+    assert len(errors.splitlines()) == 1
