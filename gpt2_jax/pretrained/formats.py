@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +36,7 @@ Shape = tuple[int, ...]
 Tensor = Shaped[np.ndarray, "..."]  # on the host, in the dtype of its file; bfloat16 is ml_dtypes'
 
 
+@runtime_checkable
 class TensorReader(Protocol):
     """How weights are read, whatever they lie in: all shapes at once, the tensors one by one."""
 

@@ -151,7 +151,7 @@ def _read_config(folder: Path) -> GPT2Config:
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_size: int | None) -> None:
     """Writes HF's names and arrays to one file, or to several and their index."""
-    shards = _shards(state, max_shard_size or math.inf)
+    shards = _shards(state, max_shard_size)
     if len(shards) == 1:
         save_file(folder / SAFETENSORS, state, HF_METADATA)
         return
@@ -165,12 +165,13 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_size: in
     write_json(folder / f"{SAFETENSORS}.index.json", index)
 
 
-def _shards(state: Mapping[str, Tensor], max_size: float) -> list[list[str]]:
+def _shards(state: Mapping[str, Tensor], max_size: int | None) -> list[list[str]]:
     """Returns the names in each shard; a tensor larger than `max_size` has one to itself."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, array in state.items():
-        if shards[-1] and size + array.nbytes > max_size:
+        is_full = max_size is not None and size + array.nbytes > max_size
+        if is_full and shards[-1]:
             shards.append([])
             size = 0
         shards[-1].append(name)
