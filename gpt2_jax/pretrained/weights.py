@@ -170,7 +170,7 @@ def _shards(state: Mapping[str, Tensor], max_size: int | None) -> list[list[str]
     shards: list[list[str]] = [[]]
     size = 0
     for name, array in state.items():
-        is_full = max_size is not None and size + array.nbytes > max_size
+        is_full = bool(max_size) and size + array.nbytes > max_size
         if is_full and shards[-1]:
             shards.append([])
             size = 0
