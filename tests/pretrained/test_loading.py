@@ -221,6 +221,12 @@ def test_classes_of_gpt2s_kind_are_read(checkpoint, name):
     assert gpt2_jax.load_tokenizer(checkpoint).vocab_size == 4096
 
 
+def test_a_checkpoint_without_readable_files_has_no_tokenizer_of_its_own(checkpoint):
+    (checkpoint / "vocab.txt").touch()  # so that whoever brings ids of his own can go on without
+    with pytest.raises(FileNotFoundError, match="got config.json, vocab.txt"):
+        gpt2_jax.Tokenizer.load(checkpoint)
+
+
 def test_a_damaged_file_is_named_and_not_replaced(checkpoint):
     (checkpoint / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected JSON, got"):
