@@ -128,7 +128,7 @@ def empty(config: GPT2Config, rows: int, slots: int) -> KVCache:
 
 
 def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots: int) -> KVCache:
-    """Returns the cache of right-padded prompts that were read from slot 0 on, with room for more."""
+    """Returns the cache of right-padded prompts read from slot 0 on, with room for more."""
     width = layers[0].keys.shape[2]
     return KVCache(
         layers=_lengthen_layers(layers, slots - width),

@@ -61,7 +61,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def wide_dtype(config: GPT2Config) -> jnp.dtype:
-    """Returns the dtype of statistics, softmax and logits: float32, or float64 in a float64 model."""
+    """Returns the dtype of statistics, softmax and logits: float32, or float64 in such a model."""
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
@@ -249,7 +249,7 @@ class Attention(nn.Module):
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
-        """Returns what `attend` does for a text that sees itself, without most of what is masked."""
+        """Returns what `attend` does for a text that sees itself, without most masked scores."""
         del tap  # nobody wants what happens inside
         parts = query_parts(q.shape[1])
         zs = []

@@ -104,8 +104,9 @@ def check_not_traced(params: Params, *arrays: Any) -> None:
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, arrays))):
         raise ValueError(
-            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit` or"
-            " `jax.vmap`: call it outside, or write the loop with `prefill` and `decode_step`, which can."
+            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit`"
+            " or `jax.vmap`: call it outside, or write the loop with `prefill` and `decode_step`,"
+            " which can."
         )
 
 
