@@ -12,12 +12,14 @@ import torch
 
 import gpt2_jax
 from gpt2_jax.generation.generate import advance
-from gpt2_jax.interpretability.reading import by_layer
 from gpt2_jax.interpretability.taps import (
     SITES,
     add,
+    at_last_token,
     axis_masks,
+    by_layer,
     capture,
+    find_site,
     find_sites,
     make_tap,
     patch,
@@ -30,7 +32,7 @@ from gpt2_jax.pretrained.weights import to_hf
 from tests.reference import TINY, hf_model, ours
 
 ROWS, LENGTH, LAYER = 2, 7, 1
-capture_jit = jax.jit(capture, static_argnames=("config", "sites"))
+capture_jit = jax.jit(capture, static_argnames="sites")
 
 
 @pytest.fixture(scope="module")
