@@ -40,7 +40,7 @@ def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeigh
 
 
 def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
-    """Returns the bilinear form by which a head scores: `q(x) @ k(y) = x @ form @ y`, less biases."""
+    """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart."""
     weights = head_weights(params, layer, config=config)
     return weights.q[head] @ weights.k[head].T
 

@@ -42,7 +42,7 @@ def attention_patterns(
     return by_layer(acts, "attn.pattern")
 
 
-# Lenses.
+# Lenses: what a residual stream says of the next token.
 
 
 def logit_lens(
@@ -73,18 +73,20 @@ def logit_lens(
     if translators is not None:
         kernels, biases = translators
         _check_translators(kernels, biases, config)
-        streams += jnp.einsum("lbtd,lde->lbte", streams, kernels) + biases[:, None, None]
+        translated = jnp.einsum("lbtd,lde->lbte", streams, kernels)
+        streams += translated + biases[:, None, None]
     streams = jnp.concatenate([streams, final])
     return stream_logits(params, streams, config=config)
 
 
 def _check_translators(kernels: AnyArray, biases: AnyArray, config: GPT2Config) -> None:
-    biases_shape = (config.n_layer, config.n_embd)
-    kernels_shape = (*biases_shape, config.n_embd)
-    if kernels.shape != kernels_shape or biases.shape != biases_shape:
-        expected = f"kernels {list(kernels_shape)} and biases {list(biases_shape)}"
-        got = f"{list(kernels.shape)} and {list(biases.shape)}"
-        raise ValueError(f"`translators` must be {expected}, got {got}.")
+    biases_shape = [config.n_layer, config.n_embd]
+    kernels_shape = [*biases_shape, config.n_embd]
+    got_kernels = list(kernels.shape)
+    got_biases = list(biases.shape)
+    if got_kernels != kernels_shape or got_biases != biases_shape:
+        expected = f"kernels {kernels_shape} and biases {biases_shape}"
+        raise ValueError(f"`translators` must be {expected}, got {got_kernels} and {got_biases}.")
 
 
 def stream_logits(
@@ -138,8 +140,10 @@ def direct_logit_attribution(
     projections = []
     biases = []
     for layer in range(config.n_layer):
-        projections.append(head_weights(params, layer, config=config).o)
-        biases.append(params["h"][str(layer)]["attn"]["c_proj"]["bias"])
+        weights = head_weights(params, layer, config=config)
+        projections.append(weights.o)
+        attn = params["h"][str(layer)]["attn"]
+        biases.append(attn["c_proj"]["bias"])
     out = jnp.stack(projections)  # [L, H, K, D]
     bias = jnp.stack(biases)  # [L, D]
     z = by_layer(acts, "attn.z")  # [L, B, T, H, K]
@@ -185,21 +189,30 @@ def attribution(
     if donors is not None:
         missing = [site for site in names if site not in donors]
         if missing:
-            raise ValueError(f"`donors` must have every site, they lack {', '.join(missing)}.")
+            lacking = ", ".join(missing)
+            raise ValueError(f"`donors` must have every site, they lack {lacking}.")
 
     def measured(offsets: Acts) -> tuple[Array, Acts]:
         edits = {site: add(offset) for site, offset in offsets.items()}
         logits, acts = capture(params, ids, config=config, sites=names, edits=edits)
-        return metric(at_last_token(logits, lengths)), acts
+        ends = at_last_token(logits, lengths)
+        return metric(ends), acts
 
-    # The gradient with respect to an activation is that with respect to a zero added to it.
-    shapes = jax.eval_shape(lambda: capture(params, ids, config=config, sites=names)[1])
+    def activations() -> Acts:
+        _, acts = capture(params, ids, config=config, sites=names)
+        return acts
+
+    # The gradient with respect to an activation is that with respect to a zero added to it, whose
+    # shape tracing alone tells.
+    shapes = jax.eval_shape(activations)
     offsets = {site: jnp.zeros(leaf.shape, leaf.dtype) for site, leaf in shapes.items()}
     gradients, acts = jax.grad(measured, has_aux=True)(offsets)
 
     products = {}
     for site, gradient in gradients.items():
-        change = acts[site] if donors is None else donors[site] - acts[site]
+        change = acts[site]
+        if donors is not None:
+            change = donors[site] - acts[site]
         products[site] = gradient * change
     return products
 
@@ -239,4 +252,5 @@ def _mean_at_last_token(
     site: str,
 ) -> Float[Array, "..."]:
     _, acts = capture(params, ids, config=config, sites=site)
-    return at_last_token(acts[site], lengths).mean(axis=0)
+    ends = at_last_token(acts[site], lengths)
+    return ends.mean(axis=0)

@@ -1,4 +1,4 @@
-"""What there is to see in one text: a lens, attention patterns, a patching sweep, ready to be drawn.
+"""What there is to see in one text: a lens, attention patterns, a patching sweep.
 
 Knows ids and sites, no tokenizer, no files and no pictures: callers turn ids into words, and the
 numpy arrays that come back into figures. Unlike the rest of this folder these functions compile
