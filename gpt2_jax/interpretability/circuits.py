@@ -30,25 +30,36 @@ class HeadWeights(NamedTuple):
 
 def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeights:
     """Returns the kernels of a layer's heads, cut out of `c_attn` and `c_proj`."""
-    attn = params["h"][str(layer)]["attn"]
+    block = params["h"][str(layer)]
+    attn = block["attn"]
+    n_head = config.n_head
+    width = config.head_dim
+    # The columns are all heads' queries, then all keys, then all values; each head's lie together.
     qkv = dense_kernel(attn["c_attn"])  # [D, 3HK]
-    qkv = qkv.reshape(config.n_embd, 3, config.n_head, config.head_dim)
+    qkv = qkv.reshape(config.n_embd, 3, n_head, width)
     qkv = jnp.moveaxis(qkv, (1, 2), (0, 1))  # [3, H, D, K]
     out = dense_kernel(attn["c_proj"])  # [HK, D]
-    out = out.reshape(config.n_head, config.head_dim, config.n_embd)
+    out = out.reshape(n_head, width, config.n_embd)
     return HeadWeights(q=qkv[0], k=qkv[1], v=qkv[2], o=out)
 
 
 def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
-    """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart."""
+    """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart.
+
+    `x` and `y` come out of `ln_1`; the scores are this times what the config scales them by.
+    """
     weights = head_weights(params, layer, config=config)
-    return weights.q[head] @ weights.k[head].T
+    query = weights.q[head]
+    key = weights.k[head]
+    return query @ key.T
 
 
 def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
     """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart."""
     weights = head_weights(params, layer, config=config)
-    return weights.v[head] @ weights.o[head]
+    value = weights.v[head]
+    out = weights.o[head]
+    return value @ out
 
 
 # Equal models.
@@ -56,9 +67,10 @@ def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
 
 def untie(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns the same model with a head of its own, a copy of its embeddings unless it has one."""
-    head = {"embedding": head_matrix(params, config=config)}
+    # What is folded into the head must not reach the embeddings, with which it is one matrix.
+    lm_head = {"embedding": head_matrix(params, config=config)}
     untied = config.replace(tie_word_embeddings=False)
-    return untied, params | {"lm_head": head}
+    return untied, params | {"lm_head": lm_head}
 
 
 def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
@@ -80,7 +92,8 @@ def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, 
     }
     head = head_matrix(params, config=config)
     lm_head = {"embedding": head * divisor[None]}
-    return config, params | {"h": blocks, "ln_f": ln_f, "lm_head": lm_head}
+    folded = {"h": blocks, "ln_f": ln_f, "lm_head": lm_head}
+    return config, params | folded
 
 
 def _fold_block(block: Params) -> Params:
@@ -139,6 +152,7 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
 
 def center_unembed(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary."""
+    # A number that is added to all logits alike is nothing to the softmax.
     config, params = untie(params, config=config)
     head = head_matrix(params, config=config)
     lm_head = {"embedding": _centred(head, axis=0)}

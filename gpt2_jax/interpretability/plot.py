@@ -27,9 +27,10 @@ def plot_patterns(
     """Returns a figure of attention patterns: a square for each head, rows attending to columns."""
     patterns = np.asarray(patterns, np.float32)
     n_heads = len(patterns)
+    # XL has 25 heads: in rows of four they stay legible.
     n_columns = min(MOST_COLUMNS, n_heads)
     n_rows = math.ceil(n_heads / n_columns)
-    side = max(2.4, CELL * len(tokens))
+    side = max(2.4, CELL * len(tokens))  # inches; a short text is not a stamp
     # Beside a square stand its tokens; below it too, and its title above.
     width = n_columns * (side + 0.6)
     height = n_rows * (side + 1.2)
@@ -58,6 +59,7 @@ def plot_lens(
       names: of the `N` streams; the first is drawn at the bottom.
     """
     shades = np.asarray(probabilities, np.float32)
+    # A cell holds a word: it is wider than high.
     width = 2 + 0.8 * len(tokens)
     height = 1.5 + CELL * len(names)
     figure = _figure(width, height, title)
@@ -65,9 +67,9 @@ def plot_lens(
     image = axes.imshow(
         shades,
         cmap="Blues",
-        vmin=0,
+        vmin=0,  # not the least one: shades of two pictures mean the same
         vmax=1,
-        origin="lower",
+        origin="lower",  # the stream flows upwards, as it is drawn in papers
         aspect="auto",
     )
     for row, words in enumerate(best):

@@ -68,6 +68,7 @@ def logit_lens(
     """
     sites = ("h.*.resid_pre", f"h.{config.n_layer - 1}.resid_post")
     _, acts = capture(params, ids, config=config, sites=sites)
+    # Each layer's `resid_post` is the next one's `resid_pre`: only the last adds a stream.
     streams = by_layer(acts, "resid_pre")  # [L, B, T, D]
     final = by_layer(acts, "resid_post")  # [1, B, T, D]
     if translators is not None:

@@ -75,6 +75,7 @@ def site_names(config: GPT2Config) -> tuple[str, ...]:
     before = in_table[:first]
     after = in_table[first + len(of_each_layer) :]
 
+    # The rows of the table that stand for a layer are repeated as a whole, layer by layer.
     of_layers = []
     for layer in range(config.n_layer):
         for name in of_each_layer:
@@ -91,6 +92,7 @@ def find_sites(patterns: str | Sequence[str], config: GPT2Config) -> tuple[str, 
       ValueError: a pattern matches nothing; the message lists near names.
     """
     if isinstance(patterns, str):
+        # A string is a sequence too, of letters.
         patterns = (patterns,)
     names = site_names(config)
     matched = set()
@@ -203,6 +205,7 @@ class Recorder:
         self.acts: Acts = {}
 
     def __call__(self, site: str, x: Array) -> Array:
+        # The edit first: what is kept is what the model goes on with.
         x = self.edits(site, x)
         if site in self.sites:
             self.acts[site] = x
@@ -233,6 +236,7 @@ def capture(
     Raises:
       ValueError: as `apply`, or a site does not exist, or an edit changes a shape.
     """
+    # Before the pass, so that a wrong name costs nothing.
     names = find_sites(sites, config)
     recorder = Recorder(names, make_tap(edits or {}, config=config))
     logits = apply(
@@ -266,6 +270,7 @@ def patch(
     Raises:
       ValueError: as `capture`.
     """
+    # Through `capture` and not `apply` with a tap, so that the two cannot differ.
     logits, _ = capture(
         params,
         ids,
@@ -286,6 +291,8 @@ def replace(value: ArrayLike, where: ArrayLike = True) -> Edit:
 
     Both broadcast to the activation.
     """
+    # A `Partial` of a module's function: equal for equal shapes, so that a jitted caller compiles
+    # once for all values, which a closure over them would not.
     return Partial(_replace, value, where)
 
 
