@@ -174,10 +174,11 @@ def patch_each(
 #     layer L - 1      texts | layer 0 | layer 1 | ... | layer L - 1      B + L * N * B
 #
 # `texts` is never patched; each other group is N * B rows, those of the runs that are patched in
-# one layer. A group appears at its layer's `resid_pre`, as N copies of `texts`: up to there a run is
-# what an unpatched one is, so that the layers before are computed once for all. At the patched
-# site its layer's group, then the last, takes the donor's values where the masks are true; from
-# there on it only runs along. Within a group, row `n * B + b` is text `b` under mask `n`.
+# one layer. A group appears at its layer's `resid_pre`, as N copies of `texts`: up to there a
+# patched run is what an unpatched one is, so that the layers before are computed once for all. At
+# the patched site its layer's group, which is then the last, takes the donor's values where the
+# masks are true; from there on it only runs along. Within a group, row `n * B + b` is text `b`
+# under mask `n`.
 
 
 class GrowingBatch:

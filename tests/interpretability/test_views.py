@@ -90,10 +90,13 @@ def test_patching_is_the_sweep_in_batches_that_show_progress(
         progress=progress,
     )
     donors = {site: x[:1] for site, x in acts[1].items() if site.endswith("attn.z")}
-    sweep = patching_sweep(
-        params, text, donors, lambda x: x[0, 3] - x[0, 8], config=config, site="attn.z", over=over
-    )
-    near(view.values, np.reshape(sweep, (LAYERS, -1)))
+
+    def difference(logits):
+        return logits[0, 3] - logits[0, 8]
+
+    options = {"config": config, "site": "attn.z", "over": over}
+    sweep = jax.jit(lambda: patching_sweep(params, text, donors, difference, **options))
+    near(view.values, np.reshape(sweep(), (LAYERS, -1)))
     near(view.changes, view.values - 0.25)
     assert seen == batches
 
