@@ -38,6 +38,7 @@ def read_text(file: Path) -> str:
 
 def read_tail(file: Path, n_bytes: int) -> str:
     """Returns the text of a file's last bytes; a character cut in two becomes U+FFFD."""
+    # Not `read_text`: where the tail begins, and in enwik8 itself, UTF-8 may be broken.
     return file.read_bytes()[-n_bytes:].decode("utf-8", "replace")
 
 
@@ -345,6 +346,7 @@ class HubSource(NamedTuple):
     split: str
 
 
+# The texts of the published files. The other sets are there in forms that no reader here knows.
 HUB = {
     "wikitext": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "lambada": HubSource("EleutherAI/lambada_openai", "default", "test"),

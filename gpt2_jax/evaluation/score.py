@@ -103,6 +103,8 @@ class Likelihood(NamedTuple):
         """Per scored token."""
         return math.exp(self.loss)
 
+    # Per word or byte, models of different tokenizers can be compared; per token they cannot.
+
     @property
     def word_perplexity(self) -> float | None:
         """Per word of the text, however many tokens were scored: the paper's figure."""
@@ -236,6 +238,7 @@ def score_groups(
     Arguments and errors are those of `score`; the result is grouped as the requests are.
     """
     requests = list(chain.from_iterable(groups))
+    # One after the other, so that a batch may hold parts of several groups.
     scored = iter(score(params, requests, config=config, batch_size=batch_size, progress=progress))
     return [list(islice(scored, len(group))) for group in groups]
 
@@ -300,6 +303,7 @@ def sliding_windows(count: int, *, window: int, stride: int) -> Iterator[Window]
             f"`window` must be at least 2 and `stride` in [1, `window`], got {window} and {stride}."
         )
     previous_end = 0
+    # The last window is cut short rather than moved back, as in the guide.
     for start in range(0, count, stride):
         end = min(start + window, count)
         # Where windows do not overlap, the first token is new too, but nothing predicts it.
@@ -440,6 +444,7 @@ def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
 
 def _batch_of(requests: Sequence[CheckedRequest], n_rows: int, config: GPT2Config) -> Batch:
     """Returns requests, the longest first, as one batch of `n_rows` rows, those left over empty."""
+    # The first is the longest. No wider than the model has positions, which need be no power of 2.
     width = bucket(len(requests[0].ids) - 1, config.n_positions)
     rows = [request.ids[:-1] for request in requests]  # the last token is scored but not read
     n_empty = n_rows - len(rows)  # so that a last batch of fewer texts needs no program of its own
@@ -494,6 +499,7 @@ def _checked_request(
             f"Request {index} must score 1 to {most} of its {len(array)} tokens "
             f"(`n_positions` is {config.n_positions}), got {n_scored}."
         )
+    # Before any batch runs: an id outside the vocabulary would give NaN, and late.
     try:
         check_ids(array[None], config)
     except ValueError as error:

@@ -155,6 +155,7 @@ class Model(NamedTuple):
 class Figure(NamedTuple):
     """A number with everything that is needed to compare it."""
 
+    # The fields' names are also those of the command's JSON.
     task: str
     metric: str
     value: float
@@ -409,6 +410,7 @@ def _hellaswag_figures(
     ]
     plain = _likeliest(logprobs) == labels
     normed = _likeliest(logprobs_per_unit) == labels
+    # `acc` and `acc_norm` in the words of both; they norm by different units.
     return [
         _accuracy("hellaswag", "accuracy", plain, "questions", protocol),
         _accuracy("hellaswag", f"accuracy, normed per {unit}", normed, "questions", protocol),
@@ -456,6 +458,7 @@ def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequ
     it follows `<|endoftext|>`.
     """
     # A token may span the two, as the space before a word is part of it.
+    # Without special tokens: what looks like one in a set is text.
     ids = model.tokenizer.encode(context + continuation)
     n_context = len(model.tokenizer.encode(context.rstrip()))
     n_scored = len(ids) - n_context
