@@ -94,7 +94,9 @@ def test_the_harness_form_of_hellaswag_needs_its_fields(file):
 
 
 def test_cbts_questions_have_the_story_before_them(file):
-    write(file, b"1 Once .\n2 Then .\n3 The XXXXX ran .\tfox\t\tcat|fox\n\n1 So .\n2 XXXXX\ta\t\ta|b")
+    write(
+        file, b"1 Once .\n2 Then .\n3 The XXXXX ran .\tfox\t\tcat|fox\n\n1 So .\n2 XXXXX\ta\t\ta|b"
+    )
     assert list(readers.read_cbt(file)) == [
         ClozeQuestion("Once . Then .", "The ", " ran .", ["cat", "fox"], 1),
         ClozeQuestion("So .", "", "", ["a", "b"], 0),
@@ -145,8 +147,8 @@ def test_wikitext_as_hfs_guide_joins_the_hubs_rows():
 
 
 def test_detokenising_by_hand():
-    page = " = A = \n the well @-@ known ( so ) 1 @,@ 000 's \" end \" . \n"
-    expected = " = A =\nthe well-known (so) 1,000's \"end\".\n"
+    page = ' = A = \n the well @-@ known ( so ) 1 @,@ 000 \'s " end " . \n'
+    expected = ' = A =\nthe well-known (so) 1,000\'s "end".\n'
     assert readers.detokenized(page) == expected
 
 

@@ -44,7 +44,8 @@ def test_token_logprobs_equal_pytorch(models, rng, monkeypatch):
     monkeypatch.setattr(scoring, "TOKENS_PER_CHUNK", 7)  # several chunks, the last not full
     ids = rng.integers(0, 61, (3, 25))  # one more than n_positions: 24 to read
     expected = [reference(model, row[:-1])[np.arange(24), row[1:]] for row in ids]
-    logprobs = token_logprobs(params, ids, config=config)
+    compiled = jax.jit(lambda ids: token_logprobs(params, ids, config=config))
+    logprobs = compiled(ids)
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-12)
 
 
@@ -52,14 +53,14 @@ def test_token_logprobs_can_be_compiled_and_differentiated(models, rng):
     _, config, params = models
     ids = rng.integers(0, 61, (2, 9))
 
-    def loss_by_scores(params):
-        return -jax.jit(token_logprobs)(params, ids, config=config).mean()
+    def loss_by_scores(params, ids, *, config):
+        return -token_logprobs(params, ids, config=config).mean()
 
-    def loss(params):
+    def loss(params, ids, *, config):
         return gpt2_jax.next_token_loss(params, ids, config=config)[0]
 
-    by_scores = jax.grad(loss_by_scores)(params)
-    by_loss = jax.grad(loss)(params)
+    by_scores = jax.jit(jax.grad(loss_by_scores))(params, ids, config=config)
+    by_loss = jax.jit(jax.grad(loss))(params, ids, config=config)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-14), by_scores, by_loss
     )
