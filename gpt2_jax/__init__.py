@@ -5,7 +5,8 @@ from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choic
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.generation.beam import Beams, beam_search
 from gpt2_jax.generation.generate import Generation, generate, stream
-from gpt2_jax.generation.options import load_generation_config, sampler_from_options
+from gpt2_jax.generation.generation_config import load_generation_config
+from gpt2_jax.generation.options import sampler_from_options
 from gpt2_jax.generation.sampling import (
     Categorical,
     Chain,

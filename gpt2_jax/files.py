@@ -47,6 +47,24 @@ def replacing(
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not UTF-8, not JSON, nested too deeply, or holds something else than an object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also `UnicodeDecodeError`, which is one
+        raise ValueError(f"{file}: expected JSON, got {error}.") from error
+    except RecursionError as error:  # Python's parser calls itself for every bracket
+        raise ValueError(f"{file}: expected JSON, got one nested too deeply to read.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, got {type(values).__name__}.")
+    return values
+
+
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
