@@ -1,6 +1,16 @@
 """Converts GPT-2 weights: `python weights_convert.py gpt2 params.safetensors`. See `--help`."""
 
-from gpt2_jax_cli import main
+from collections.abc import Sequence
+
+import gpt2_jax_cli
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Converts as the command line does, within a process of one's own; returns the exit code."""
+    from gpt2_jax.commands.main import run
+
+    return run(arguments, "convert", "weights_convert")
+
 
 if __name__ == "__main__":
-    main("convert", "weights_convert")
+    gpt2_jax_cli.main("convert", "weights_convert")
