@@ -191,6 +191,8 @@ class GPT2Config:
             if n_positions != n_ctx:
                 got = f"n_ctx={n_ctx} and n_positions={n_positions}"
                 raise ValueError(f"`n_ctx` must equal `n_positions`, got {got}.")
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])  # JSON has no tuples
         known = {field.name for field in dataclasses.fields(cls)}
         # HF's `dtype` (once `torch_dtype`) says how the file is stored; the weights themselves say
         # it better.

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+NameFilter = Callable[[str], bool]  # whether a file is meant, by its name
+
 MAX_LISTED = 20  # names of files in one message: about two lines of a terminal
 
 
@@ -51,7 +53,7 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(
-    target: str | Path, *, overwrite: bool = False, keep: Callable[[str], bool] | None = None
+    target: str | Path, *, overwrite: bool = False, keep: NameFilter | None = None
 ) -> Iterator[Path]:
     """Yields a fresh path, which takes the place of `target` if the body succeeds, else vanishes.
 
@@ -88,7 +90,7 @@ def replacing(
             temporary.unlink(missing_ok=True)
 
 
-def _replace_folder(target: Path, new: Path, keep: Callable[[str], bool] | None) -> None:
+def _replace_folder(target: Path, new: Path, keep: NameFilter | None) -> None:
     """Puts the folder `new` in the place of a full one, of which it keeps what `keep` wants."""
     if target.is_file():
         raise CheckpointError(f"Expected a folder to replace, got the file {target}.")

@@ -26,12 +26,17 @@ END_OF_TEXT = "<|endoftext|>"  # ends each document of GPT-2's training text
 # has learned it: anything else gives other ids.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Bounds of what a tokenizer remembers, at most some 100 MB; most texts stay far below.
+Vocab = dict[str, int]  # token -> id
+Pair = tuple[str, str]  # two tokens that become one
+
+# Bounds of what a tokenizer remembers. Full of words of ten letters it takes 52 MB; most texts stay
+# far below.
 REMEMBERED_PIECES = 2**18
 REMEMBERED_LENGTH = 64  # characters; longer pieces seldom come twice
 
 # The files of a tokenizer in a checkpoint's folder, under HF's names and under OpenAI's.
 VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+OWN_VOCABULARIES = ("vocab.json", "encoder.json", "tokenizer.json")
 FILES = (
     "vocab.json",
     "merges.txt",
@@ -81,23 +86,19 @@ class Tokenizer:
         lacks.
     """
 
-    def __init__(
-        self,
-        vocab: dict[str, int],
-        merges: Iterable[tuple[str, str]],
-        special_tokens: dict[str, int] | None = None,
-    ):
+    def __init__(self, vocab: Vocab, merges: Iterable[Pair], special_tokens: Vocab | None = None):
         self.vocab = dict(vocab)
         self.merges = [(left, right) for left, right in merges]
         self.special_tokens = dict(special_tokens or {})
         _check_ids(self.vocab, self.special_tokens)
         _check_merges(self.merges, self.vocab)
 
-        self._bytes = {id: _spelled_bytes(token) for token, id in self.vocab.items()}
+        self._bytes: dict[int, bytes] = {}
+        for token, id in self.vocab.items():
+            self._bytes[id] = _spelled_bytes(token)
         # Special tokens are not spelled by bytes: a "Ġ" in one is the letter itself.
         for token, id in self.special_tokens.items():
             self._bytes[id] = token.encode()
-        # A vocabulary may lack bytes that its training text did not hold.
         self._byte_ids: dict[int, int] = {}
         for byte, char in byte_chars().items():
             if char in self.vocab:
@@ -128,8 +129,11 @@ class Tokenizer:
           ValueError: a file is damaged.
         """
         folder = Path(folder)
-        _check_kind(folder)
         vocabulary = _read_vocabulary(folder)
+        check_kind(folder)
+        settings_file = folder / "tokenizer_config.json"
+        if _read_if_there(settings_file).get("add_prefix_space"):
+            raise TokenizerKindError(f"{settings_file}: `add_prefix_space` is not supported.")
         special_tokens = vocabulary.added_tokens | _read_if_there(folder / "added_tokens.json")
         # GPT-2's own files list the one special token among the ordinary ones.
         for token in (END_OF_TEXT, *_named_tokens(folder / "special_tokens_map.json")):
@@ -269,7 +273,9 @@ class Tokenizer:
         while candidates:
             _, whole, place = heapq.heappop(candidates)
             following = after[place]
-            if merged.get((ids[place], ids[following]), NO_MERGE)[1] != whole:
+            pair = (ids[place], ids[following])
+            _, now_whole = merged.get(pair, NO_MERGE)
+            if now_whole != whole:
                 continue  # one of the two was merged with another meanwhile
             ids[place] = whole
             ids[following] = GONE
@@ -284,6 +290,7 @@ class Tokenizer:
     def _ids_of_bytes(self, piece: str) -> list[int]:
         try:
             return [self._byte_ids[byte] for byte in piece.encode("utf-8")]
+        # GPT-2's vocabulary holds all 256 bytes; one that was trained on a small text need not.
         except KeyError as error:
             raise ValueError(
                 f"The vocabulary has no token for byte {error} of {piece!r}."
@@ -323,7 +330,7 @@ class _Pieces(dict[str, list[int]]):
         return ids
 
 
-def _check_ids(vocab: dict[str, int], special_tokens: dict[str, int]) -> None:
+def _check_ids(vocab: Vocab, special_tokens: Vocab) -> None:
     tokens = vocab | special_tokens
     if len(set(tokens.values())) != len(tokens):
         got = f"{len(tokens)} tokens and fewer ids"
@@ -333,10 +340,11 @@ def _check_ids(vocab: dict[str, int], special_tokens: dict[str, int]) -> None:
         raise ValueError(f"Ids must be 0 or greater, got {smallest}.")
 
 
-def _check_merges(merges: list[tuple[str, str]], vocab: dict[str, int]) -> None:
+def _check_merges(merges: list[Pair], vocab: Vocab) -> None:
     unknown = []
     for left, right in merges:
-        if left not in vocab or right not in vocab or left + right not in vocab:
+        is_known = left in vocab and right in vocab and left + right in vocab
+        if not is_known:
             unknown.append((left, right))
     if unknown:
         got = f"{len(unknown)} are not: {unknown[:3]}"
@@ -371,7 +379,9 @@ def _bmp_pattern() -> re.Pattern[str]:
         """Returns the characters of a class as spans, for use within brackets."""
         spans = []
         for match in regex.finditer(f"{name}+", plane):
-            spans.append(f"\\u{match.start():04x}-\\u{match.end() - 1:04x}")
+            first = match.start()
+            last = match.end() - 1
+            spans.append(f"\\u{first:04x}-\\u{last:04x}")
         return "".join(spans)
 
     letters = spelled_out(r"\p{L}")
@@ -395,6 +405,7 @@ def byte_chars() -> dict[int, str]:
     As in openai/gpt-2, src/encoder.py: printable bytes are spelled by themselves, the others by the
     characters from U+0100 on, so that no token holds a space or a control character.
     """
+    # The soft hyphen, U+00AD, lies between the last two ranges: it is not printed.
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -408,7 +419,7 @@ def byte_chars() -> dict[int, str]:
 
 
 @cache
-def _char_bytes() -> dict[str, int]:
+def _char_bytes() -> Vocab:
     return {char: byte for byte, char in byte_chars().items()}
 
 
@@ -427,14 +438,16 @@ def _spelled_bytes(token: str) -> bytes:
 class _Vocabulary(NamedTuple):
     """What the files of a tokenizer hold."""
 
-    vocab: dict[str, int]
-    merges: list[tuple[str, str]]
-    added_tokens: dict[str, int]
+    vocab: Vocab
+    merges: list[Pair]
+    added_tokens: Vocab
 
 
 def files_in(folder: Path) -> list[str]:
     """Returns the names of a folder's files that belong to a tokenizer of any kind."""
-    files = [file for name in (*FILES, *OTHER_KINDS) for file in folder.glob(name)]
+    files = []
+    for pattern in (*FILES, *OTHER_KINDS):
+        files += folder.glob(pattern)
     return sorted(file.name for file in files)
 
 
@@ -454,8 +467,7 @@ def _read_vocabulary(folder: Path) -> _Vocabulary:
     raise FileNotFoundError(f"{folder}: expected {expected}, got {got}.")
 
 
-def _read_merges(file: Path) -> list[tuple[str, str]]:
-    # Not `splitlines`: it would part at characters such as U+0085, which tokens hold.
+def _read_merges(file: Path) -> list[Pair]:
     lines = file.read_text(encoding="utf-8").split("\n")
     if lines[0].startswith("#version"):
         del lines[0]
@@ -469,9 +481,13 @@ def _read_tokenizer_json(file: Path) -> _Vocabulary:
         _check_pipeline(values, file)
         model = values["model"]
         # Merges are lists since `tokenizers` 0.20, and were strings before.
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merges = [_as_pair(pair, file) for pair in pairs]
-        added_tokens = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+        merges = []
+        for merge in model["merges"]:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            merges.append(_as_pair(parts, file))
+        added_tokens = {}
+        for token in values.get("added_tokens", []):
+            added_tokens[token["content"]] = token["id"]
         return _Vocabulary(model["vocab"], merges, added_tokens)
     except (AttributeError, KeyError, TypeError) as error:
         expected = "a vocabulary, merges and added tokens as `tokenizers` writes them"
@@ -490,12 +506,13 @@ def _check_pipeline(values: dict[str, Any], file: Path) -> None:
     if got != {"model": "BPE", "pre_tokenizer": "ByteLevel", "normalizer": None}:
         expected = "a BPE model, a ByteLevel pre-tokenizer and no normalizer"
         raise TokenizerKindError(f"{file}: expected {expected}, got {got}.")
+    # Both change how a text is cut: the ids would be others than those of training.
     if pre_tokenizer.get("add_prefix_space") or not pre_tokenizer.get("use_regex", True):
         variants = "`add_prefix_space` and a ByteLevel without `use_regex`"
         raise TokenizerKindError(f"{file}: {variants} are not supported.")
 
 
-def _as_pair(parts: list[str], file: Path) -> tuple[str, str]:
+def _as_pair(parts: list[str], file: Path) -> Pair:
     if len(parts) != 2:
         expected = "a merge of two tokens with a space between"
         raise ValueError(f"{file}: expected {expected}, got {' '.join(parts)!r}.")
@@ -503,27 +520,22 @@ def _as_pair(parts: list[str], file: Path) -> tuple[str, str]:
     return left, right
 
 
-def _check_kind(folder: Path) -> None:
-    """Raises unless a folder's tokenizer, if it has one, is a byte-level BPE as GPT-2's.
+def check_kind(folder: Path) -> None:
+    """Raises `TokenizerKindError` if a folder holds a tokenizer of another kind than GPT-2's.
 
-    Its class may say otherwise, or its vocabulary, where none of GPT-2's kind lies beside it.
+    That is what its class says, or a file that only other kinds have, with none of ours beside it.
     """
     class_name = _class_name(folder)
-    is_other_class = class_name is not None and class_name.removesuffix("Fast") not in GPT2_CLASSES
-    other_files = [file.name for name in OTHER_KINDS for file in folder.glob(name)]
-    own_files = ("vocab.json", "encoder.json", "tokenizer.json")
-    is_other_vocabulary = bool(other_files) and not any(
-        (folder / name).is_file() for name in own_files
-    )
-    if is_other_class or is_other_vocabulary:
+    is_other_class = False
+    if class_name is not None:
+        is_other_class = class_name.removesuffix("Fast") not in GPT2_CLASSES
+    # A converter may leave another kind's file beside the byte-level BPE that it has made of it.
+    has_own = any((folder / name).is_file() for name in OWN_VOCABULARIES)
+    has_other = any(any(folder.glob(name)) for name in OTHER_KINDS)
+    if is_other_class or (has_other and not has_own):
         files = ", ".join(files_in(folder)) or "no file of it"
-        raise TokenizerKindError(
-            f"{folder}: expected a byte-level BPE as GPT-2's, got the class "
-            f"{class_name or 'unknown'} and {files}."
-        )
-    settings_file = folder / "tokenizer_config.json"
-    if _read_if_there(settings_file).get("add_prefix_space"):
-        raise TokenizerKindError(f"{settings_file}: `add_prefix_space` is not supported.")
+        got = f"the class {class_name or 'unknown'} and {files}"
+        raise TokenizerKindError(f"{folder}: expected a byte-level BPE as GPT-2's, got {got}.")
 
 
 def _class_name(folder: Path) -> str | None:
@@ -531,7 +543,7 @@ def _class_name(folder: Path) -> str | None:
     # Where `AutoTokenizer` looks for it, in this order.
     for name in ("tokenizer_config.json", "config.json"):
         class_name = _read_if_there(folder / name).get("tokenizer_class")
-        if class_name is not None:
+        if isinstance(class_name, str):  # many files hold null
             return class_name
     return None
 

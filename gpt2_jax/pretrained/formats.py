@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +36,7 @@ Shape = tuple[int, ...]
 Tensor = Shaped[np.ndarray, "..."]  # on the host, in the dtype of its file; bfloat16 is ml_dtypes'
 
 
+@runtime_checkable
 class TensorReader(Protocol):
     """How weights are read, whatever they lie in: all shapes at once, the tensors one by one."""
 
@@ -59,7 +60,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = {}
         self.shapes: dict[str, Shape] = {}
         with self._open() as opened:
-            self.metadata |= opened.metadata() or {}
+            self.metadata |= opened.metadata() or {}  # `None` where a file has none
             for name in opened.keys():
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
@@ -92,7 +93,7 @@ class TorchFile:
 
     def __init__(self, file: Path):
         self.file = file
-        self.is_mapped = False
+        self.is_mapped = False  # whether tensors lie in the file until they are looked at
         self.n_mapped_bytes = 0
         self.state = self._open()
         self.shapes: dict[str, Shape] = {}
@@ -107,6 +108,7 @@ class TorchFile:
         """Returns a tensor, once."""
         if not self.is_mapped:
             return to_numpy(self.state.pop(name))  # what was read is let go of
+        # A copy, as the map goes; and a reader's array belongs to nobody else.
         array = np.array(to_numpy(self.state[name]))
         self.n_mapped_bytes += array.nbytes
         if self.n_mapped_bytes > MAX_MAPPED_BYTES:
@@ -124,6 +126,7 @@ class TorchFile:
             ) from None
         expected = "expected a file of tensors alone"
         try:
+            # A file that is not mapped is read whole, and held besides the params made of it.
             self.is_mapped = self._is_zip()
             return torch.load(self.file, mmap=self.is_mapped, weights_only=True, map_location="cpu")
         except pickle.UnpicklingError as error:
@@ -175,6 +178,7 @@ def open_folder(folder: Path) -> TensorReader:
     Raises:
       CheckpointError: there are no weights, a shard is missing, or a file is damaged.
     """
+    # Safetensors first, as in HF's `from_pretrained`: the two may differ where one is older.
     for name, reader in ((SAFETENSORS, SafetensorsFile), (TORCH, TorchFile)):
         whole = folder / name
         if whole.is_file():

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
-from gpt2_jax import tokenizer
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import read_json_object
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import weights
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
-from gpt2_jax.tokenizer import Tokenizer, TokenizerKindError
+from gpt2_jax.tokenizer import Tokenizer, TokenizerKindError, check_kind, files_in
 
 GPT2_NAMES = {*PRESETS, *HUB_IDS.values()}  # models that share GPT-2's tokenizer
 ADVICE = (
@@ -37,7 +36,7 @@ def load_pretrained(
     name_or_path: str | Path,
     *,
     dtype: DTypeLike | None = None,
-    tokenizer_name: str | None = None,
+    tokenizer_name: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -79,7 +78,7 @@ def load_pretrained(
 
 def load_tokenizer(
     folder: str | Path,
-    name: str | None = None,
+    name: str | Path | None = None,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -104,6 +103,7 @@ def load_tokenizer(
       ConnectionError: the hub could not be reached and nothing is cached.
     """
     wanted = folder if name is None else name
+    # Before it is resolved: what the package holds needs neither a download nor a network.
     if wanted in GPT2_NAMES and not Path(wanted).is_dir():
         return Tokenizer.gpt2()
     found = resolve(
@@ -113,19 +113,36 @@ def load_tokenizer(
         local_files_only=local_files_only,
     )
     try:
-        return Tokenizer.load(found)
-    except FileNotFoundError as error:
-        # Half a tokenizer is another tokenizer, and one who names a tokenizer wants that one.
-        if name is None and not tokenizer.files_in(found) and _holds_gpt2(found):
-            return Tokenizer.gpt2()
-        raise FileNotFoundError(f"{error} {ADVICE}") from error
-    except TokenizerKindError as error:
-        raise TokenizerKindError(f"{error} {ADVICE}") from error
+        # One who names a tokenizer wants that one and no other.
+        return _own_or_gpt2s(found) if name is None else _own(found)
+    except (FileNotFoundError, TokenizerKindError) as error:
+        raise type(error)(f"{error} {ADVICE}") from error
+
+
+def _own(folder: Path) -> Tokenizer:
+    """Returns the tokenizer in a folder; of one that is not there, says of which kind it is."""
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError:
+        check_kind(folder)
+        raise
+
+
+def _own_or_gpt2s(folder: Path) -> Tokenizer:
+    """Returns the tokenizer in a checkpoint's folder, or GPT-2's where there is no trace of one."""
+    try:
+        return _own(folder)
+    except FileNotFoundError:
+        # Half a tokenizer, its vocabulary lost on the way, may have been any.
+        if files_in(folder) or not _holds_gpt2(folder):
+            raise
+        return Tokenizer.gpt2()
 
 
 def _holds_gpt2(folder: Path) -> bool:
     """Returns whether a GPT-2 lies in a folder, by its config or else by its weights' names."""
     config = folder / "config.json"
+    # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():
         return read_json_object(config).get("model_type", "gpt2") == "gpt2"
     return any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())

@@ -33,6 +33,8 @@ from gpt2_jax.pretrained.formats import (
 )
 from gpt2_jax.pretrained.hub import resolve
 
+State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
+
 # A parameter's path is HF's. This table holds the one difference: what a module's `weight` is
 # called here. Nothing is transposed, as HF's Conv1D keeps [in, out]. A file's names may lack the
 # prefix `transformer.`; mask buffers and a tied `lm_head.weight` are dropped.
@@ -48,11 +50,8 @@ LEAF = {
     "c_fc": "kernel",
 }
 PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
-# Those of the causal mask, which older files hold.
-MASK_BUFFER = re.compile(
-    r"h\.\d+\.attn\.(masked_)?bias"
-)  # the causal mask, once saved with weights
-MAX_PROBLEMS = 50  # lines in one error: two screens; a wrong `n_layer` alone would fill twenty
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
+MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives twelve a layer
 
 # Safetensors' metadata are strings. HF asks for the framework that wrote the file.
 HF_METADATA = {"format": "pt"}
@@ -122,9 +121,11 @@ def save(
       CheckpointError: the params are not `config`'s, or `folder` is in use.
     """
     state = to_hf(params)
-    shapes = {name.removeprefix(PREFIX): array.shape for name, array in state.items()}
+    shapes = {}
+    for name, array in state.items():
+        shapes[name.removeprefix(PREFIX)] = array.shape
     _check_names(shapes, param_shapes(config))
-    # HF's `generate` stops at the ids in this second file, and makes them up where it is missing.
+    # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     with replacing(folder, overwrite=overwrite, keep=is_no_weight_file) as temporary:
         temporary.mkdir()
@@ -149,31 +150,35 @@ def _read_config(folder: Path) -> GPT2Config:
         raise CheckpointError(str(error)) from error
 
 
-def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_size: int | None) -> None:
+def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
     """Writes HF's names and arrays to one file, or to several and their index."""
-    shards = _shards(state, max_shard_size or math.inf)
+    shards = _shards(state, max_shard_size)
     if len(shards) == 1:
         save_file(folder / SAFETENSORS, state, HF_METADATA)
         return
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"  # as HF numbers them
-        save_file(folder / file, {name: state[name] for name in names}, HF_METADATA)
+        shard = {name: state[name] for name in names}
+        save_file(folder / file, shard, HF_METADATA)
         weight_map |= dict.fromkeys(names, file)
     total_size = sum(array.nbytes for array in state.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     write_json(folder / f"{SAFETENSORS}.index.json", index)
 
 
-def _shards(state: Mapping[str, Tensor], max_size: float) -> list[list[str]]:
+def _shards(state: State, max_size: int | None) -> list[list[str]]:
     """Returns the names in each shard; a tensor larger than `max_size` has one to itself."""
-    shards: list[list[str]] = [[]]
+    shard: list[str] = []
+    shards = [shard]
     size = 0
     for name, array in state.items():
-        if shards[-1] and size + array.nbytes > max_size:
-            shards.append([])
+        is_full = bool(max_size) and size + array.nbytes > max_size
+        if is_full and shard:
+            shard = []
+            shards.append(shard)
             size = 0
-        shards[-1].append(name)
+        shard.append(name)
         size += array.nbytes
     return shards
 
@@ -195,7 +200,9 @@ def save_params(
     Raises:
       CheckpointError: the file exists and `overwrite` is not set.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep=".").items()}
+    leaves = {}
+    for name, leaf in flatten_dict(params, sep=".").items():
+        leaves[name] = np.asarray(leaf)
     metadata = dict(OUR_METADATA)
     if config is not None:
         metadata["config"] = json.dumps(config.to_dict())
@@ -210,6 +217,7 @@ def load_params(file: str | Path) -> Params:
       CheckpointError: the file is missing or damaged, or holds float64 while JAX has none.
     """
     stored = SafetensorsFile(Path(file))
+    # Unlike in `load`, nothing is checked: any tree may have been saved, with integers and NaN.
     leaves = {}
     for name in _largest_first(stored.shapes):
         leaves[name] = _to_jax(stored.read(name), name)
@@ -324,6 +332,7 @@ def _from_reader(reader: TensorReader, config: GPT2Config, target: np.dtype | No
     found = {bare: reader.shapes[name] for bare, name in names.items()}
     _check_names(found, allowed)
 
+    # One by one, each checked and on its way before the next is read.
     leaves = {}
     for bare in _largest_first(expected):
         array = reader.read(names[bare])
@@ -358,7 +367,7 @@ def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
     The passing copy of a large tensor, on its way to the device, then comes while little else is
     held: the peak of memory is little more than the params'.
     """
-    return sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    return sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True)
 
 
 def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -367,10 +376,11 @@ def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> N
     missing = []
     misshapen = []
     for name, shape in expected.items():
-        if name not in found:
+        found_shape = found.get(name)
+        if found_shape is None:
             missing.append(f"missing: {name} {list(shape)}")
-        elif tuple(found[name]) != shape:
-            misshapen.append(f"{name}: expected {list(shape)}, got {list(found[name])}")
+        elif found_shape != shape:
+            misshapen.append(f"{name}: expected {list(shape)}, got {list(found_shape)}")
     unexpected = []
     for name, shape in found.items():
         if name not in expected:
@@ -412,7 +422,7 @@ def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
         return None
     try:
         target = jnp.dtype(dtype)
-    except TypeError:  # no dtype at all
+    except TypeError:  # it names no dtype at all
         target = None
     if target is None or target.name not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
@@ -430,6 +440,7 @@ def _as_param(array: Tensor, name: str, target: np.dtype | None) -> Shaped[Array
     if array.dtype.name not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
         raise CheckpointError(f"{name}: expected {expected}, got {array.dtype.name}.")
+    # Before the cast too: the message then says whether the file or the dtype is to blame.
     _check_finite(array, name)
     if target is not None and target != array.dtype:
         with np.errstate(over="ignore"):  # numpy would warn; the next line says which and how many
