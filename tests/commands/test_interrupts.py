@@ -55,7 +55,7 @@ def start(environment):
 
 # Handling its arguments, importing JAX, loading, waiting for a line: which of them depends on the
 # machine, and no answer on which.
-@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("delay", [0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_at_any_moment_of_a_start_it_is_one_line(start, delay, signals):
     process = start("--interactive", "--from_pretrained", "demo", "--quiet")
