@@ -8,7 +8,8 @@ from gpt2_jax.generation.beam import Beams, beam_search
 from gpt2_jax.generation.conversation import Conversation
 from gpt2_jax.generation.decode import Generation
 from gpt2_jax.generation.generate import generate, stream
-from gpt2_jax.generation.options import load_generation_config, sampler_from_options
+from gpt2_jax.generation.generation_config import load_generation_config
+from gpt2_jax.generation.options import sampler_from_options
 from gpt2_jax.generation.sampling import (
     Categorical,
     Chain,
