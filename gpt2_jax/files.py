@@ -51,5 +51,20 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      ValueError: the file holds no JSON, or something other than an object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, got {type(values).__name__}.")
+    return values
+
+
 def listing(folder: Path) -> str:
     return ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "an empty folder"
