@@ -1,10 +1,13 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
+from gpt2_jax.cache import KVCache
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.generation.beam import Beams, beam_search
-from gpt2_jax.generation.generate import Generation, generate, stream
+from gpt2_jax.generation.conversation import Conversation
+from gpt2_jax.generation.decode import Generation
+from gpt2_jax.generation.generate import generate, stream
 from gpt2_jax.generation.options import load_generation_config, sampler_from_options
 from gpt2_jax.generation.sampling import (
     Categorical,
@@ -17,7 +20,7 @@ from gpt2_jax.generation.sampling import (
     TopP,
 )
 from gpt2_jax.generation.speculate import Speculation, speculate
-from gpt2_jax.generation.text import Continuation, Conversation, complete, encode_batch, stream_text
+from gpt2_jax.generation.text import Continuation, complete, encode_batch, stream_text
 from gpt2_jax.interpretability.circuits import (
     center_unembed,
     center_writing_weights,
@@ -52,7 +55,7 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_names,
 )
-from gpt2_jax.model import KVCache, apply, decode_step, init, prefill, unembed
+from gpt2_jax.model import apply, decode_step, init, prefill, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import load_tokenizer
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ ACTIVATIONS = (
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("default", "high", "highest")
+
+
+def as_count(name: str, value: Any, least: int = 1) -> int:
+    """Returns a whole number of at least `least`; raises `ValueError`, which names it, for anything else."""
+    expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from None
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

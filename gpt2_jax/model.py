@@ -284,7 +284,7 @@ def check_side(padding_side: str) -> None:
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], width: int | None = None
+    rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns texts of different lengths as one batch: ids `int32[B, T]`, padded on the right with 0, and lengths.
 

@@ -9,7 +9,8 @@ from jax import export
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.generation.generate import _advance, _begin, check_arguments
+from gpt2_jax.generation.decode import advance, begin
+from gpt2_jax.generation.request import make_request, read_endings, read_prompts
 
 TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=1, n_head=3)
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -26,17 +27,22 @@ def programs():
         {"temperature": 0.7, "top_k": 9, "top_p": 0.9}, do_sample=True
     )
     one = ids[:1]  # whose products are made in parts on one of the platforms
-    arrays = check_arguments(one, None, jax.random.key(0), config, 8, sampler, (3,), 0, "right")
+    request = make_request(
+        read_prompts(params, one, None, "right", config=config),
+        read_endings((3,), 0, config=config),
+        jax.random.key(0),
+        sampler,
+    )
 
-    def generate(params, ids, lengths, *choice):
-        state, first = _begin(
-            params, ids, lengths, *choice, 0, False, config=config, cache_len=64, copies=1
+    def generate(params, request):
+        state, first = begin(
+            params, request, 0, False, config=config, cache_len=64, num_return_sequences=1
         )
-        return first, _advance(params, state, *choice, 7, config=config, chunk=8)
+        return first, advance(params, state, request.rules, 7, config=config, chunk=8)
 
     return {
         "apply": (jax.jit(partial(gpt2_jax.apply, config=config)), (params, ids)),
-        "generate": (jax.jit(generate), (params, *arrays)),
+        "generate": (jax.jit(generate), (params, request)),
         "train_step": (jax.jit(step), (gpt2_jax.init_state(params, tx), ids, jax.random.key(0))),
     }
 

@@ -1,18 +1,35 @@
-"""Beam search and beam sampling, as HF transformers has them, in one compiled program."""
+"""Beam search and beam sampling, as HF transformers has them, in one compiled program.
 
+Each step expands every running beam to its best candidates, retires the candidates that end, keeps the best of the
+others running, and asks of each prompt whether its search is still open.
+"""
+
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation.generate import check_arguments, fold, select
-from gpt2_jax.generation.sampling import Categorical, History
-from gpt2_jax.model import KVCache, Params, decode_step, prefill
-from gpt2_jax.modules import write
+from gpt2_jax import cache as kv_cache
+from gpt2_jax.cache import KVCache
+from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.request import (
+    Keys,
+    Request,
+    check_room,
+    fold_rows,
+    make_request,
+    read_endings,
+    read_prompts,
+    transform_of,
+)
+from gpt2_jax.generation.sampling import History
+from gpt2_jax.model import decode_step, prefill
+from gpt2_jax.modules import Params
 
 NEVER = (
     -1e9
@@ -22,12 +39,27 @@ NEVER = (
 class Beams(NamedTuple):
     """Some continuations of each prompt, without the prompts, the best first."""
 
-    ids: Array  # int32[B, R, N]; after the stop id, `pad_id`
-    lengths: Array  # int32[B, R], tokens of each, the stop id included
-    logprobs: (
-        Array  # float32[B, R, N], the model's own log-probability of each id; 0 after the stop
-    )
-    scores: Array  # float32[B, R], sum of the log-probabilities, after transforms, / length ** length_penalty
+    ids: Int[Array, "B R N"]  # after the stop id, `pad_id`
+    lengths: Int[Array, "B R"]  # tokens of each, the stop id included
+    logprobs: Float[Array, "B R N"]  # the model's own, of each id; 0 after the stop
+    # The sum of the log-probabilities, after transforms, divided by length ** length_penalty.
+    scores: Float[Array, "B R"]
+
+
+class _Search(NamedTuple):
+    """What a search is told."""
+
+    request: Request
+    prompts: Int[Array, "B*R S"]  # each once for each of its `n` beams, with room for what follows
+    length_penalty: Float[Array, ""]
+
+
+class _Candidates(NamedTuple):
+    """The best extensions of each prompt's running beams by one token, the best first."""
+
+    beams: Beams  # with the token; `scores` are plain sums
+    parents: Int[Array, "B C"]  # the beam that each extends
+    ended: Bool[Array, "B C"]  # at a stop id, or as there is no room for more
 
 
 class _State(NamedTuple):
@@ -35,18 +67,18 @@ class _State(NamedTuple):
 
     running: Beams  # what may go on; its `scores` are plain sums
     finished: Beams  # the best that have ended; empty places have length 0
-    source: Array  # int32[B * n], the row of the cache that each running beam continues
-    open: Array  # bool[B], whether the running beams of a prompt can still improve on its finished ones
-    last: Array  # bool[], whether every candidate of the last step ended
-    step: Array  # int32[], tokens chosen so far
+    source: Int[Array, " R"]  # the row of the cache that each running beam continues
+    open: Bool[Array, " B"]  # whether running beams can still improve on the finished ones
+    all_ended: Bool[Array, ""]  # whether every candidate of the last step ended
+    step: Int[Array, ""]  # tokens chosen so far
     cache: KVCache  # of B * n rows
 
 
 def beam_search(
     params: Params,
-    ids: Array,
-    lengths: Array | None = None,
-    key: Array | None = None,
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None = None,
+    key: Keys | None = None,
     *,
     config: GPT2Config,
     max_new_tokens: int,
@@ -55,11 +87,11 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     sampler: Any = None,
-    stop_ids: tuple[int, ...] | None = None,
+    stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
 ) -> Beams:
-    """Continues each prompt by the likeliest texts that a search of `num_beams` beams finds.
+    """Continues each prompt by the likeliest texts that a search of `num_beams` beams finds. Compiles itself.
 
     Each step extends each beam by every token and keeps the best. What ends is kept aside, as many as there are beams,
     ranked by score. Arguments that are not named here are those of `generate`.
@@ -75,8 +107,10 @@ def beam_search(
         `Categorical` by tokens drawn without replacement, in proportion to the probability of the whole beam.
 
     Raises:
-      ValueError: as `generate`, or an argument is out of its range.
+      ValueError: as `generate`, or an argument is out of its range, or the sampler has no transform.
     """
+    num_beams = as_count("num_beams", num_beams)
+    num_return_sequences = as_count("num_return_sequences", num_return_sequences)
     if num_beams < 2:
         raise ValueError(
             f"`num_beams` must be at least 2 (`generate` searches with one), got {num_beams}."
@@ -91,136 +125,206 @@ def beam_search(
         )
     if not np.isfinite(length_penalty):
         raise ValueError(f"`length_penalty` must be finite, got {length_penalty}.")
-    ids, lengths, row_keys, sampler, stops, pad = check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
-    )
-    if config.vocab_size < 1 + len(stops):
+    prompts = read_prompts(params, ids, lengths, padding_side, config=config)
+    max_new_tokens = as_count("max_new_tokens", max_new_tokens)
+    check_room(prompts, max_new_tokens, "error", config=config)
+    endings = read_endings(stop_ids, pad_id, config=config)
+    n_stops = len(endings.stop_ids)
+    if config.vocab_size < 1 + n_stops:
         raise ValueError(
-            f"The vocabulary has {config.vocab_size} tokens, too few beside {len(stops)} stop ids."
+            f"The vocabulary has {config.vocab_size} tokens, too few beside {n_stops} stop ids."
         )
-    draw = isinstance(sampler, Categorical)
-    static = {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "early_stopping": early_stopping,
-        "draw": draw,
-    }
-    numbers = jnp.float32(length_penalty), stops, pad
+    request = make_request(prompts, endings, key, sampler)
+    transform_of(request.rules.sampler)  # raises where there is none
     found = _search(
-        params, ids, lengths, row_keys, sampler.transform, *numbers, config=config, **static
+        params,
+        request,
+        jnp.float32(length_penalty),
+        config=config,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        early_stopping=early_stopping,
     )
     return jax.tree.map(lambda x: x[:, :num_return_sequences], found)
 
 
-@partial(
-    jax.jit, static_argnames=("config", "max_new_tokens", "num_beams", "early_stopping", "draw")
-)
+@partial(jax.jit, static_argnames=("max_new_tokens", "num_beams", "early_stopping"))
 def _search(
-    params, ids, lengths, row_keys, transform, length_penalty, stops, pad, *,
-    config, max_new_tokens, num_beams, early_stopping, draw,
-):  # fmt: skip
-    rows = len(ids)
-    prompts = jnp.repeat(jnp.pad(ids, ((0, 0), (0, max_new_tokens))), num_beams, axis=0)
-
-    def choose(logits, state):
-        """Takes the next token of each beam, given `logits[B * n, V]`."""
-        step, count = (
-            state.step,
-            num_beams * max(2, 1 + len(stops)),
-        )  # candidates; enough of them do not end
-        own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        seen = write(
-            prompts, state.running.ids.reshape(rows * num_beams, -1), lengths.max(initial=1)
-        )  # at its slots
-        logprobs = transform(own, History(seen, state.cache.valid, step))
-        totals = (logprobs.reshape(rows, num_beams, -1) + state.running.scores[..., None]).reshape(
-            rows, -1
-        )
-        if draw:  # the largest of Gumbel-perturbed scores are a draw without replacement (arXiv:1903.06059)
-            noise = jax.vmap(lambda key: jax.random.gumbel(key, totals.shape[1:], totals.dtype))(
-                fold(row_keys, step)
-            )
-            picks = jax.lax.top_k(totals + noise, count)[1]
-            scores = jnp.take_along_axis(totals, picks, axis=1)
-        else:
-            scores, picks = jax.lax.top_k(totals, count)
-        beam, token = jnp.divmod(picks, config.vocab_size)
-        grown = _take(state.running, beam)
-        grown = Beams(
-            ids=grown.ids.at[:, :, step].set(token),
-            lengths=grown.lengths,
-            logprobs=grown.logprobs.at[:, :, step].set(
-                jnp.take_along_axis(own.reshape(rows, -1), picks, axis=1)
-            ),
-            scores=scores,
-        )
-
-        last = step + 1 == max_new_tokens
-        ended = jnp.isin(token, stops) | last
-        going = scores + jnp.where(ended, NEVER, 0.0)
-        places = jax.lax.top_k(going, num_beams)[1]
-        running = _take(grown._replace(scores=going), places)
-        source = jnp.take_along_axis(beam, places, axis=1) + num_beams * jnp.arange(rows)[:, None]
-
-        ends = (
-            ended & (jnp.arange(count) < num_beams)[None]
-        )  # the others only stand in for those that end
-        full = (state.finished.lengths > 0).all(axis=1)
-        barred = ~ends | ~state.open[:, None] | (full[:, None] & (early_stopping is True))
-        score = scores / (step + 1).astype(jnp.float32) ** length_penalty + jnp.where(
-            barred, NEVER, 0.0
-        )
-        new = grown._replace(scores=score, lengths=jnp.where(ends, step + 1, 0))
-        pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.finished, new)
-        finished = _take(pool, jax.lax.top_k(pool.scores, num_beams)[1])
-
-        length = jnp.float32(step + 1)  # at which the best running beam is judged
-        if early_stopping == "never":
-            length = jnp.where(length_penalty > 0, max_new_tokens, length)
-        best = running.scores[:, 0] / length**length_penalty
-        full = (finished.lengths > 0).all(axis=1)
-        still = state.open & (~full | (best > finished.scores[:, -1]))
-        return _State(running, finished, source.ravel(), still, ended.all(), step + 1, state.cache)
+    params: Params,
+    request: Request,
+    length_penalty: Float[Array, ""],
+    *,
+    config: GPT2Config,
+    max_new_tokens: int,
+    num_beams: int,
+    early_stopping: bool | str,
+) -> Beams:
+    """Returns the finished beams of each prompt, the best first."""
+    room = jnp.pad(request.ids, ((0, 0), (0, max_new_tokens)))
+    search = _Search(request, jnp.repeat(room, num_beams, axis=0), length_penalty)
 
     def unfinished(state):
         enough = (state.finished.lengths > 0).all() & (early_stopping is True)
-        return state.open.any() & ~enough & ~state.last
+        return state.open.any() & ~enough & ~state.all_ended
 
-    def advance(state):
-        cache = select(state.cache, state.source)
+    def step(state):
+        cache = kv_cache.select(state.cache, state.source)
         token = jnp.take(state.running.ids, state.step - 1, axis=2).ravel()
         logits, cache = decode_step(params, token, cache, config=config)
-        return choose(logits, state._replace(cache=cache))
+        return _choose(logits, state._replace(cache=cache), search, early_stopping)
 
-    logits, cache = prefill(params, ids, lengths, config=config, cache_len=prompts.shape[1])
-    source = jnp.repeat(jnp.arange(rows), num_beams)
-    shape = (rows, num_beams)
+    slots = search.prompts.shape[1]
+    logits, cache = prefill(params, request.ids, request.lengths, config=config, cache_len=slots)
+    state = _begin(cache, request, num_beams, max_new_tokens)
+    state = _choose(logits[state.source], state, search, early_stopping)
+    return jax.lax.while_loop(unfinished, step, state).finished
+
+
+def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int) -> _State:
+    """Returns the state before the first token is chosen."""
+    n_rows = len(request.ids)
+    shape = (n_rows, num_beams)
     empty = Beams(
-        ids=jnp.full((*shape, max_new_tokens), pad, jnp.int32),
+        ids=jnp.full((*shape, max_new_tokens), request.rules.pad_id, jnp.int32),
         lengths=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros((*shape, max_new_tokens), jnp.float32),
         scores=jnp.full(shape, NEVER, jnp.float32),
     )
-    running = empty._replace(
-        scores=empty.scores.at[:, 0].set(0.0)
-    )  # of beams that are all alike, one counts
-    state = _State(
-        running,
-        empty,
-        source,
-        jnp.ones(rows, bool),
-        jnp.array(False),
-        jnp.int32(0),
-        select(cache, source),
+    # Of beams that are all alike, one counts: else the best token would be taken once for each.
+    running = empty._replace(scores=empty.scores.at[:, 0].set(0.0))
+    source = jnp.repeat(jnp.arange(n_rows), num_beams)
+    return _State(
+        running=running,
+        finished=empty,
+        source=source,
+        open=jnp.ones(n_rows, bool),
+        all_ended=jnp.array(False),
+        step=jnp.int32(0),
+        cache=kv_cache.select(cache, source),
     )
-    return jax.lax.while_loop(unfinished, advance, choose(logits[source], state)).finished
 
 
-def _take(beams: Beams, places: Array) -> Beams:
-    """Returns the beams of each prompt at `places[B, m]`."""
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(
-            x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1
-        ),
-        beams,
+def _choose(
+    logits: Float[Array, "R V"], state: _State, search: _Search, early_stopping: bool | str
+) -> _State:
+    """Takes the next token of each beam."""
+    candidates = _expand(logits, state, search)
+    running, source = _keep_running(candidates, state)
+    finished = _retire(candidates, state, search, early_stopping)
+    still_open = _is_open(running, finished, state, search, early_stopping)
+    return _State(
+        running=running,
+        finished=finished,
+        source=source,
+        open=still_open,
+        all_ended=candidates.ended.all(),
+        step=state.step + 1,
+        cache=state.cache,
     )
+
+
+def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Candidates:
+    """Returns the best extensions of all beams of each prompt, enough that `n` of them do not end."""
+    rules = search.request.rules
+    step = state.step
+    n_rows, num_beams, max_new_tokens = state.running.ids.shape
+    vocab_size = logits.shape[-1]
+    n_candidates = num_beams * max(2, 1 + len(rules.stop_ids))
+
+    own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    new = state.running.ids.reshape(n_rows * num_beams, max_new_tokens)
+    first_new = search.request.lengths.max(
+        initial=1
+    )  # the slot of the first token after the prompts
+    seen = kv_cache.put(search.prompts, new, first_new)
+    logprobs = transform_of(rules.sampler)(own, History(seen, state.cache.valid, step))
+    totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]
+    totals = totals.reshape(n_rows, -1)  # [B, n V]
+
+    if rules.sampler.draws:
+        # The largest of Gumbel-perturbed scores are a draw without replacement (arXiv:1903.06059).
+        noise = _gumbel_rows(fold_rows(rules.keys, step), totals)
+        _, picks = jax.lax.top_k(totals + noise, n_candidates)
+        scores = jnp.take_along_axis(totals, picks, axis=1)
+    else:
+        scores, picks = jax.lax.top_k(totals, n_candidates)
+
+    parents, token = jnp.divmod(picks, vocab_size)
+    beams = _take(state.running, parents)
+    token_logprobs = jnp.take_along_axis(own.reshape(n_rows, -1), picks, axis=1)
+    beams = Beams(
+        ids=beams.ids.at[:, :, step].set(token),
+        lengths=beams.lengths,
+        logprobs=beams.logprobs.at[:, :, step].set(token_logprobs),
+        scores=scores,
+    )
+    is_last_step = step + 1 == max_new_tokens
+    return _Candidates(beams, parents, jnp.isin(token, rules.stop_ids) | is_last_step)
+
+
+def _keep_running(candidates: _Candidates, state: _State) -> tuple[Beams, Int[Array, " R"]]:
+    """Returns the best candidates that go on, and the row of the cache that each continues."""
+    n_rows, num_beams, _ = state.running.ids.shape
+    scores = candidates.beams.scores + jnp.where(candidates.ended, NEVER, 0.0)
+    _, places = jax.lax.top_k(scores, num_beams)
+    running = _take(candidates.beams._replace(scores=scores), places)
+    parents = jnp.take_along_axis(candidates.parents, places, axis=1)
+    source = parents + num_beams * jnp.arange(n_rows)[:, None]
+    return running, source.ravel()
+
+
+def _retire(
+    candidates: _Candidates, state: _State, search: _Search, early_stopping: bool | str
+) -> Beams:
+    """Returns the best finished beams, with the candidates that end among them."""
+    num_beams = state.finished.lengths.shape[1]
+    n_candidates = candidates.ended.shape[1]
+    # Only the best `n` may end; those behind them stand in for the ones that end.
+    among_best = jnp.arange(n_candidates)[None] < num_beams
+    ends = candidates.ended & among_best
+    is_full = (state.finished.lengths > 0).all(axis=1)
+    closed = ~state.open | (is_full & (early_stopping is True))
+    barred = ~ends | closed[:, None]
+
+    length = state.step + 1
+    scores = candidates.beams.scores / length.astype(jnp.float32) ** search.length_penalty
+    new = candidates.beams._replace(
+        scores=scores + jnp.where(barred, NEVER, 0.0),
+        lengths=jnp.where(ends, length, 0),
+    )
+    pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.finished, new)
+    _, places = jax.lax.top_k(pool.scores, num_beams)
+    return _take(pool, places)
+
+
+def _is_open(
+    running: Beams,
+    finished: Beams,
+    state: _State,
+    search: _Search,
+    early_stopping: bool | str,
+) -> Bool[Array, " B"]:
+    """Returns of which prompts the best running beam may still come among the finished ones."""
+    max_new_tokens = running.ids.shape[2]
+    length = jnp.float32(state.step + 1)  # at which the best running beam is judged
+    if early_stopping == "never":
+        # Where long texts are preferred, it may yet gain by its length.
+        length = jnp.where(search.length_penalty > 0, max_new_tokens, length)
+    best = running.scores[:, 0] / length**search.length_penalty
+    is_full = (finished.lengths > 0).all(axis=1)
+    return state.open & (~is_full | (best > finished.scores[:, -1]))
+
+
+def _take(beams: Beams, places: Int[Array, "B M"]) -> Beams:
+    """Returns the beams of each prompt at some places."""
+
+    def take(x):
+        aligned = places.reshape(*places.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, aligned, axis=1)
+
+    return jax.tree.map(take, beams)
+
+
+def _gumbel_rows(keys: Any, like: Float[Array, "B X"]) -> Float[Array, "B X"]:
+    """Returns Gumbel noise of a shape, each row from its own key."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, like.shape[1:], like.dtype))(keys)

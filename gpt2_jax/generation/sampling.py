@@ -1,409 +1,497 @@
-"""From next-token logits to token ids: transforms, which reshape logits, and samplers, which draw from them.
+"""From next-token logits to token ids: transforms reshape logits, samplers choose from them.
 
-Knows nothing of models. A transform maps `(logits[B, V], history)` to logits, with -inf for what it removes. A sampler
-maps `(keys[B], logits, history)` to ids. All are pytrees: their numbers are leaves, so that new values recompile
-nothing, and each may be a scalar or hold one value per row, `[B]`. The definitions are HF transformers'
-(generation/logits_process.py), ties included; where rules look back, padding does not count. Cuts by probability leave
-the largest logit; rules that forbid ids may leave none, and then id 0 is taken.
+Knows nothing of models. A transform maps `(logits, history)` to logits, with -inf for the tokens
+that it removes. A sampler maps `(keys, logits, history)` to ids: see `Sampler`. All are pytrees:
+their numbers are leaves, so that new values recompile nothing, and each may be a scalar or hold one
+value per row, `[B]`. None compiles itself.
+
+The definitions are HF transformers' (generation/logits_process.py), ties included; where rules look
+back, padding does not count. Cuts by probability leave the largest logit; rules that forbid ids may
+leave none, and then id 0 is taken.
+
+Axes: B rows, V vocabulary, S slots of the history.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from gpt2_jax.generation import ranges
+from gpt2_jax.generation.ranges import Range
 from gpt2_jax.kernels import argmax, kth_largest, outside_nucleus
 
-Array = jax.Array
-Number = Any  # a float, or an array of one value per row
+Logits = Float[Array, "B V"]
+Ids = Int[Array, " B"]
+Keys = Key[Array, " B"] | UInt32[Array, "B _"]  # one key per row, typed or raw
+
+# Fields that hold numbers are `Any`: JAX rebuilds pytrees with whatever it needs as leaves, tracers
+# and placeholders among them.
+PerRow = Any  # a number, or an array of one number per row, `[B]`
+
+TOP_H_CANDIDATES = 100  # how many of the likeliest tokens HF's top-h looks at
 
 
 class History(NamedTuple):
-    """The tokens that came before the one being chosen, for rules that look back. Padding is none of them."""
+    """The tokens before the one being chosen, for rules that look back. Padding is none of them."""
 
-    ids: Array  # int32[B, S], the prompt and what was generated, with gaps
-    valid: Array  # bool[B, S], which of them are real
-    step: Array  # int32[] or int32[B], tokens generated so far
+    ids: Int[Array, "B S"]  # the prompt and what was generated, with gaps
+    valid: Bool[Array, "B S"]  # which of them are real
+    step: Int[Array, ""] | Int[Array, " B"]  # how many tokens were generated so far
 
     @property
-    def length(self) -> Array:
-        """How many tokens each row has, `int32[B]`."""
+    def length(self) -> Int[Array, " B"]:
+        """How many tokens each row has, the prompt's included."""
         return self.valid.sum(axis=-1, dtype=jnp.int32)
 
-    def packed(self) -> Array:
-        """Returns the ids without gaps, `int32[B, S]`: row `b` has its `length[b]` tokens first, then -1."""
-        place = jnp.where(self.valid, jnp.cumsum(self.valid, axis=-1) - 1, self.ids.shape[1])
-        rows = jnp.arange(len(self.ids))[:, None]
-        return jnp.full_like(self.ids, -1).at[rows, place].set(self.ids, mode="drop")
+    def packed(self) -> Int[Array, "B S"]:
+        """Returns the ids without gaps: row `b` has its `length[b]` tokens first, then -1."""
+        n_rows, n_slots = self.ids.shape
+        rank = jnp.cumsum(self.valid, axis=-1) - 1
+        column = jnp.where(
+            self.valid, rank, n_slots
+        )  # a gap goes beyond the last one, where it is dropped
+        rows = jnp.arange(n_rows)[:, None]
+        blank = jnp.full_like(self.ids, -1)
+        return blank.at[rows, column].set(self.ids, mode="drop")
 
-    def counts(self, vocab_size: int, *, generated: bool = False) -> Array:
-        """Returns how often each token has come, `int32[B, V]`; on request, among the generated ones alone."""
+    def counts(self, vocab_size: int, *, generated: bool = False) -> Int[Array, "B V"]:
+        """Returns how often each token has come; on request, among the generated ones alone."""
         counted = self.valid
         if generated:
-            counted &= jnp.cumsum(self.valid, axis=-1) > (self.length - self.step)[:, None]
-        rows = jnp.arange(len(self.ids))[:, None]
-        return jnp.zeros((len(self.ids), vocab_size), jnp.int32).at[rows, self.ids].add(counted)
+            prompt_length = self.length - self.step
+            counted &= jnp.cumsum(self.valid, axis=-1) > prompt_length[:, None]
+        n_rows = len(self.ids)
+        rows = jnp.arange(n_rows)[:, None]
+        zeros = jnp.zeros((n_rows, vocab_size), jnp.int32)
+        return zeros.at[rows, self.ids].add(counted)
+
+
+class Transform:
+    """What reshapes logits. Any function `(logits, history) -> logits` may stand beside these."""
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        raise NotImplementedError
+
+    def needs(self, history: History | None) -> History:
+        """Returns the history, and raises `ValueError` where there is none."""
+        if history is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} looks back: `history` must be a `History`, got None.")
+        return history
+
+
+# Cuts: fewer tokens to draw from.
 
 
 @struct.dataclass
-class Temperature:
+class Temperature(Transform):
     """Divides logits by `temperature`, which must be positive: 0 would be `Greedy`."""
 
-    temperature: Number
+    temperature: PerRow
 
-    def __post_init__(self):
-        _check(
-            "temperature", self.temperature, "greater than 0", lambda x: (x > 0) & np.isfinite(x)
-        )
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, ranges.POSITIVE)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return logits / _per_row(self.temperature)
+        return logits / _column(self.temperature)
 
 
 @struct.dataclass
-class TopK:
+class TopK(Transform):
     """Keeps the `k` largest logits and any tied with the last of them."""
 
     k: int = struct.field(pytree_node=False)  # static: it shapes the program
 
-    def __post_init__(self):
-        if not isinstance(self.k, int | np.integer) or self.k < 1:
-            raise ValueError(f"`k` of TopK must be a positive integer, got {self.k!r}.")
+    def __post_init__(self) -> None:
+        _check_count("`k` of TopK", self.k)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
         return jnp.where(logits < kth_largest(logits, self.k), -jnp.inf, logits)
 
 
 @struct.dataclass
-class TopP:
-    """Keeps the most likely tokens whose probabilities together reach `p` (nucleus sampling, arXiv:1904.09751).
+class TopP(Transform):
+    """Keeps the most likely tokens whose probabilities together reach `p`.
 
-    A token is dropped when it and all less likely ones hold at most `1 - p`. Of tied tokens the first go first.
+    This is nucleus sampling (arXiv:1904.09751): a token is dropped when it and all less likely ones
+    hold at most `1 - p`. Of tokens with equal logits, those that come first in the vocabulary are
+    dropped first. The `min_tokens_to_keep` likeliest always stay.
     """
 
-    p: Number
-    keep: int = struct.field(
-        pytree_node=False, default=1
-    )  # so many of the likeliest are never removed
+    p: PerRow
+    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
 
-    def __post_init__(self):
-        _check("p", self.p, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+    def __post_init__(self) -> None:
+        check_range("p", self.p, ranges.FRACTION)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        removed = outside_nucleus(logits, _per_row(self.p), self.keep)
+        removed = outside_nucleus(logits, _column(self.p), self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
 
 
 @struct.dataclass
-class MinP:
-    """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082)."""
+class MinP(Transform):
+    """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082).
 
-    min_p: Number
-    keep: int = struct.field(
-        pytree_node=False, default=1
-    )  # so many of the likeliest are never removed
+    The `min_tokens_to_keep` likeliest always stay.
+    """
 
-    def __post_init__(self):
-        _check("min_p", self.min_p, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+    min_p: PerRow
+    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __post_init__(self) -> None:
+        check_range("min_p", self.min_p, ranges.FRACTION)
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        largest = jax.nn.softmax(logits, axis=-1).max(axis=-1, keepdims=True)
-        return _keep_likely(logits, _per_row(self.min_p) * largest, self.keep)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        largest = probabilities.max(axis=-1, keepdims=True)
+        threshold = _column(self.min_p) * largest
+        return _keep_likely(logits, threshold, self.min_tokens_to_keep)
 
 
 @struct.dataclass
-class Typical:
-    """Keeps the tokens whose surprise is nearest to the entropy and which together hold `mass` (arXiv:2202.00666)."""
+class Typical(Transform):
+    """Keeps the tokens whose surprise is nearest to the entropy and which together hold `mass`.
 
-    mass: Number
-    keep: int = struct.field(
-        pytree_node=False, default=1
-    )  # so many of the most typical are never removed
+    The source is arXiv:2202.00666. The `min_tokens_to_keep` most typical always stay.
+    """
 
-    def __post_init__(self):
-        _check("mass", self.mass, "in (0, 1)", lambda x: (x > 0) & (x < 1))
+    mass: PerRow
+    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __post_init__(self) -> None:
+        check_range("mass", self.mass, ranges.INNER_FRACTION)
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        distance = jnp.abs(-logp - _entropy(logp))
-        order = jnp.argsort(distance, axis=-1)
-        held = jnp.cumsum(jnp.exp(jnp.take_along_axis(logp, order, axis=-1)), axis=-1)
-        last = jnp.minimum(
-            (held < _per_row(self.mass)).sum(axis=-1, keepdims=True), logits.shape[-1] - 1
-        )
-        last = jnp.maximum(last, self.keep - 1)
-        limit = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=-1), axis=-1)
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        distance = jnp.abs(-logprobs - _entropy(logprobs))
+        order = jnp.argsort(distance, axis=-1)  # the most typical first
+        in_order = jnp.take_along_axis(logprobs, order, axis=-1)
+        held = jnp.cumsum(jnp.exp(in_order), axis=-1)
+
+        # The token that reaches the mass is the last to stay, and with it all at its distance.
+        n_before = (held < _column(self.mass)).sum(axis=-1, keepdims=True)
+        last = jnp.minimum(n_before, logits.shape[-1] - 1)
+        last = jnp.maximum(last, self.min_tokens_to_keep - 1)
+        last_token = jnp.take_along_axis(order, last, axis=-1)
+        limit = jnp.take_along_axis(distance, last_token, axis=-1)
         return jnp.where(distance > limit, -jnp.inf, logits)
 
 
 @struct.dataclass
-class Epsilon:
-    """Keeps tokens of at least the probability `epsilon`, and the likeliest (arXiv:2210.15191)."""
+class Epsilon(Transform):
+    """Keeps tokens of at least the probability `epsilon` (arXiv:2210.15191).
 
-    epsilon: Number
-    keep: int = struct.field(
-        pytree_node=False, default=1
-    )  # so many of the likeliest are never removed
-
-    def __post_init__(self):
-        _check("epsilon", self.epsilon, "in (0, 1)", lambda x: (x > 0) & (x < 1))
-
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
-        del history
-        return _keep_likely(logits, _per_row(self.epsilon), self.keep)
-
-
-@struct.dataclass
-class Eta:
-    """Keeps tokens of at least the probability `min(epsilon, sqrt(epsilon) exp(-entropy))` (arXiv:2210.15191)."""
-
-    epsilon: Number
-    keep: int = struct.field(
-        pytree_node=False, default=1
-    )  # so many of the likeliest are never removed
-
-    def __post_init__(self):
-        _check("epsilon", self.epsilon, "in (0, 1)", lambda x: (x > 0) & (x < 1))
-
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
-        del history
-        epsilon = _per_row(self.epsilon)
-        entropy = _entropy(jax.nn.log_softmax(logits, axis=-1))
-        return _keep_likely(
-            logits, jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy)), self.keep
-        )
-
-
-@struct.dataclass
-class TopH:
-    """Keeps the likeliest tokens that together hold the part `top_h` of the entropy (arXiv:2509.02510).
-
-    As in HF's code the 100 likeliest tokens are looked at, and entropy is that of their renormalised probabilities.
+    The `min_tokens_to_keep` likeliest always stay.
     """
 
-    top_h: Number
+    epsilon: PerRow
+    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
 
-    def __post_init__(self):
-        _check("top_h", self.top_h, "in (0, 1]", lambda x: (x > 0) & (x <= 1))
+    def __post_init__(self) -> None:
+        check_range("epsilon", self.epsilon, ranges.INNER_FRACTION)
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        best, order = jax.lax.top_k(logits, min(100, logits.shape[-1]))
-        logp = jax.nn.log_softmax(best, axis=-1)
-        parts = -_expected(logp)
-        keep = jnp.cumsum(parts, axis=-1) <= _per_row(self.top_h) * parts.sum(
-            axis=-1, keepdims=True
-        )
-        keep = keep.at[..., 0].set(True)
-        kept = jnp.put_along_axis(
-            jnp.zeros(logits.shape, bool), order, keep, axis=-1, inplace=False
-        )
+        return _keep_likely(logits, _column(self.epsilon), self.min_tokens_to_keep)
+
+
+@struct.dataclass
+class Eta(Transform):
+    """Keeps tokens of at least the probability `min(epsilon, sqrt(epsilon) exp(-entropy))`.
+
+    The source is arXiv:2210.15191. The `min_tokens_to_keep` likeliest always stay.
+    """
+
+    epsilon: PerRow
+    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+
+    def __post_init__(self) -> None:
+        check_range("epsilon", self.epsilon, ranges.INNER_FRACTION)
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        del history
+        epsilon = _column(self.epsilon)
+        entropy = _entropy(jax.nn.log_softmax(logits, axis=-1))
+        threshold = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy))
+        return _keep_likely(logits, threshold, self.min_tokens_to_keep)
+
+
+@struct.dataclass
+class TopH(Transform):
+    """Keeps the likeliest tokens that together hold the part `top_h` of the entropy.
+
+    The source is arXiv:2509.02510. As in HF's code the 100 likeliest tokens are looked at, and
+    entropy is that of their renormalised probabilities.
+    """
+
+    top_h: PerRow
+
+    def __post_init__(self) -> None:
+        check_range("top_h", self.top_h, ranges.POSITIVE_FRACTION)
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        del history
+        n_candidates = min(TOP_H_CANDIDATES, logits.shape[-1])
+        largest, tokens = jax.lax.top_k(logits, n_candidates)
+        parts = -_expected(jax.nn.log_softmax(largest, axis=-1))  # of the entropy, one a token
+        budget = _column(self.top_h) * parts.sum(axis=-1, keepdims=True)
+        stays = jnp.cumsum(parts, axis=-1) <= budget
+        stays = stays.at[..., 0].set(True)
+        none = jnp.zeros(logits.shape, bool)
+        kept = jnp.put_along_axis(none, tokens, stays, axis=-1, inplace=False)
         return jnp.where(kept, logits, -jnp.inf)
 
 
-@struct.dataclass
-class RepetitionPenalty:
-    """Divides positive logits of tokens that have come, prompt included, by `penalty`, and multiplies negative ones.
+# Rules that look back.
 
-    The definition is CTRL's (arXiv:1909.05858); 1 changes nothing, above 1 repeats less.
+
+@struct.dataclass
+class RepetitionPenalty(Transform):
+    """Divides positive logits of tokens that have come by `penalty`, and multiplies negative ones.
+
+    Those of the prompt have come, too. The definition is CTRL's (arXiv:1909.05858); 1 changes
+    nothing, above 1 repeats less.
     """
 
-    penalty: Number
+    penalty: PerRow
 
-    def __post_init__(self):
-        _check("penalty", self.penalty, "greater than 0", lambda x: (x > 0) & np.isfinite(x))
+    def __post_init__(self) -> None:
+        check_range("penalty", self.penalty, ranges.POSITIVE)
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        penalty = _per_row(self.penalty)
-        changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
-        return jnp.where(history.counts(logits.shape[-1]) > 0, changed, logits)
-
-
-@struct.dataclass
-class FrequencyPenalty:
-    """Subtracts `penalty` for each time that a token was generated (OpenAI's `frequency_penalty`)."""
-
-    penalty: Number
-
-    def __call__(self, logits: Array, history: History) -> Array:
-        return logits - _per_row(self.penalty) * history.counts(logits.shape[-1], generated=True)
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        counts = self.needs(history).counts(logits.shape[-1])
+        penalty = _column(self.penalty)
+        penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
+        return jnp.where(counts > 0, penalised, logits)
 
 
 @struct.dataclass
-class PresencePenalty:
-    """Subtracts `penalty` from tokens that were generated, however often (OpenAI's `presence_penalty`)."""
+class FrequencyPenalty(Transform):
+    """Subtracts `penalty` for each time that a token was generated (OpenAI's)."""
 
-    penalty: Number
+    penalty: PerRow
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        return logits - _per_row(self.penalty) * (
-            history.counts(logits.shape[-1], generated=True) > 0
-        )
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        counts = self.needs(history).counts(logits.shape[-1], generated=True)
+        return logits - _column(self.penalty) * counts
 
 
 @struct.dataclass
-class NoRepeatNGram:
-    """Removes each token that would complete a run of `n` tokens which the row, prompt included, already has."""
+class PresencePenalty(Transform):
+    """Subtracts `penalty` from tokens that were generated, however often (OpenAI's)."""
+
+    penalty: PerRow
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        counts = self.needs(history).counts(logits.shape[-1], generated=True)
+        return logits - _column(self.penalty) * (counts > 0)
+
+
+@struct.dataclass
+class NoRepeatNGram(Transform):
+    """Removes each token that would complete a run of `n` tokens for a second time.
+
+    The first time may be in the prompt.
+    """
 
     n: int = struct.field(pytree_node=False)  # static: it shapes the program
 
-    def __post_init__(self):
-        if not isinstance(self.n, int | np.integer) or self.n < 1:
-            raise ValueError(f"`n` of NoRepeatNGram must be a positive integer, got {self.n!r}.")
+    def __post_init__(self) -> None:
+        _check_count("`n` of NoRepeatNGram", self.n)
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        if self.n > history.ids.shape[1]:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        history = self.needs(history)
+        n_rows, n_slots = history.ids.shape
+        if self.n > n_slots:
             return logits
-        ids, length = history.packed(), history.length[:, None]
-        runs = ids.shape[1] - self.n + 1  # as many could fit
-        repeats = jnp.arange(runs)[None] + self.n <= length
+        ids = history.packed()
+        length = history.length[:, None]
+        n_runs = n_slots - self.n + 1  # how many could fit; run `i` begins at token `i`
+        repeats = jnp.arange(n_runs)[None] + self.n <= length  # bool[B, n_runs]
         for offset in range(self.n - 1):
-            now = jnp.take_along_axis(ids, length - self.n + 1 + offset, axis=-1, mode="clip")
-            repeats &= ids[:, offset : offset + runs] == now
-        ends, rows = ids[:, self.n - 1 :], jnp.arange(len(ids))[:, None]
-        banned = (
-            jnp.zeros(logits.shape, bool)
-            .at[rows, jnp.where(repeats, ends, logits.shape[-1])]
-            .set(True, mode="drop")
-        )
+            # The row's last `n - 1` tokens, beside the first `n - 1` of every run.
+            place = length - self.n + 1 + offset
+            recent = jnp.take_along_axis(ids, place, axis=-1, mode="clip")
+            repeats &= ids[:, offset : offset + n_runs] == recent
+        ends = ids[:, self.n - 1 :]
+        vocab_size = logits.shape[-1]
+        banned_ids = jnp.where(repeats, ends, vocab_size)  # the others beyond the last, dropped
+        rows = jnp.arange(n_rows)[:, None]
+        none = jnp.zeros(logits.shape, bool)
+        banned = none.at[rows, banned_ids].set(True, mode="drop")
         return jnp.where(banned, -jnp.inf, logits)
 
 
 @struct.dataclass
-class SequenceBias:
-    """Adds a bias to the last token of each sequence wherever the row ends with the tokens before it.
+class SequenceBias(Transform):
+    """Adds a bias to the last token of each sequence where the row ends with those before it.
 
-    Sequences of one token are always met. Banned words are sequences of bias -inf: `SequenceBias.ban`.
+    Sequences of one token are always met. Banned words are sequences of bias -inf:
+    `SequenceBias.ban`.
     """
 
-    sequences: tuple = struct.field(
-        pytree_node=False
-    )  # of tuples of ids; static: they shape the program
+    # Static, as they shape the program.
+    sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
     biases: Any  # float[number of sequences]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.sequences or not all(self.sequences):
-            raise ValueError(
-                f"`sequences` must be tuples of ids, none of them empty, got {self.sequences}."
-            )
+            expected = "`sequences` must be tuples of ids, none of them empty"
+            raise ValueError(f"{expected}, got {self.sequences}.")
 
     @classmethod
     def ban(cls, words: Sequence[Sequence[int]]) -> "SequenceBias":
-        """Returns what removes the last token of each word, given in ids, where it would complete the word."""
-        sequences = tuple(tuple(int(id) for id in word) for word in words)
+        """Returns what removes the last token of each word, given in ids, where it completes it."""
+        sequences = tuple(tuple(int(token) for token in word) for word in words)
         return cls(sequences, np.full(len(sequences), -np.inf, np.float32))
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        ids, length = history.packed(), history.length
-        for sequence, bias in zip(self.sequences, jnp.asarray(self.biases), strict=True):
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        history = self.needs(history)
+        ids = history.packed()
+        length = history.length
+        biases = jnp.asarray(self.biases)
+        for sequence, bias in zip(self.sequences, biases, strict=True):
             *before, last = sequence
-            places = length[:, None] - len(before) + jnp.arange(len(before))[None]
-            met = (
-                jnp.take_along_axis(ids, places, axis=-1, mode="clip")
-                == jnp.array(before, jnp.int32)[None]
-            )
-            met = met.all(axis=-1) & (length >= len(before))
+            n_before = len(before)
+            places = length[:, None] - n_before + jnp.arange(n_before)[None]
+            recent = jnp.take_along_axis(ids, places, axis=-1, mode="clip")
+            same = recent == jnp.array(before, jnp.int32)[None]
+            met = same.all(axis=-1) & (length >= n_before)
             logits = logits.at[:, last].add(jnp.where(met, bias, 0.0))
         return logits
 
 
 @struct.dataclass
-class Suppress:
-    """Removes `ids`: always, or only while fewer than `steps` tokens are generated, or the row has less than `length`.
+class Suppress(Transform):
+    """Removes `ids`: always, or early in a text.
 
-    So HF's `suppress_tokens` is `Suppress(ids)`, `begin_suppress_tokens` is `Suppress(ids, steps=1)`, `min_new_tokens`
-    is `Suppress(stop_ids, steps=n)`, and `min_length` is `Suppress(stop_ids, length=n)`.
+    With `steps`, while fewer tokens than that are generated; with `length`, while the row has
+    fewer. So HF's `suppress_tokens` is `Suppress(ids)`, `begin_suppress_tokens` is `Suppress(ids,
+    steps=1)`, `min_new_tokens` is `Suppress(stop_ids, steps=n)`, and `min_length` is
+    `Suppress(stop_ids, length=n)`. Only the first needs no history.
     """
 
     ids: Any  # int[N]
-    steps: Number | None = None
-    length: Number | None = None
+    steps: PerRow | None = None
+    length: PerRow | None = None
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         ids = jnp.asarray(self.ids, jnp.int32)
-        removed = jnp.zeros(logits.shape[-1], bool).at[ids].set(True)[None]
+        removed = jnp.zeros(logits.shape[-1], bool).at[ids].set(True)[None]  # [1, V]
         if self.steps is not None:
-            removed &= _per_row(history.step < jnp.asarray(self.steps))
+            early = self.needs(history).step < jnp.asarray(self.steps)
+            removed &= _column(early)
         if self.length is not None:
-            removed &= (history.length < jnp.asarray(self.length))[:, None]
+            short = self.needs(history).length < jnp.asarray(self.length)
+            removed &= short[:, None]
         return jnp.where(removed, -jnp.inf, logits)
 
 
 @struct.dataclass
-class Force:
+class Force(Transform):
     """Leaves nothing but `ids`, equally likely: at the step `step`, or in rows of `length` tokens.
 
-    HF's `forced_bos_token_id` is `Force((id,), length=1)`, for prompts of one token; `forced_eos_token_id` is
-    `Force(ids, step=max_new_tokens - 1)`.
+    HF's `forced_bos_token_id` is `Force((id,), length=1)`, for prompts of one token;
+    `forced_eos_token_id` is `Force(ids, step=max_new_tokens - 1)`.
     """
 
     ids: Any  # int[N]
-    step: Number | None = None
-    length: Number | None = None
+    step: PerRow | None = None
+    length: PerRow | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.step is None) == (self.length is None):
             raise ValueError("Force needs either `step` or `length`.")
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        now = (
-            _per_row(history.step == jnp.asarray(self.step))
-            if self.length is None
-            else (history.length == jnp.asarray(self.length))[:, None]
-        )
-        forced = (
-            jnp.full(logits.shape[-1], -jnp.inf, logits.dtype)
-            .at[jnp.asarray(self.ids, jnp.int32)]
-            .set(0.0)
-        )
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        history = self.needs(history)
+        if self.length is None:
+            now = _column(history.step == jnp.asarray(self.step))
+        else:
+            now = (history.length == jnp.asarray(self.length))[:, None]
+        ids = jnp.asarray(self.ids, jnp.int32)
+        nothing = jnp.full(logits.shape[-1], -jnp.inf, logits.dtype)
+        forced = nothing.at[ids].set(0.0)
         return jnp.where(now, forced[None], logits)
 
 
 @struct.dataclass
-class ExponentialDecayLength:
-    """Lifts `stop_ids` more with each generated token after `start`, by `|logit| (factor ** excess - 1)`."""
+class ExponentialDecayLength(Transform):
+    """Lifts `stop_ids` more with each token after `start`, by `|logit| (factor ** excess - 1)`."""
 
     stop_ids: Any  # int[N]
-    start: Number
-    factor: Number
+    start: PerRow
+    factor: PerRow
 
-    def __call__(self, logits: Array, history: History) -> Array:
-        excess = jnp.maximum(history.step - jnp.asarray(self.start), 0)
-        lift = _per_row(jnp.asarray(self.factor, logits.dtype) ** excess - 1)
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        step = self.needs(history).step
+        excess = jnp.maximum(step - jnp.asarray(self.start), 0)
+        lift = _column(jnp.asarray(self.factor, logits.dtype) ** excess - 1)
         stop = jnp.asarray(self.stop_ids, jnp.int32)
         stopping = logits[:, stop]
-        return logits.at[:, stop].set(
-            jnp.where(jnp.isfinite(stopping), stopping + jnp.abs(stopping) * lift, stopping)
-        )
+        lifted = stopping + jnp.abs(stopping) * lift
+        # What is removed stays so: -inf + inf would be NaN.
+        return logits.at[:, stop].set(jnp.where(jnp.isfinite(stopping), lifted, stopping))
+
+
+# Transforms of transforms.
 
 
 @struct.dataclass
-class Renormalize:
-    """Makes log-probabilities of what transforms have left: for the scores of beams, as a draw is the same."""
+class Renormalize(Transform):
+    """Makes log-probabilities of what transforms have left.
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    This matters to the scores of beams; a draw is the same.
+    """
+
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
         return jax.nn.log_softmax(logits, axis=-1)
 
 
 @struct.dataclass
-class Chain:
+class Chain(Transform):
     """Applies transforms in order; `sampler_from_options` has HF's order."""
 
-    transforms: tuple = ()
+    transforms: tuple[Any, ...] = ()  # of transforms
 
-    def __call__(self, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         for transform in self.transforms:
             logits = transform(logits, history)
         return logits
+
+
+# Samplers.
+
+
+class Sampler(Protocol):
+    """What chooses the next token of each row: `Greedy`, `Categorical`, and those of `as_sampler`.
+
+    `transform` is what it does to logits before it chooses, or None where that is not known. Beam
+    search and speculation need it: they choose by rules of their own.
+    """
+
+    draws: ClassVar[bool]  # whether its choice is random, so that it needs keys
+
+    @property
+    def transform(self) -> Any: ...
+
+    def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
+        """Returns the chosen ids, int32."""
+        ...
 
 
 @struct.dataclass
@@ -411,52 +499,132 @@ class Greedy:
     """Takes the largest logit, the first of ties, after an optional transform."""
 
     transform: Any = Chain()
+    draws: ClassVar[bool] = False
 
-    def __call__(self, keys: Array | None, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
         del keys
         return argmax(self.transform(logits, history))
 
 
 @struct.dataclass
 class Categorical:
-    """Draws from the softmax of the logits, each row with its own key, after an optional transform."""
+    """Draws from the softmax of transformed logits, each row with its own key."""
 
     transform: Any = Chain()
+    draws: ClassVar[bool] = True
 
-    def __call__(self, keys: Array, logits: Array, history: History | None = None) -> Array:
+    def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
+        if keys is None:
+            raise ValueError("Categorical draws: `keys` must hold a key for each row, got None.")
         logits = self.transform(logits, history)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-        return argmax(logits + noise)  # as `jax.random.categorical` draws
+
+        def gumbel(key: Array) -> Float[Array, " V"]:
+            return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
+
+        # As `jax.random.categorical` draws, but with the faster argmax.
+        return argmax(logits + jax.vmap(gumbel)(keys))
 
 
-def _keep_likely(logits: Array, threshold: Array, keep: int) -> Array:
-    """Removes tokens less likely than `threshold[B or none, 1]`, but never the `keep` likeliest and their equals."""
+@struct.dataclass
+class FunctionSampler:
+    """A user's function in the form of a sampler: `as_sampler` makes it."""
+
+    function: Callable[..., Any]  # a pytree
+    draws: ClassVar[bool] = True  # it may
+
+    @property
+    def transform(self) -> None:
+        """Not known."""
+
+    def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
+        ids = jnp.asarray(self.function(keys, logits, history))
+        n_rows = len(logits)
+        if ids.shape != (n_rows,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            got = f"{ids.dtype} of shape {list(ids.shape)}"
+            raise ValueError(f"`sampler` must return integers of shape [{n_rows}], got {got}.")
+        return ids.astype(jnp.int32)
+
+
+def as_sampler(sampler: Any) -> Sampler:
+    """Returns what a user gave as a sampler in the form of one.
+
+    Args: sampler: None for `Greedy()`; a `Sampler`, that is, a callable pytree with the attributes
+      `transform` and `draws`,
+        as it is; or a function `(keys[B], logits[B, V], history) -> ids[B]`, which runs under `jit`
+        and is taken to draw. An own class without those attributes counts as such a function: as a
+        pytree (`flax.struct.dataclass` makes one) its numbers may change without recompiling,
+        otherwise it must be hashable and compiles once for each object.
+
+    Raises: ValueError: it is a transform, a class instead of an object, not hashable, or nothing
+      that can be called.
+    """
+    if sampler is None:
+        return Greedy()
+    if isinstance(sampler, type):
+        name = sampler.__name__
+        raise ValueError(f"`sampler` must be an object, got the class {name}: use `{name}(...)`.")
+    name = type(sampler).__name__
+    if isinstance(sampler, Transform):
+        raise ValueError(f"{name} is a transform, not a sampler: use `Categorical({name}(...))`.")
+    # Before `callable`, after which a type checker takes it for a plain function.
+    if hasattr(sampler, "transform") and hasattr(sampler, "draws"):
+        return sampler
+    if not callable(sampler):
+        expected = "a sampler or a function `(keys, logits, history) -> ids`"
+        raise ValueError(f"`sampler` must be {expected}, got {sampler!r}.")
+    if not jax.tree_util.all_leaves([sampler]):
+        return FunctionSampler(sampler)
+    try:
+        hash(sampler)
+    except TypeError:
+        raise ValueError(f"`sampler` must be hashable or a pytree, {name} is neither.") from None
+    return FunctionSampler(Partial(sampler))
+
+
+# What they share.
+
+
+def check_range(name: str, number: PerRow, expected: Range) -> None:
+    """Raises `ValueError` where a number, or one of an array, is out of range.
+
+    Traced numbers have no value to check.
+    """
+    concrete = isinstance(number, int | float | np.ndarray | np.generic | jax.Array)
+    if not concrete or isinstance(number, Tracer):
+        return
+    if not np.all(expected.contains(np.asarray(number))):
+        raise ValueError(f"`{name}` must be {expected}, got {number}.")
+
+
+def _check_count(name: str, number: Any) -> None:
+    """Raises `ValueError` unless it is a positive integer."""
+    if not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {number!r}.")
+
+
+def _keep_likely(
+    logits: Logits, threshold: Float[Array, "#B #1"], min_tokens_to_keep: int
+) -> Logits:
+    """Removes tokens less likely than the threshold.
+
+    The `min_tokens_to_keep` likeliest, and any tied with the last of them, always stay.
+    """
     likely = jax.nn.softmax(logits, axis=-1) >= threshold
-    return jnp.where(likely | (logits >= kth_largest(logits, keep)), logits, -jnp.inf)
+    likeliest = logits >= kth_largest(logits, min_tokens_to_keep)
+    return jnp.where(likely | likeliest, logits, -jnp.inf)
 
 
-def _expected(logp: Array) -> Array:
-    """`p log p`, which is 0 where `p` is."""
-    return jnp.where(jnp.isneginf(logp), 0.0, jnp.exp(logp) * logp)
+def _expected(logprobs: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Returns `p log p`, which is 0 where `p` is."""
+    return jnp.where(jnp.isneginf(logprobs), 0.0, jnp.exp(logprobs) * logprobs)
 
 
-def _entropy(logp: Array) -> Array:
-    """Entropy in nats of log-probabilities, `[..., V] -> [..., 1]`."""
-    return -_expected(logp).sum(axis=-1, keepdims=True)
+def _entropy(logprobs: Float[Array, "B V"]) -> Float[Array, "B 1"]:
+    """Returns the entropy of log-probabilities, in nats."""
+    return -_expected(logprobs).sum(axis=-1, keepdims=True)
 
 
-def _per_row(number: Number) -> Array:
-    """Lines a scalar, or one value per row, up with `logits[B, V]`."""
+def _column(number: PerRow) -> Array:
+    """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`."""
     number = jnp.asarray(number)
     return number[:, None] if number.ndim else number
-
-
-def _check(name: str, number: Number, expected: str, holds) -> None:
-    """Raises `ValueError` where a number is out of range. Traced numbers have no value to check."""
-    concrete = isinstance(number, int | float | np.ndarray | np.generic | jax.Array)
-    if (
-        concrete
-        and not isinstance(number, jax.core.Tracer)
-        and not np.all(holds(np.asarray(number)))
-    ):
-        raise ValueError(f"`{name}` must be {expected}, got {number}.")

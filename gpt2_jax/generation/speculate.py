@@ -1,52 +1,110 @@
 """Lossless speculation: guess some tokens cheaply, let the model check them all in one pass, keep what it agrees to.
 
 Greedy texts are those of plain greedy decoding, and drawn texts have the model's own distribution (arXiv:2211.17192,
-algorithm 1), whatever is guessed: guesses change the time alone. They come from a smaller model, or from what followed
-when the last tokens stood in the text before (prompt lookup).
+algorithm 1), whatever is guessed: guesses change the time alone. They come from a smaller model, or from what
+followed when the last tokens stood in the text before (prompt lookup). Each round guesses, verifies and emits.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation.generate import check_arguments, fold
-from gpt2_jax.generation.sampling import Categorical, History, argmax
-from gpt2_jax.model import Params, extend, prefill
-from gpt2_jax.modules import LayerCache, write
+from gpt2_jax import cache as kv_cache
+from gpt2_jax.cache import KVCache
+from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.request import (
+    Keys,
+    Request,
+    check_room,
+    fold_rows,
+    make_request,
+    read_endings,
+    read_prompts,
+    transform_of,
+)
+from gpt2_jax.generation.sampling import Categorical, History
+from gpt2_jax.kernels import argmax
+from gpt2_jax.model import extend, prefill
+from gpt2_jax.modules import Params
+
+# What each of the draws of a round folds into a row's key.
+DRAW_ACCEPT = 0
+DRAW_OWN = 1
+DRAW_GUESS = 2  # and on, one for each guess
 
 
 class Speculation(NamedTuple):
     """Generated tokens, without the prompts, and how well they were guessed."""
 
-    ids: Array  # int32[B, N]; after a row's stop id, `pad_id`
-    lengths: Array  # int32[B], tokens made by each row, its stop id included
-    logprobs: Array  # float32[B, N], the model's own log-probability of each id; 0 after the stop
-    rounds: Array  # int32[B], passes of the model over each row, the prompt's included
-    drafted: Array  # int32[B], tokens that were guessed
-    accepted: Array  # int32[B], those of them that the model agreed to
+    ids: Int[Array, "B N"]  # after a row's stop id, `pad_id`
+    lengths: Int[Array, " B"]  # tokens made by each row, its stop id included
+    logprobs: Float[Array, "B N"]  # the model's own, of each id; 0 after the stop
+    rounds: Int[Array, " B"]  # passes of the model over each row, the prompt's included
+    drafted: Int[Array, " B"]  # tokens that were guessed
+    accepted: Int[Array, " B"]  # those of them that the model agreed to
+
+
+class _Sizes(NamedTuple):
+    """What shapes the program."""
+
+    max_new_tokens: int
+    num_draft_tokens: int  # D
+    max_matching_ngram_size: int
+
+
+class _Draft(NamedTuple):
+    """The model that guesses."""
+
+    params: Params
+    config: GPT2Config
 
 
 class _State(NamedTuple):
-    """Each token stands at the slot of its position. `count - 1` tokens are read, the last one is only chosen."""
+    """Where each row stands. Each token's slot is its position; the last token is chosen, but not yet read."""
 
-    ids: Array  # int32[B, S]
-    count: Array  # int32[B], tokens of each row
-    out: Speculation  # `ids` unused; `logprobs` is float32[B, N + D + 1]
-    done: Array  # bool[B]
-    cache: tuple[LayerCache, ...]
-    draft_cache: tuple[LayerCache, ...] | None
-    round: Array  # int32[]
+    ids: Int[Array, "B S"]
+    count: Int[Array, " B"]  # tokens of each row
+    n_generated: Int[Array, " B"]
+    logprobs: Float[
+        Array, "B M"
+    ]  # of the generated tokens, with room for the guesses of one more round
+    done: Bool[Array, " B"]
+    cache: KVCache
+    draft_cache: KVCache | None
+    round: Int[Array, ""]
+    rounds: Int[Array, " B"]  # as in `Speculation`, like the next two
+    drafted: Int[Array, " B"]
+    accepted: Int[Array, " B"]
+
+
+class _Guess(NamedTuple):
+    """What may come next."""
+
+    ids: Int[Array, "B S"]  # the text, with the guesses written behind it
+    probs: Float[Array, "B D V"]  # the distributions that the guesses were drawn from
+    n_guessed: Int[Array, " B"]
+    cache: KVCache | None  # the draft model's, if there is one
+
+
+class _Verdict(NamedTuple):
+    """What comes next: guesses that hold, and one token of the model's own."""
+
+    tokens: Int[Array, "B D+1"]
+    n_accepted: Int[Array, " B"]  # so many of the tokens are guesses, the next is the model's own
+    logprobs: Float[Array, "B D+1"]
+    cache: KVCache
 
 
 def speculate(
     params: Params,
-    ids: Array,
-    lengths: Array | None = None,
-    key: Array | None = None,
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None = None,
+    key: Keys | None = None,
     *,
     config: GPT2Config,
     max_new_tokens: int,
@@ -55,11 +113,11 @@ def speculate(
     num_draft_tokens: int = 5,
     max_matching_ngram_size: int = 2,
     sampler: Any = None,
-    stop_ids: tuple[int, ...] | None = None,
+    stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
 ) -> Speculation:
-    """Continues each prompt of a batch as `generate` does, several tokens to a pass of the model.
+    """Continues each prompt of a batch as `generate` does, several tokens to a pass of the model. Compiles itself.
 
     Greedy texts equal `generate`'s up to the rounding of differently shaped products, which can decide between equal
     logits. Drawn texts have the same distribution, but differ for the same key. Arguments that are not named here are
@@ -73,7 +131,7 @@ def speculate(
         text, at first; then one less, down to 1.
 
     Raises:
-      ValueError: as `generate`, or the draft model does not fit, or a number is less than 1.
+      ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the sampler has no transform.
     """
     if (draft_params is None) != (draft_config is None):
         raise ValueError(
@@ -87,189 +145,292 @@ def speculate(
         raise ValueError(
             f"The draft model must have the model's {config.n_positions} positions, it has {draft_config.n_positions}."
         )
-    for name, value in (
-        ("num_draft_tokens", num_draft_tokens),
-        ("max_matching_ngram_size", max_matching_ngram_size),
-    ):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    arrays = check_arguments(
-        ids, lengths, key, config, max_new_tokens, sampler, stop_ids, pad_id, padding_side
+    prompts = read_prompts(params, ids, lengths, padding_side, config=config)
+    sizes = _Sizes(
+        max_new_tokens=as_count("max_new_tokens", max_new_tokens),
+        num_draft_tokens=as_count("num_draft_tokens", num_draft_tokens),
+        max_matching_ngram_size=as_count("max_matching_ngram_size", max_matching_ngram_size),
     )
-    ids, lengths, row_keys, sampler, stops, pad = arrays
-    return _speculate(
-        params, draft_params, ids, lengths, row_keys, sampler.transform, stops, pad,
-        config=config, draft_config=draft_config, max_new_tokens=max_new_tokens, guesses=num_draft_tokens,
-        ngram=max_matching_ngram_size, draw=isinstance(sampler, Categorical),
-    )  # fmt: skip
+    check_room(prompts, sizes.max_new_tokens, "error", config=config)
+    endings = read_endings(stop_ids, pad_id, config=config)
+    request = make_request(prompts, endings, key, sampler)
+    transform_of(request.rules.sampler)  # raises where there is none
+    draft = None
+    if draft_params is not None and draft_config is not None:
+        draft = _Draft(draft_params, draft_config)
+    return _speculate(params, draft, request, config=config, sizes=sizes)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "draft_config", "max_new_tokens", "guesses", "ngram", "draw"),
-)
+@partial(jax.jit, static_argnames="sizes")
 def _speculate(
-    params, draft_params, prompts, lengths, row_keys, transform, stops, pad, *,
-    config, draft_config, max_new_tokens, guesses, ngram, draw,
-):  # fmt: skip
-    rows, width = prompts.shape
-    slots = width + max_new_tokens + guesses  # the last pass may guess beyond the end
+    params: Params,
+    draft: _Draft | None,
+    request: Request,
+    *,
+    config: GPT2Config,
+    sizes: _Sizes,
+) -> Speculation:
+    """Runs rounds until every row has ended."""
 
-    def distribution(logits, ids, count):
-        """Probabilities of the next token after `count[R]` tokens of `ids[R, S]`, in rows that may repeat prompts."""
-        valid = jnp.arange(slots)[None] < count[:, None]
-        made = count - jnp.repeat(lengths, len(count) // rows)
-        logits = transform(logits, History(ids, valid, made))
-        if draw:
-            return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        return jax.nn.one_hot(argmax(logits), config.vocab_size)
+    def round(state):
+        keys = fold_rows(request.rules.keys, state.round)
+        if draft is None:
+            guess = _guess_by_lookup(state, sizes, config.vocab_size)
+        else:
+            guess = _guess_by_model(state, keys, draft, request, sizes)
+        verdict = _verify(params, state, guess, keys, request, config=config)
+        return _emit(state, guess, verdict, request, sizes)
 
-    def by_model(state, keys):
-        """Guesses of the draft model, `int32[B, D]`, and the distributions that they are drawn from, `[B, D, V]`."""
-        count = state.count
+    state = _begin(params, draft, request, sizes, config=config)
+    state = jax.lax.while_loop(lambda state: ~state.done.all(), round, state)
+    return _collect(state, request, sizes)
 
-        def pick(i, logits, ids):
-            probs = distribution(logits[:, -1], ids, count + i)
-            token = _draw(keys, 2 + i, probs)[:, None]
-            return write(ids, token, count + i), token, probs
 
-        def step(carry, i):
-            ids, token, cache = carry
-            logits, cache = extend(draft_params, token, cache, count + i - 1, config=draft_config)
-            ids, token, probs = pick(i, logits, ids)
-            return (ids, token, cache), probs
-
-        # Of a round whose guesses all held, it has not read the last: it reads the last two tokens.
-        two = jnp.take_along_axis(state.ids, count[:, None] - jnp.array([[2, 1]]), axis=1)
-        logits, cache = extend(draft_params, two, state.draft_cache, count - 2, config=draft_config)
-        ids, token, first = pick(0, logits, state.ids)
-        (ids, _, cache), others = jax.lax.scan(
-            step, (ids, token, cache), jnp.arange(1, guesses, dtype=jnp.int32)
-        )
-        probs = jnp.concatenate([first[None], others]).swapaxes(0, 1)
-        return ids, probs, jnp.full(rows, guesses, jnp.int32), cache
-
-    def by_lookup(state, keys):
-        """Guesses that follow an earlier occurrence of the last tokens; where there is none, no guess."""
-        del keys
-        count, found = state.count[:, None], jnp.full(rows, slots)  # where a guess begins
-        starts = jnp.arange(slots)[None]
-        for size in range(1, ngram + 1):  # a longer match takes a shorter one's place
-            same = starts + size < count
-            for i in range(size):
-                last = jnp.take_along_axis(state.ids, jnp.maximum(count - size + i, 0), axis=1)
-                same &= jnp.roll(state.ids, -i, axis=1) == last
-            same &= count >= size
-            found = jnp.where(same.any(axis=1), jnp.argmax(same, axis=1) + size, found)
-        places = found[:, None] + jnp.arange(guesses)[None]
-        tokens = jnp.take_along_axis(state.ids, places, axis=1, mode="clip")
-        number = jnp.clip(state.count - found, 0, guesses).astype(jnp.int32)
-        return (
-            write(state.ids, tokens, state.count),
-            jax.nn.one_hot(tokens, config.vocab_size),
-            number,
-            None,
-        )
-
-    guess = by_lookup if draft_params is None else by_model
-
-    def check(state):
-        """One round: guess, read the guesses in one pass, keep the tokens that hold and one of the model's own."""
-        keys = fold(row_keys, state.round)
-        ids, guessed, number, draft_cache = guess(state, keys)
-        places = state.count[:, None] - 1 + jnp.arange(guesses + 1)[None]  # [B, D + 1]
-        logits, cache = extend(
-            params,
-            jnp.take_along_axis(ids, places, axis=1),
-            state.cache,
-            state.count - 1,
-            config=config,
-        )
-        many = jnp.repeat(ids, guesses + 1, axis=0), (places + 1).ravel()
-        wanted = distribution(logits.reshape(-1, config.vocab_size), *many).reshape(
-            rows, guesses + 1, -1
-        )
-        tokens = jnp.take_along_axis(ids, places[:, 1:], axis=1)  # [B, D]
-        chosen, agreed = _choose(keys, tokens, guessed, number, wanted, draw)
-
-        room = max_new_tokens - state.out.lengths
-        stop = jnp.isin(chosen, stops) & (jnp.arange(guesses + 1)[None] <= agreed[:, None])
-        until = jnp.where(
-            stop.any(axis=1), jnp.argmax(stop, axis=1) + 1, slots
-        )  # so many, the stop included
-        made = jnp.where(state.done, 0, jnp.minimum(jnp.minimum(agreed + 1, until), room)).astype(
-            jnp.int32
-        )
-        own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        logprobs = jnp.take_along_axis(own, chosen[..., None], axis=-1)[..., 0]
-        live = (~state.done).astype(jnp.int32)
-        out = Speculation(
-            ids=None,
-            lengths=state.out.lengths + made,
-            logprobs=write(state.out.logprobs, logprobs, state.out.lengths),
-            rounds=state.out.rounds + live,
-            drafted=state.out.drafted + live * number,
-            accepted=state.out.accepted + jnp.minimum(live * agreed, made),
-        )
-        done = state.done | (made == room) | (until <= made)
-        ids = jnp.where(state.done[:, None], state.ids, write(ids, chosen, state.count))
-        return _State(ids, state.count + made, out, done, cache, draft_cache, state.round + 1)
-
-    logits, cache = prefill(params, prompts, lengths, config=config, cache_len=slots)
-    ids = jnp.pad(prompts, ((0, 0), (0, slots - width)))
-    first = _draw(fold(row_keys, 0), 0, distribution(logits, ids, lengths))
-    one = jnp.ones(rows, jnp.int32)
-    own = jnp.take_along_axis(
-        jax.nn.log_softmax(logits.astype(jnp.float32)), first[:, None], axis=1
-    )
-    own = jnp.pad(own, ((0, 0), (0, max_new_tokens + guesses)))
+def _begin(
+    params: Params,
+    draft: _Draft | None,
+    request: Request,
+    sizes: _Sizes,
+    *,
+    config: GPT2Config,
+) -> _State:
+    """Reads the prompts and chooses the first token of each row."""
+    n_rows, width = request.ids.shape
+    lengths = request.lengths
+    # The last pass may guess beyond the end.
+    room = sizes.max_new_tokens + sizes.num_draft_tokens
+    slots = width + room
+    logits, cache = prefill(params, request.ids, lengths, config=config, cache_len=slots)
     draft_cache = None
-    if draft_params is not None:
-        draft_cache = prefill(draft_params, prompts, lengths, config=draft_config, cache_len=slots)[
-            1
-        ].layers
-    out = Speculation(None, one, own, rounds=one, drafted=0 * one, accepted=0 * one)
-    done = jnp.isin(first, stops) | (max_new_tokens == 1)
-    ids = write(ids, first[:, None], lengths)
-    state = _State(ids, lengths + 1, out, done, cache.layers, draft_cache, jnp.int32(1))
-    state = jax.lax.while_loop(lambda state: ~state.done.all(), check, state)
+    if draft is not None:
+        _, draft_cache = prefill(
+            draft.params, request.ids, lengths, config=draft.config, cache_len=slots
+        )
+        draft_cache = kv_cache.keep_first(draft_cache, lengths)
 
-    made = jnp.arange(max_new_tokens)[None] < state.out.lengths[:, None]
-    new = jnp.take_along_axis(
-        state.ids, lengths[:, None] + jnp.arange(max_new_tokens)[None], axis=1
+    ids = jnp.pad(request.ids, ((0, 0), (0, room)))
+    probs = _distribution(logits, ids, lengths, request)
+    first = _draw(fold_rows(request.rules.keys, 0), 0, probs)
+    logprob = jnp.take_along_axis(_log_softmax(logits), first[:, None], axis=1)
+    ones = jnp.ones(n_rows, jnp.int32)
+    return _State(
+        ids=kv_cache.put(ids, first[:, None], lengths),
+        count=lengths + 1,
+        n_generated=ones,
+        logprobs=jnp.pad(logprob, ((0, 0), (0, room))),
+        done=jnp.isin(first, request.rules.stop_ids) | (sizes.max_new_tokens == 1),
+        cache=kv_cache.keep_first(cache, lengths),
+        draft_cache=draft_cache,
+        round=jnp.int32(1),
+        rounds=ones,
+        drafted=jnp.zeros(n_rows, jnp.int32),
+        accepted=jnp.zeros(n_rows, jnp.int32),
     )
-    logprobs = jnp.where(made, state.out.logprobs[:, :max_new_tokens], 0.0)
-    return state.out._replace(ids=jnp.where(made, new, pad), logprobs=logprobs)
 
 
-def _choose(keys, tokens, guessed, number, wanted, draw):
-    """Returns the tokens of a round, `int32[B, D + 1]`, and how many of the guesses they begin with, `int32[B]`.
+def _guess_by_model(
+    state: _State, keys: Any, draft: _Draft, request: Request, sizes: _Sizes
+) -> _Guess:
+    """Returns guesses of the draft model, and the distributions that they are drawn from."""
+    count = state.count
+    n_guesses = sizes.num_draft_tokens
+    assert state.draft_cache is not None
 
-    A guess holds with the probability `min(1, wanted / guessed)`; the first that does not is replaced by a draw from
-    what `wanted` has more than `guessed`; if all hold, one more token is drawn. What follows it is to be ignored.
-    """
-    count = tokens.shape[1]
-    real = jnp.arange(count)[None] < number[:, None]
-    p = jnp.take_along_axis(wanted[:, :count], tokens[..., None], axis=-1)[..., 0]
-    q = jnp.take_along_axis(guessed, tokens[..., None], axis=-1)[..., 0]
-    if draw:
-        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (count,)))(keys)
-        holds = real & (u * q < p)
+    def guess(number, logits, ids):
+        """Draws the `number`-th guess; returns the text with it, itself, and its distribution."""
+        probs = _distribution(logits[:, -1], ids, count + number, request)
+        token = _draw(keys, DRAW_GUESS + number, probs)[:, None]
+        return kv_cache.put(ids, token, count + number), token, probs
+
+    def step(carry, number):
+        ids, token, cache = carry
+        logits, cache = extend(draft.params, token, cache, config=draft.config)
+        ids, token, probs = guess(number, logits, ids)
+        return (ids, token, cache), probs
+
+    # Of a round whose guesses all held, the draft model has not read the last: it reads the last two tokens.
+    last_two = jnp.take_along_axis(state.ids, count[:, None] - jnp.array([[2, 1]]), axis=1)
+    cache = kv_cache.keep_first(state.draft_cache, count - 2)
+    logits, cache = extend(draft.params, last_two, cache, config=draft.config)
+    ids, token, first_probs = guess(0, logits, state.ids)
+    later = jnp.arange(1, n_guesses, dtype=jnp.int32)
+    (ids, _, cache), later_probs = jax.lax.scan(step, (ids, token, cache), later)
+    probs = jnp.concatenate([first_probs[None], later_probs]).swapaxes(0, 1)  # [B, D, V]
+    return _Guess(ids, probs, jnp.full(len(ids), n_guesses, jnp.int32), cache)
+
+
+def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
+    """Returns guesses that follow an earlier occurrence of the last tokens; where there is none, no guess."""
+    n_rows, slots = state.ids.shape
+    count = state.count[:, None]  # [B, 1]
+    starts = jnp.arange(slots)[None]  # where an n-gram may begin
+    begins = jnp.full(n_rows, slots)  # where a guess begins; `slots` for none
+    for size in range(1, sizes.max_matching_ngram_size + 1):
+        matches = (starts + size < count) & (count >= size)
+        for i in range(size):
+            token = jnp.take_along_axis(state.ids, jnp.maximum(count - size + i, 0), axis=1)
+            matches &= jnp.roll(state.ids, -i, axis=1) == token
+        # A longer match takes a shorter one's place.
+        begins = jnp.where(matches.any(axis=1), jnp.argmax(matches, axis=1) + size, begins)
+    offsets = jnp.arange(sizes.num_draft_tokens)[None]
+    tokens = jnp.take_along_axis(state.ids, begins[:, None] + offsets, axis=1, mode="clip")
+    n_guessed = jnp.clip(state.count - begins, 0, sizes.num_draft_tokens).astype(jnp.int32)
+    return _Guess(
+        ids=kv_cache.put(state.ids, tokens, state.count),
+        probs=jax.nn.one_hot(tokens, vocab_size),  # what is looked up is certain
+        n_guessed=n_guessed,
+        cache=None,
+    )
+
+
+def _verify(
+    params: Params,
+    state: _State,
+    guess: _Guess,
+    keys: Any,
+    request: Request,
+    *,
+    config: GPT2Config,
+) -> _Verdict:
+    """Reads the last token and the guesses in one pass; returns what holds, and one token of the model's own."""
+    n_rows, n_guesses, vocab_size = guess.probs.shape
+    positions = state.count[:, None] - 1 + jnp.arange(n_guesses + 1)[None]  # [B, D + 1]
+    tokens = jnp.take_along_axis(guess.ids, positions, axis=1)
+    cache = kv_cache.keep_first(state.cache, state.count - 1)
+    logits, cache = extend(params, tokens, cache, config=config)  # [B, D + 1, V]
+
+    # Each guess is judged as if it were the last token of a text of its own.
+    wanted = _distribution(
+        logits.reshape(-1, vocab_size),
+        jnp.repeat(guess.ids, n_guesses + 1, axis=0),
+        (positions + 1).ravel(),
+        request,
+    )
+    wanted = wanted.reshape(n_rows, n_guesses + 1, vocab_size)
+    guessed = tokens[:, 1:]
+    n_accepted = _count_accepted(keys, guessed, guess, wanted, request.rules.sampler.draws)
+    own = _own_token(keys, guess, wanted, n_accepted)
+
+    is_own = jnp.arange(n_guesses + 1)[None] == n_accepted[:, None]
+    chosen = jnp.where(is_own, own[:, None], jnp.pad(guessed, ((0, 0), (0, 1))))
+    logprobs = jnp.take_along_axis(_log_softmax(logits), chosen[..., None], axis=-1)[..., 0]
+    return _Verdict(chosen, n_accepted, logprobs, cache)
+
+
+def _count_accepted(
+    keys: Any,
+    guessed: Int[Array, "B D"],
+    guess: _Guess,
+    wanted: Float[Array, "B D+1 V"],
+    draws: bool,
+) -> Int[Array, " B"]:
+    """Returns how many guesses hold, from the first on: each with the probability `min(1, wanted / guessed)`."""
+    n_guesses = guessed.shape[1]
+    exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
+    p = jnp.take_along_axis(wanted[:, :n_guesses], guessed[..., None], axis=-1)[..., 0]
+    q = jnp.take_along_axis(guess.probs, guessed[..., None], axis=-1)[..., 0]
+    if draws:
+        accept_keys = fold_rows(keys, DRAW_ACCEPT)
+        u = jax.vmap(lambda key: jax.random.uniform(key, (n_guesses,)))(accept_keys)
+        holds = exists & (u * q < p)
     else:
-        holds = real & (p > 0)
-    agreed = jnp.cumprod(holds, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
-    spent = jnp.pad(jnp.where(real[..., None], guessed, 0.0), ((0, 0), (0, 1), (0, 0)))
-    at = agreed[:, None, None]
-    left = jnp.take_along_axis(jnp.maximum(wanted - spent, 0.0), at, axis=1)[:, 0]
+        holds = exists & (p > 0)
+    return jnp.cumprod(holds, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
+
+
+def _own_token(
+    keys: Any,
+    guess: _Guess,
+    wanted: Float[Array, "B D+1 V"],
+    n_accepted: Int[Array, " B"],
+) -> Int[Array, " B"]:
+    """Returns the model's own token: a draw from what `wanted` has more than was guessed at the first refusal.
+
+    If all guesses hold, nothing was guessed there, and it is a plain draw.
+    """
+    n_guesses = guess.probs.shape[1]
+    exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
+    guessed = jnp.where(exists[..., None], guess.probs, 0.0)
+    guessed = jnp.pad(guessed, ((0, 0), (0, 1), (0, 0)))  # [B, D + 1, V]
+    at = n_accepted[:, None, None]
+    residual = jnp.take_along_axis(jnp.maximum(wanted - guessed, 0.0), at, axis=1)[:, 0]
     whole = jnp.take_along_axis(wanted, at, axis=1)[:, 0]
-    left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, whole)  # a rest of 0 is rounding
-    own = _draw(keys, 1, left)
-    chosen = jnp.pad(tokens, ((0, 0), (0, 1)))
-    return jnp.where(jnp.arange(count + 1)[None] == agreed[:, None], own[:, None], chosen), agreed
+    # Where nothing is left, both distributions are equal up to rounding.
+    something_left = residual.sum(axis=-1, keepdims=True) > 0
+    return _draw(keys, DRAW_OWN, jnp.where(something_left, residual, whole))
 
 
-def _draw(keys, number, probs):
-    """Draws from `probs[B, V]` with the `number`-th key of each row, or without keys takes the likeliest."""
-    if keys is None:
+def _emit(
+    state: _State, guess: _Guess, verdict: _Verdict, request: Request, sizes: _Sizes
+) -> _State:
+    """Adds the tokens of a round to each row that is not done, up to a stop id or the end of what was asked for."""
+    slots = state.ids.shape[1]
+    n_tokens = verdict.n_accepted + 1
+    room = sizes.max_new_tokens - state.n_generated
+    is_token = jnp.arange(verdict.tokens.shape[1])[None] < n_tokens[:, None]
+    stops = jnp.isin(verdict.tokens, request.rules.stop_ids) & is_token
+    until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots)
+    n_new = jnp.minimum(jnp.minimum(n_tokens, until_stop), room)
+    n_new = jnp.where(state.done, 0, n_new).astype(jnp.int32)
+    done = state.done | (n_new == room) | (until_stop <= n_new)
+
+    is_live = (~state.done).astype(jnp.int32)
+    written = kv_cache.put(state.ids, verdict.tokens, state.count)
+    return _State(
+        ids=jnp.where(state.done[:, None], state.ids, written),
+        count=state.count + n_new,
+        n_generated=state.n_generated + n_new,
+        # What is written behind the new tokens is written over by the next round.
+        logprobs=kv_cache.put(state.logprobs, verdict.logprobs, state.n_generated),
+        done=done,
+        cache=verdict.cache,
+        draft_cache=guess.cache,
+        round=state.round + 1,
+        rounds=state.rounds + is_live,
+        drafted=state.drafted + is_live * guess.n_guessed,
+        accepted=state.accepted + jnp.minimum(is_live * verdict.n_accepted, n_new),
+    )
+
+
+def _collect(state: _State, request: Request, sizes: _Sizes) -> Speculation:
+    """Returns what was generated."""
+    numbers = jnp.arange(sizes.max_new_tokens)[None]
+    is_generated = numbers < state.n_generated[:, None]
+    new = jnp.take_along_axis(state.ids, request.lengths[:, None] + numbers, axis=1)
+    logprobs = state.logprobs[:, : sizes.max_new_tokens]
+    return Speculation(
+        ids=jnp.where(is_generated, new, request.rules.pad_id),
+        lengths=state.n_generated,
+        logprobs=jnp.where(is_generated, logprobs, 0.0),
+        rounds=state.rounds,
+        drafted=state.drafted,
+        accepted=state.accepted,
+    )
+
+
+def _distribution(
+    logits: Float[Array, "R V"], ids: Int[Array, "R S"], count: Int[Array, " R"], request: Request
+) -> Float[Array, "R V"]:
+    """Returns the probabilities of the token after the first `count` of `ids`; rows may repeat prompts."""
+    sampler = request.rules.sampler
+    n_rows, slots = ids.shape
+    copies = n_rows // len(request.lengths)
+    n_generated = count - jnp.repeat(request.lengths, copies)
+    valid = jnp.arange(slots)[None] < count[:, None]
+    logits = transform_of(sampler)(logits, History(ids, valid, n_generated))
+    if sampler.draws:
+        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    return jax.nn.one_hot(argmax(logits), logits.shape[-1])
+
+
+def _draw(keys: Any, number: int | Int[Array, ""], probs: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Draws with the `number`-th key of each row, or without keys takes the likeliest."""
+    draw_keys = fold_rows(keys, number)
+    if draw_keys is None:
         return argmax(probs)
-    return Categorical()(fold(keys, number), jnp.log(probs))
+    return Categorical()(draw_keys, jnp.log(probs))
+
+
+def _log_softmax(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+    """Returns log-probabilities in float32."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -16,7 +16,9 @@ from gpt2_jax import (
     generate,
     stream,
 )
-from gpt2_jax.generation.generate import _begin_jit, advance, bucket, cache_slots, check_arguments
+from gpt2_jax.cache import bucket, cache_slots
+from gpt2_jax.generation.decode import advance, begin
+from gpt2_jax.generation.request import make_request, read_endings, read_prompts
 
 TINY = GPT2Config(
     vocab_size=61,
@@ -163,7 +165,7 @@ def test_the_whole_context_can_be_used(params, rng):
 
 
 def test_new_numbers_prompts_and_seeds_compile_nothing_new(params, rng):
-    programs = (_begin_jit, advance)
+    programs = (begin, advance)
     for program in programs:
         program.clear_cache()
     for i in range(20):
@@ -216,7 +218,7 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
     compiled = [
         record.message
         for record in caplog.records
-        if record.message.startswith("Compiling jit(_advance)")
+        if record.message.startswith("Compiling jit(advance)")
     ]
     assert len(compiled) == 1 and advance._cache_size() == 3
     for row, length in enumerate(lengths):
@@ -245,11 +247,14 @@ def test_a_cache_grows_under_settings_of_one_thread_too(rng):
 def test_work_ends_when_every_row_has(params, prompts):
     free = generate(params, *prompts, config=TINY, max_new_tokens=20)
     stops = tuple(np.unique(free.ids[:, 3]).tolist())
-    ids, lengths, *choice = check_arguments(*prompts, None, TINY, 20, None, stops, 0, "right")
-    state, _ = _begin_jit(
-        params, ids, lengths, *choice, 0, False, tap=None, config=TINY, cache_len=32, copies=1
+    request = make_request(
+        read_prompts(params, *prompts, "right", config=TINY),
+        read_endings(stops, 0, config=TINY),
+        key=None,
+        sampler=None,
     )
-    state, out = advance(params, state, *choice, 15, tap=None, config=TINY, chunk=20)
+    state, _ = begin(params, request, 0, False, config=TINY, cache_len=32, num_return_sequences=1)
+    state, out = advance(params, state, request.rules, 15, config=TINY, chunk=20)
     assert state.step <= 4
     np.testing.assert_array_equal(out.ids[:, 3:], 0)
 
@@ -388,7 +393,7 @@ def test_past_the_context_a_row_stops(params, rng):
             '`keep` must be in 1 to 64, with `overflow="slide"`; got 3',
         ),
         ({"overflow": "slide", "keep": 65}, "`keep` must be in 1 to 64, .* got 65"),
-        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1, got 0"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be a positive integer, got 0"),
     ],
 )
 def test_bad_ways_past_the_context_are_named(params, options, message):

@@ -114,13 +114,13 @@ def test_bad_arguments_are_named_before_anything_is_generated(model, prompts, op
 def test_a_conversation_is_one_text_that_is_read_once(model, monkeypatch):
     params, tokenizer, config = model
     blocks = []
-    read = gpt2_jax.generation.text._read
+    read = gpt2_jax.generation.conversation.read
 
     def watched(*args, **options):
-        blocks.append(args[3][0])
+        blocks.append(int(args[3]))
         return read(*args, **options)
 
-    monkeypatch.setattr(gpt2_jax.text, "_read", watched)
+    monkeypatch.setattr(gpt2_jax.generation.conversation, "read", watched)
     talk = Conversation(params, tokenizer, config=config)
     ids = []
     for text in (PROMPTS[0], " The queen said", " And then" * 20):
@@ -186,7 +186,7 @@ def test_a_turn_that_is_broken_off_leaves_its_text_behind(model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gpt2_jax.text, "advance", interrupt)
+        patch.setattr(gpt2_jax.generation.conversation, "advance", interrupt)
         next(growing)
     ids = tokenizer.encode(PROMPTS[0]) + row.ids
     assert talk.ids == ids and len(row.ids) == 9
@@ -204,5 +204,5 @@ def test_bad_turns_are_named(model):
     talk = Conversation(params, tokenizer, config=config)
     with pytest.raises(ValueError, match="There is no text to continue"):
         talk.reply("", max_new_tokens=3)
-    with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`max_new_tokens` must be a positive integer, got 0"):
         talk.reply("a", max_new_tokens=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gpt2_jax
-from gpt2_jax.generation.generate import advance
+from gpt2_jax.generation.decode import advance
 from gpt2_jax.interpretability.reading import by_layer
 from gpt2_jax.interpretability.taps import (
     SITES,

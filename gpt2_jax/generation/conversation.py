@@ -1,0 +1,177 @@
+"""A text that a user and a model write in turns, of which nothing is read twice. Drives the programs of `decode.py`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from gpt2_jax import cache as kv_cache
+from gpt2_jax.cache import KVCache
+from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.decode import Generation, State, advance, choose, read
+from gpt2_jax.generation.request import Rules, check_sampler
+from gpt2_jax.generation.text import Continuation
+from gpt2_jax.modules import Params
+from gpt2_jax.tokenizer import Tokenizer
+
+BLOCK = 32  # tokens that are read at a time
+
+
+class Conversation:
+    """A text that a user and the model write in turns. What was read stays in the cache: a turn reads its own part.
+
+    When the context is full, the text goes on from its last half, which is read anew.
+
+    Attributes:
+      ids: the text so far, or what is left of it.
+      read: how many of them are in the cache.
+      turn: how many turns the model has had.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        tokenizer: Tokenizer,
+        key: PRNGKeyArray | None = None,
+        *,
+        config: GPT2Config,
+        sampler: Any = None,
+        stop: Sequence[str] = (),
+        chunk: int = 8,
+    ):
+        """Takes what `stream_text` takes; `key` is one key.
+
+        Raises:
+          ValueError: a sampler that draws has no key.
+        """
+        self.params = params
+        self.tokenizer = tokenizer
+        self.config = config
+        self.key = key
+        self.sampler = check_sampler(sampler, key)
+        self.stop = stop
+        self.turn = 0
+        self._chunk = as_count("chunk", chunk)
+        self._slots = config.n_positions + max(BLOCK, chunk)  # a last block may be half empty
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new text."""
+        self.ids: list[int] = []
+        self.read = 0
+        self._cache: KVCache | None = None
+
+    def reply(self, text: str, *, max_new_tokens: int) -> Iterator[Continuation]:
+        """Adds the user's text and yields the model's continuation whenever it has grown.
+
+        Turn `t` draws with `fold_in(key, t)`, as `generate` would with this for the key of its row.
+
+        Raises:
+          ValueError: the whole text is empty, or `max_new_tokens` is less than 1.
+        """
+        max_new_tokens = as_count("max_new_tokens", max_new_tokens)
+        ids = self.tokenizer.encode(text)
+        if not self.ids and not ids:
+            raise ValueError("There is no text to continue.")
+        self.ids += ids
+        keys = None if self.key is None else jax.random.fold_in(self.key, self.turn)[None]
+        self.turn += 1
+        rules = Rules(
+            keys=keys,
+            sampler=self.sampler,
+            stop_ids=jnp.asarray(self.config.eos_token_ids, jnp.int32),
+            pad_id=jnp.int32(0),
+            tap=None,
+        )
+        row = Continuation(text, self.tokenizer, self.stop, self.config.eos_token_ids)
+        return self._continue(row, rules, max_new_tokens)
+
+    def _continue(
+        self, row: Continuation, rules: Rules, max_new_tokens: int
+    ) -> Iterator[Continuation]:
+        """Yields the row whenever it has grown, past the end of the context if need be."""
+        full = self.config.n_positions
+        while len(row.ids) < max_new_tokens and not row.finish_reason:
+            if len(self.ids) >= full:
+                self.ids = self.ids[-(full // 2) :]
+                self.read = 0
+            room = min(max_new_tokens - len(row.ids), full - len(self.ids))
+            yield from self._fill(row, rules, room)
+        row.finish()
+        yield row
+
+    def _fill(self, row: Continuation, rules: Rules, room: int) -> Iterator[Continuation]:
+        """Yields the row as it grows by up to `room` tokens, for which the context has positions."""
+        state, made = self._begin(len(row.ids), rules)
+        while True:
+            self._take(row, made, room)
+            room -= made.ids.shape[1]
+            # The last token is not read yet; what was read beyond a stop will be written over.
+            self._cache = state.cache
+            self.read = len(self.ids) - 1
+            yield row
+            if room <= 0 or row.finish_reason:
+                return
+            self._lend()
+            state, made = advance(
+                self.params,
+                state,
+                rules,
+                jnp.int32(min(room, self._chunk)),
+                config=self.config,
+                chunk=self._chunk,
+            )
+
+    def _take(self, row: Continuation, made: Generation, room: int) -> None:
+        """Adds what was made to the row, and what the row took of it to the text."""
+        n_known = len(row.ids)
+        ids = np.asarray(made.ids)[0, :room].tolist()
+        row.push(ids, np.asarray(made.logprobs)[0, :room].tolist())
+        taken = row.ids[n_known:]
+        self.ids += [token for token in taken if token not in self.config.eos_token_ids]
+
+    def _begin(self, step: int, rules: Rules) -> tuple[State, Generation]:
+        """Reads what is unread, at least the last token, and chooses the next, the `step`-th of this turn."""
+        n_tokens = len(self.ids)
+        ids = np.zeros((1, self._slots), np.int32)
+        ids[0, :n_tokens] = self.ids
+        if self._cache is None:
+            self._cache = kv_cache.empty(self.config, 1, self._slots)
+            self.read = 0
+        start = min(self.read, n_tokens - 1)
+        cache = self._lend()
+        while True:
+            count = min(n_tokens - start, BLOCK)
+            logits, cache = read(
+                self.params,
+                ids[:, start : start + BLOCK],
+                cache,
+                jnp.int32(start),
+                jnp.int32(count),
+                config=self.config,
+            )
+            start += count
+            if start == n_tokens:
+                break
+        return choose(
+            logits,
+            cache,
+            jnp.asarray(ids),
+            rules,
+            jnp.int32(step),
+            jnp.zeros(1, bool),
+            config=self.config,
+        )
+
+    def _lend(self) -> KVCache:
+        """Returns the cache, which a program is about to consume.
+
+        Until its successor is put back there is none: a turn that is broken off in between must read all anew.
+        """
+        cache = self._cache
+        assert cache is not None
+        self._cache = None
+        return cache

@@ -1,0 +1,236 @@
+"""What a user asks for, checked before anything is traced, in the terms of the compiled programs. Knows no loop.
+
+`generate`, `stream`, `beam_search` and `speculate` take the same prompts, samplers and stop ids: each reads them here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Key, UInt32
+
+from gpt2_jax.cache import bucket
+from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.sampling import as_sampler
+from gpt2_jax.model import check_ids, check_side
+from gpt2_jax.modules import Params, Tap
+
+# One key, or one for each row; typed, or the raw data of one.
+Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
+
+OVERFLOWS = ("error", "stop", "slide")
+
+
+class Rules(NamedTuple):
+    """How tokens are chosen, and when rows end. A pytree: what `advance` is compiled for."""
+
+    keys: Key[Array, " R"] | None  # one for each row; None for samplers that do not draw
+    sampler: Any
+    stop_ids: Int[Array, " K"]
+    pad_id: Int[Array, ""]
+    tap: Any  # None, or a pytree that is called as a tap
+
+
+class Request(NamedTuple):
+    """Checked prompts and rules. With `n` sequences to return for each of `B` prompts there are `R = n B` rows."""
+
+    ids: Int[Array, "B P"]  # padded on the right
+    lengths: Int[Array, " B"]
+    rules: Rules
+
+
+class Prompts(NamedTuple):
+    """Checked prompts on the host."""
+
+    ids: Int[np.ndarray, "B P"]  # padded on the right; `P` is a bucket
+    lengths: Int[np.ndarray, " B"]
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest prompt, 1 if there is none."""
+        return int(self.lengths.max(initial=1))
+
+
+class Endings(NamedTuple):
+    """What ends a row, and what follows it."""
+
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def read_prompts(
+    params: Params,
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None,
+    padding_side: str,
+    *,
+    config: GPT2Config,
+) -> Prompts:
+    """Returns prompts, padded on the right to a bucket of columns.
+
+    Raises:
+      ValueError: see `generate`; or it is called while JAX traces, when no value can be checked.
+    """
+    check_not_traced(params, ids, lengths)
+    given = np.asarray(check_ids(ids, config))
+    check_side(padding_side)
+    n_rows, width = given.shape
+    real = _check_lengths(lengths, n_rows, width)
+    if padding_side == "left":
+        shifted = [np.roll(row, length - width) for row, length in zip(given, real, strict=True)]
+        given = np.stack(shifted) if shifted else given
+    longest = int(real.max(initial=1))
+    columns = max(longest, bucket(longest, config.n_positions))
+    padded = np.zeros((n_rows, columns), np.int32)
+    padded[:, :longest] = given[:, :longest]
+    return Prompts(padded, real.astype(np.int32))
+
+
+def check_not_traced(params: Params, *arrays: Any) -> None:
+    """Raises `ValueError` inside `jax.jit`, `jax.vmap` and the like, where loops over the host cannot run."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, arrays))):
+        raise ValueError(
+            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit` or `jax.vmap`:"
+            " call it outside, or write the loop with `prefill` and `decode_step`, which can."
+        )
+
+
+def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: GPT2Config) -> None:
+    """Raises `ValueError` if the prompts and their new tokens exceed the context and `overflow` does not allow it."""
+    if overflow not in OVERFLOWS:
+        raise ValueError(f'`overflow` must be "error", "stop" or "slide", got {overflow!r}.')
+    longest = prompts.longest
+    fits = {
+        "error": longest + max_new_tokens <= config.n_positions,
+        "stop": longest < config.n_positions,
+        "slide": True,
+    }
+    if not fits[overflow]:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens and `max_new_tokens` is {max_new_tokens}, together"
+            f" {longest + max_new_tokens}, but the model has {config.n_positions} positions: shorten one, or choose"
+            " an `overflow`."
+        )
+
+
+def read_endings(
+    stop_ids: Sequence[int] | None, pad_id: int | None, *, config: GPT2Config
+) -> Endings:
+    """Returns what ends a row, by default the config's `eos_token_id`, and what follows it.
+
+    Raises:
+      ValueError: an id is outside the vocabulary.
+    """
+    stops = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
+    pad = config.pad_token_id if pad_id is None else pad_id
+    if pad is None:
+        pad = stops[0] if stops else 0
+    for name, ids in (("stop_ids", stops), ("pad_id", (pad,))):
+        for token_id in ids:
+            if not 0 <= token_id < config.vocab_size:
+                expected = f"[0, {config.vocab_size}) (`vocab_size`)"
+                raise ValueError(f"`{name}` must be in {expected}, got {token_id}.")
+    return Endings(stops, pad)
+
+
+def make_request(
+    prompts: Prompts,
+    endings: Endings,
+    key: Keys | None,
+    sampler: Any,
+    *,
+    num_return_sequences: int = 1,
+    tap: Tap | None = None,
+) -> Request:
+    """Returns the arrays of a request.
+
+    Raises:
+      ValueError: a sampler that draws has no key, a greedy one is to return several sequences, a transform or something
+        else stands in the sampler's place, or `key` is neither one key nor one for each row.
+    """
+    n_sequences = as_count("num_return_sequences", num_return_sequences)
+    sampler = check_sampler(sampler, key)
+    if n_sequences > 1 and not sampler.draws:
+        raise ValueError(
+            f"Greedy would write the same text {n_sequences} times: use a sampler that draws."
+        )
+    n_rows = len(prompts.lengths) * n_sequences
+    rules = Rules(
+        keys=None if key is None else row_keys(key, n_rows),
+        sampler=sampler,
+        stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
+        pad_id=jnp.int32(endings.pad_id),
+        tap=as_pytree(tap),
+    )
+    return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
+
+
+def check_sampler(sampler: Any, key: Keys | None) -> Any:
+    """Returns the sampler, `Greedy()` for none; raises `ValueError` if it draws and there is no key."""
+    sampler = as_sampler(sampler)
+    if key is None and sampler.draws:
+        name = type(sampler).__name__
+        raise ValueError(f"`key` must be given for a sampler that draws, such as {name}.")
+    return sampler
+
+
+def transform_of(sampler: Any) -> Any:
+    """Returns a sampler's transform; raises `ValueError` for a function in a sampler's place, which has none."""
+    if sampler.transform is None:
+        raise ValueError(
+            "Beam search and speculation need a sampler with a `transform`, such as"
+            " `Categorical(transform)`: what a plain function does to the logits is unknown."
+        )
+    return sampler.transform
+
+
+def as_pytree(tap: Tap | None) -> Any:
+    """Returns the tap as an argument of a compiled program: a plain function becomes a pytree without leaves."""
+    if tap is None:
+        return None
+    if not callable(tap):
+        kind = type(tap).__name__
+        raise ValueError(f"`tap` must be callable, such as `make_tap` returns, got {kind}.")
+    is_plain = jax.tree_util.all_leaves([tap])
+    return jax.tree_util.Partial(tap) if is_plain else tap
+
+
+def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
+    """Returns one typed key for each row, from one key or from `n_rows` of them (typed, or raw uint32 data)."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
+    if key.shape != (n_rows,):
+        got = f"shape {list(key.shape)}"
+        raise ValueError(f"`key` must be one key or {n_rows} keys, one per row; got {got}.")
+    return key
+
+
+def fold_rows(
+    keys: Key[Array, " R"] | None, number: int | Int[Array, ""]
+) -> Key[Array, " R"] | None:
+    """Returns the keys of one step: each row's own, folded with the step's number; None stays None."""
+    if keys is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _check_lengths(lengths: Any, n_rows: int, width: int) -> Int[np.ndarray, " B"]:
+    """Returns how many ids of each row are real."""
+    if lengths is None:
+        return np.full(n_rows, width)
+    expected = f"`lengths` must be integers of shape [{n_rows}]"
+    if isinstance(lengths, jax.Array) and jnp.issubdtype(lengths.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"{expected}, got a key: pass it as `key=`.")
+    lengths = np.asarray(lengths)
+    if lengths.shape != (n_rows,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"{expected}, got {lengths.dtype} of shape {list(lengths.shape)}.")
+    if n_rows and not (lengths.min() >= 1 and lengths.max() <= width):
+        outside = lengths.min() if lengths.min() < 1 else lengths.max()
+        raise ValueError(f"`lengths` must be in 1 to {width}, the columns of `ids`; got {outside}.")
+    return lengths
