@@ -55,7 +55,7 @@ class Checkpoints:
         copied = jax.tree.map(jnp.copy, state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(copied),
-            meta=ocp.args.JsonSave(meta | {"loss": loss}),
+            meta=ocp.args.JsonSave(meta | {"loss": loss}),  # for `best`, of any later process
         )
         metrics = None if loss is None else {"loss": loss}  # by which orbax keeps the best
         # `force`: orbax has rules of its own for which steps are worth saving. The caller decides.
@@ -105,7 +105,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         try:
             restored = self._manager.restore(step, args=items)["state"]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # other shapes; damaged or missing files
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be read: {error}"
             ) from error

@@ -155,6 +155,7 @@ def _check_arguments(
     """Raises `DataError` where an argument of `prepare` is out of range."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"`val_fraction` must be in [0, 1), got {val_fraction}.")
+    # Given for another tokenizer, it would be passed over without a word.
     trains_bpe = tokenizer == "bpe"
     if trains_bpe != (vocab_size is not None):
         raise DataError(
@@ -195,6 +196,7 @@ def _write_part(file: Path, texts: list[str], encoding: Encoding, progress: bool
             opened.write(np.array(ids, encoding.dtype).tobytes())
             n_tokens += len(ids)
             bar.update(piece.n_characters)
+    # Text by text: the corpus as bytes would be one more corpus in memory.
     n_bytes = sum(len(text.encode()) for text in texts)
     return {"tokens": n_tokens, "bytes": n_bytes, "documents": len(texts)}
 

@@ -73,7 +73,7 @@ class MetricsLog:
         self._file = file.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=last_step,
-            initial=first_step,
+            initial=first_step,  # a resumed run's bar goes on where it was
             unit="step",
             disable=not progress,
             dynamic_ncols=True,
@@ -120,7 +120,7 @@ class MetricsLog:
             line["sample"] = evaluation.sample
             text += f"\n{evaluation.sample}\n"
         self._write(line)
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(text, file=sys.stderr)  # above the bar, which a print would break
         self._restart_clock()  # the time that evaluating takes is not the steps'
 
     def _write_step(self, step: int, loss: float, grad_norm: float) -> None:
@@ -131,7 +131,7 @@ class MetricsLog:
             "step": step,
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": float(self._learning_rate(step - 1)),  # of the updates made before
+            "learning_rate": float(self._learning_rate(step - 1)),  # schedules count from 0
             "tokens_per_second": tokens_per_second,
         }
         self._write(line)
@@ -160,6 +160,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
+        # What a killed run wrote half is no JSON: it begins with "{" and has no end.
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines

@@ -60,7 +60,7 @@ class Recipe:
     log_every: int = option(10, "updates between lines of metrics", curve=False)
     sample_tokens: int = option(100, "tokens of text to make at each evaluation", curve=False)
 
-    def __post_init__(self):
+    def __post_init__(self):  # also after `dataclasses.replace`
         self._check_types()
         self._check_counts()
         self._check_learning_rates()
@@ -221,6 +221,7 @@ RECIPES = {
         eval_every=100,
         save_every=100,
     ),
-    # nanoGPT's `config/train_gpt2.py`: 124M parameters, half a million tokens an update.
+    # nanoGPT's `config/train_gpt2.py`, the defaults: 124M parameters, half a million tokens an
+    # update.
     "gpt2": Recipe(dtype="bfloat16"),
 }

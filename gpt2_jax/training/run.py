@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     config: GPT2Config
     corpus: Corpus
     batches: Batches
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformation  # `optimizer`'s one object, or each call would compile anew
     identity: dict[str, Any]  # what tells it from other runs; `run.json` holds it
 
 
@@ -166,6 +166,7 @@ def export(
     out = Path(out)
     run = read_run(out)
     with Checkpoints(out / "checkpoints", n_latest=run.recipe.keep) as checkpoints:
+        # Not the latest: what was trained too long knows its data by heart and other texts less.
         step = checkpoints.best()
         if step is None:
             raise CheckpointError(f"{out} holds no checkpoint yet.")
@@ -268,6 +269,7 @@ def _initial_model(
     """Returns the config and the params that a run begins with, fresh or pretrained."""
     if from_pretrained is not None:
         return _pretrained_model(recipe, corpus, from_pretrained)
+    # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
     # In float32 whatever the model computes in, as the recipe's `dtype` promises.
@@ -283,7 +285,7 @@ def _pretrained_model(
     Raises:
       DataError: the data has another vocabulary, or a larger one.
     """
-    folder = resolve(from_pretrained)
+    folder = resolve(from_pretrained)  # once: both of what follows come from one revision
     config, params = load(folder, dtype="float32")
     try:
         tokenizer = Tokenizer.load(folder)
@@ -294,6 +296,7 @@ def _pretrained_model(
             f"The data was made with another vocabulary than {from_pretrained}'s: prepare it with "
             f"`--tokenizer {from_pretrained}`."
         )
+    # Fewer tokens than the model's are fine: its table may be padded to a round number.
     if corpus.vocab_size > config.vocab_size:
         raise DataError(
             f"The data has {corpus.vocab_size} tokens in its vocabulary, "
@@ -334,7 +337,7 @@ def _starting_position(
       CheckpointError: there is a checkpoint that is not to be resumed, or it is of another run.
     """
     latest = checkpoints.latest()
-    if latest is None:
+    if latest is None:  # also where a run is resumed that was killed before its first checkpoint
         # Folded, as the key of the seed itself made the initial weights.
         key = jax.random.fold_in(jax.random.key(plan.recipe.seed), 1)
         return Position(state=init_state(params, plan.tx), cursor=0, key=key)
@@ -353,11 +356,12 @@ def _starting_position(
 
 
 def _check_same_run(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises `CheckpointError` where two runs differ in what shapes the loss curve; names it all."""
+    """Raises `CheckpointError`, naming it all, where two runs differ in what shapes the curve."""
     now = _flat(ours)
     then = _flat(theirs)
     free = {f"recipe.{name}" for name in changeable_fields()}
     differences = []
+    # Of both: a field that a version before or after this one knows is a difference too.
     for name in sorted(now.keys() | then.keys()):
         if name not in free and now.get(name) != then.get(name):
             differences.append(f"{name}: {then.get(name)!r} then, {now.get(name)!r} now")
@@ -432,18 +436,20 @@ def _train(
     # Steps are counted here: to read `state.step` would wait for the device at every step.
     for step in range(first_step + 1, recipe.steps + 1):
         cursor = position.cursor
+        # The state's memory goes over to the next one: nobody else may hold it from here on.
         position, metrics = _advance(plan, position, step)
         log.started(Pending(step, cursor, metrics))
 
         is_last = step == recipe.steps or stop_requested()
         val_loss = None
         if _is_evaluated(plan, step):
-            log.settle()
+            log.settle()  # the step's line comes before its evaluation's
             evaluation = _evaluate(plan, position, step)
             log.evaluated(evaluation)
             val_loss = evaluation.val_loss
+        # Wherever a loss was measured, so that the checkpoint of the least one can be kept.
         if is_last or val_loss is not None or step % recipe.save_every == 0:
-            log.settle()  # a state whose loss is not finite is never saved
+            log.settle()  # raises: a state whose loss is not finite is never saved
             checkpoints.save(position.state, _checkpoint_meta(plan, position), loss=val_loss)
         if is_last:
             break
@@ -466,7 +472,7 @@ def _advance(plan: Plan, position: Position, step: int) -> tuple[Position, Metri
             micro_batches=plan.recipe.micro_batches,
             remat=plan.recipe.remat,
         )
-    except ValueError as error:
+    except ValueError as error:  # whose message knows neither of the two numbers
         raise TrainingError(f"Step {step}, batch {position.cursor}: {error}") from error
     return Position(state, position.cursor + 1, position.key), metrics
 
@@ -506,6 +512,7 @@ def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:
     if tokenizer is None or plan.corpus.val is None or n_tokens == 0:
         return None
     first_id = plan.corpus.val[0] if tokenizer.eot_id is None else tokenizer.eot_id
+    # A vocabulary of characters has fewer tokens than 200.
     top_k = TopK(min(SAMPLE_TOP_K, plan.config.vocab_size))
     sampled = generate(
         params,

@@ -18,7 +18,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
 
-    received: list[int] = []
+    received: list[int] = []  # a list, as the handler must change it, not bind a name of its own
 
     def remember(signal_number: int, frame: FrameType | None) -> None:
         del frame

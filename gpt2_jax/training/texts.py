@@ -19,7 +19,7 @@ BYTE_ORDER_MARK = "\ufeff"  # Windows' editors begin UTF-8 files with it; it is 
 # goes on: the ids of what stands before, and then those of what stands behind, are those of both.
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
-# A line of its own, up to and with its end.
+# A line of its own, with its end. Within a line the mark is ordinary text.
 DOCUMENT_END = re.compile(rf"^{re.escape(END_OF_TEXT)}[ \t]*(?:\r?\n|$)", re.MULTILINE)
 PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*")
 
@@ -65,6 +65,7 @@ def documents(text: str, unwrap: bool) -> list[str]:
     With `unwrap`, the lines of each paragraph are joined to one.
     """
     parted = DOCUMENT_END.split(text)
+    # Before the first mark and after the last there may be nothing.
     found = [document for document in parted if document.strip()]
     if unwrap:
         return [_unwrapped(document) for document in found]
@@ -118,6 +119,7 @@ def _text_files(path: Path) -> list[Path]:
     """Returns a file, or the texts of a folder and its folders in the order of their names."""
     if path.is_file():
         return [path]
+    # Sorted: disks list their files in orders of their own, and the ids must be the same anywhere.
     files = sorted(path.rglob("*.txt")) if path.is_dir() else []
     if not files:
         raise DataError(f"{path}: expected a text file, or a folder with *.txt.")
