@@ -197,7 +197,7 @@ def read_run(out: str | Path) -> RunRecord:
             config=GPT2Config.from_dict(values["config"]),
             from_pretrained=values["from_pretrained"],
         )
-    except (KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of whatever else it holds
         raise CheckpointError(f"{file}: expected what `fit` writes, got {error}.") from error
 
 
