@@ -57,7 +57,7 @@ from gpt2_jax.interpretability.taps import (
 )
 from gpt2_jax.model import apply, decode_step, init, prefill, unembed
 from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.step import (
@@ -87,6 +87,7 @@ __all__ = [
     "Likelihood",
     "LogitAttribution",
     "MinP",
+    "Pretrained",
     "Speculation",
     "Temperature",
     "Tokenizer",
@@ -114,6 +115,7 @@ __all__ = [
     "init_state",
     "load",
     "load_generation_config",
+    "load_pretrained",
     "load_tokenizer",
     "logit_lens",
     "make_optimizer",

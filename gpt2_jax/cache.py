@@ -1,8 +1,8 @@
 """The KV cache: what decoding remembers of each row. Alone knows how keys and values lie in memory.
 
-Axes are those of `modules.py`: B rows, T new tokens, S slots, H heads, K head width. Keys and values come and go as
-`[B, T, H, K]`; whoever decodes asks for them to be written, read, lengthened, selected or forgotten, and never
-looks inside. Nothing here is jitted; everything can be.
+Axes are those of `modules.py`: B rows, T new tokens, S slots, H heads, K head width. Keys and
+values come and go as `[B, T, H, K]`; whoever decodes asks for them to be written, read, lengthened,
+selected or forgotten, and never looks inside. Nothing here is jitted; everything can be.
 """
 
 from functools import partial
@@ -25,7 +25,8 @@ SMALLEST_CACHE = (
 class LayerCache(NamedTuple):
     """One layer's keys and values, as the products with one query read them.
 
-    Rows and heads share an axis: were they two, XLA would copy the cache before each product and each write.
+    Rows and heads share an axis: were they two, XLA would copy the cache before each product and
+    each write.
     """
 
     keys: Float[Array, "BH K S"]
@@ -35,8 +36,8 @@ class LayerCache(NamedTuple):
 class KVCache(NamedTuple):
     """What decoding remembers of `B` rows, in `S` slots.
 
-    A slot holds one token of each row; rows of different lengths leave some of their slots unused. Positions enter
-    at the input only, so a token's slot and its position may differ.
+    A slot holds one token of each row; rows of different lengths leave some of their slots unused.
+    Positions enter at the input only, so a token's slot and its position may differ.
     """
 
     layers: tuple[LayerCache, ...]
@@ -127,7 +128,7 @@ def empty(config: GPT2Config, rows: int, slots: int) -> KVCache:
 
 
 def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots: int) -> KVCache:
-    """Returns the cache of right-padded prompts that were read from slot 0 on, with room for `slots` tokens."""
+    """Returns the cache of right-padded prompts read from slot 0 on, with room for more."""
     width = layers[0].keys.shape[2]
     return KVCache(
         layers=_lengthen_layers(layers, slots - width),
@@ -138,7 +139,9 @@ def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots:
 
 
 def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVCache:
-    """Returns the cache after `count` tokens of each row were written to its `layers`, at `cache.slot`."""
+    """Returns the cache after `count` tokens of each row were written to its layers at its slot."""
+    # Slots behind `slot` may hold what a longer pass wrote before: they count again once written
+    # anew.
     return KVCache(
         layers=layers,
         valid=cache.valid | _new_slots(cache, count).any(axis=1),
@@ -148,7 +151,7 @@ def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVC
 
 
 def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
-    """Returns which slots each of `count` new tokens sees: what is there, and new ones up to itself."""
+    """Returns which slots each of `count` new tokens sees: old ones, and new ones up to itself."""
     return (cache.valid[:, None] | _new_slots(cache, count))[:, None]
 
 
@@ -162,7 +165,7 @@ def lengthen(cache: KVCache, slots: int) -> KVCache:
 
 
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
-    """Returns a cache of some rows of another, in the order of `rows`; a row may come more than once."""
+    """Returns a cache of some rows of another, in their order; a row may come more than once."""
     n_rows = len(cache.valid)
 
     def take(x):  # [BH, ...] -> [RH, ...]
@@ -178,10 +181,10 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
 
 
 def keep_first(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
-    """Returns the cache in which each row remembers its first `lengths[b]` slots and goes on behind them.
+    """Returns the cache that remembers the first `lengths` slots, and goes on behind them.
 
-    For caches in which a token's slot is its position: those of prompts, and whatever was written behind them with a
-    slot for each row. What stood behind is overwritten: so a row can go back.
+    For caches in which a token's slot is its position: those of prompts, and whatever was written
+    behind them with a slot for each row. What stood behind is overwritten: so a row can go back.
     """
     return cache._replace(
         valid=jnp.arange(cache.slots)[None] < lengths[:, None],
@@ -202,8 +205,8 @@ def bucket(length: int, largest: int | None = None) -> int:
 def cache_slots(used: int, most: int) -> int:
     """Returns how many slots a cache gets of which `used` are in use and at most `most` will be.
 
-    Twice as many as are used, so that it seldom grows, in steps of a quarter of a power of two, so that few programs
-    serve all.
+    Twice as many as are used, so that it seldom grows, in steps of a quarter of a power of two, so
+    that few programs serve all.
     """
     size = min(most, max(SMALLEST_CACHE, 2 * used))
     step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
@@ -214,7 +217,7 @@ def cache_slots(used: int, most: int) -> int:
 
 
 def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: int = 1) -> Array:
-    """Puts `new[N, ..., T, ...]` into `old[N, ..., S, ...]` from a place on: one for all rows, or each row's own."""
+    """Puts `new[N, ..., T, ...]` into `old[N, ..., S, ...]`, from `start` on."""
     if jnp.ndim(start) == 0:
         return lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
     put_row = partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
@@ -222,7 +225,7 @@ def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: 
 
 
 def _new_slots(cache: KVCache, count: int) -> Bool[Array, "#B T S"]:
-    """Returns which of the `count` next slots are the token's own or those of the new tokens before it."""
+    """Returns which slots are a new token's own, or those of the new tokens before it."""
     slot = jnp.reshape(cache.slot, (-1, 1, 1))
     slots = jnp.arange(cache.slots)[None, None]
     tokens = jnp.arange(count)[None, :, None]
@@ -239,6 +242,7 @@ def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerC
     """Returns the layers with `count` more slots."""
     none = (0, 0)
     more = (0, count)
+    # Layer by layer: a stacked array would be copied whole at each step of a loop.
     return tuple(
         LayerCache(
             keys=jnp.pad(layer.keys, (none, none, more)),

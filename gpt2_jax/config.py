@@ -1,12 +1,21 @@
-"""What shapes a GPT-2 and its arithmetic. Knows HF's `config.json`, and nothing of arrays."""
+"""What shapes a GPT-2 and its arithmetic.
 
+Knows HF's `config.json`, and nothing of arrays: it can be imported without JAX.
+"""
+
+import contextlib
 import dataclasses
-import json
+import math
 import operator
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.files import read_json_object
+
+# HF's names (transformers/activations.py). `modules.ACTIVATIONS` holds the function of each; the
+# names stand here as well, so that a config is checked without JAX.
 ACTIVATIONS = (
     "gelu_new",
     "gelu",
@@ -28,18 +37,43 @@ ACTIVATIONS = (
     "sigmoid",
     "linear",
 )
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-PRECISIONS = ("default", "high", "highest")
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of params and of computation alike
+PRECISIONS = ("default", "high", "highest")  # those of `jax.lax.Precision`
+
+# Fields by what they may hold.
+COUNTS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+POSITIVE = ("layer_norm_epsilon", "initializer_range")
+CHOICES = {"activation_function": ACTIVATIONS, "dtype": DTYPES, "precision": PRECISIONS}
+
+# Fields of `config.json` that, unless they are empty, change the model in a way that is not built
+# here -> why, or what to do about it. They are refused, as the rest would load without a word.
+UNSUPPORTED = {
+    "add_cross_attention": "this library holds the decoder alone",
+    "is_encoder_decoder": "this library holds the decoder alone",
+    "pruned_heads": "save the pruned model with all its heads",
+    "quantization_config": "load the checkpoint that it was quantised from",
+}
 
 
 def as_count(name: str, value: Any, least: int = 1) -> int:
-    """Returns a whole number of at least `least`; raises `ValueError`, which names it, for anything else."""
-    expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from None
-    if isinstance(value, bool) or count < least:
+    """Returns a count as Python's `int`, from any integer: numpy's and JAX's too, but no bool.
+
+    Args:
+      name: what the message calls the value.
+      value: what was given.
+      least: the smallest count that makes sense.
+
+    Raises:
+      ValueError: `value` is no integer (not even 2.0 is), or less than `least`.
+    """
+    count = None
+    # `True` is an integer to Python, but no count of layers.
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            count = operator.index(value)
+    if count is None or count < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
     return count
 
@@ -48,12 +82,15 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
 class GPT2Config:
     """The shape and the arithmetic of a GPT-2, under the names of HF's `GPT2Config`.
 
-    Frozen and hashable, so that it can be a static argument of `jax.jit`. The two last fields are ours:
+    Frozen and hashable: to JAX it is static, a part of the program (`modules.py` registers it so).
+    Numbers of numpy are stored as Python's. The two last fields are ours:
 
-    * `dtype`: the dtype of matrix products and activations. LayerNorm statistics, softmax and logits are
-      computed in float32 (float64 when `dtype` is float64). Parameters keep the dtype they come in.
-    * `precision`: how exactly an accelerator multiplies float32 matrices. `"highest"` means true float32,
-      `"high"` and `"default"` let a TPU or GPU use fewer bits (bfloat16 passes, TF32); on CPU all are equal.
+    * `dtype`: the dtype of matrix products and activations. LayerNorm statistics, softmax and
+      logits are computed in float32 (float64 when `dtype` is float64). Parameters keep the dtype
+      they come in.
+    * `precision`: how exactly an accelerator multiplies float32 matrices. `"highest"` means true
+      float32, `"high"` and `"default"` let a TPU or GPU use fewer bits (bfloat16 passes, TF32); on
+      CPU all are equal.
 
     Raises:
       ValueError: a field is out of range or names something unsupported.
@@ -73,9 +110,8 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    reorder_and_upcast_attn: bool = (
-        False  # scores are always scaled and normalised in float32 or better
-    )
+    # HF's flag for float16; here scores are always scaled and normalised in float32 or better.
+    reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
@@ -83,39 +119,30 @@ class GPT2Config:
     dtype: str = "float32"
     precision: str = "highest"
 
-    def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            value = getattr(self, name)
-            if name == "n_inner" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            self._store(name, as_count(name, getattr(self, name)))
+        if self.n_inner is not None:
+            self._store("n_inner", as_count("n_inner", self.n_inner))
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"`n_embd` must be a multiple of `n_head`, got n_embd={self.n_embd} and n_head={self.n_head}."
-            )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)!r}.")
-        if not self.layer_norm_epsilon > 0.0:
-            raise ValueError(
-                f"`layer_norm_epsilon` must be positive, got {self.layer_norm_epsilon!r}."
-            )
-        if not self.initializer_range > 0.0:
-            raise ValueError(
-                f"`initializer_range` must be positive, got {self.initializer_range!r}."
-            )
-        for name, allowed in (
-            ("activation_function", ACTIVATIONS),
-            ("dtype", DTYPES),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
-                )
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+            got = f"n_embd={self.n_embd} and n_head={self.n_head}"
+            raise ValueError(f"`n_embd` must be a multiple of `n_head`, got {got}.")
+        for name in PROBABILITIES:
+            self._store(name, _as_probability(name, getattr(self, name)))
+        for name in POSITIVE:
+            self._store(name, _as_positive(name, getattr(self, name)))
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        # A list, as JSON has it, becomes a tuple: a config must be hashable.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self._store(name, _plain_ids(getattr(self, name)))
+
+    def _store(self, name: str, value: Any) -> None:
+        """Sets a field while the config is being made."""
+        # `self.name = value` is what a frozen dataclass forbids, here too.
+        object.__setattr__(self, name, value)
 
     @property
     def head_dim(self) -> int:
@@ -125,16 +152,18 @@ class GPT2Config:
     @property
     def mlp_width(self) -> int:
         """Width of the hidden layer of the MLP."""
-        return self.n_inner or 4 * self.n_embd
+        return self.n_inner or 4 * self.n_embd  # 4: the paper's
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text: none, one or several."""
         if self.eos_token_id is None:
             return ()
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        if isinstance(self.eos_token_id, tuple):
+            return self.eos_token_id
+        return (self.eos_token_id,)
 
-    def replace(self, **changes) -> "GPT2Config":
+    def replace(self, **changes: Any) -> "GPT2Config":
         """Returns a copy with some fields changed, checked anew."""
         return dataclasses.replace(self, **changes)
 
@@ -142,8 +171,8 @@ class GPT2Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "GPT2Config":
         """Builds a config from the contents of HF's `config.json`.
 
-        Fields that only other heads, generation or bookkeeping use are passed over. `n_ctx`, which old files
-        hold beside or instead of `n_positions`, must agree with it.
+        Fields that only other heads, generation or bookkeeping use are passed over. `n_ctx`, which
+        old files hold beside or instead of `n_positions`, must agree with it.
 
         Raises:
           ValueError: another architecture, or a field whose value this library does not support.
@@ -151,49 +180,77 @@ class GPT2Config:
         values = dict(values)
         model_type = values.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise ValueError(
-                f'`model_type` must be "gpt2", got "{model_type}": this is another architecture.'
-            )
-        for name, why in _UNSUPPORTED.items():
+            got = f'got "{model_type}": this is another architecture'
+            raise ValueError(f'`model_type` must be "gpt2", {got}.')
+        for name, advice in UNSUPPORTED.items():
             if values.get(name):
-                raise ValueError(f"`{name}={values[name]!r}` is not supported: {why}.")
+                raise ValueError(f"`{name}={values[name]!r}` is not supported: {advice}.")
         if "n_ctx" in values:
-            n_ctx = values.pop("n_ctx")
-            if values.setdefault("n_positions", n_ctx) != n_ctx:
-                raise ValueError(
-                    f"`n_ctx` must equal `n_positions`, got n_ctx={n_ctx} and n_positions={values['n_positions']}."
-                )
-        # HF's `dtype` (once `torch_dtype`) says how the file is stored; the weights themselves say it better.
-        known = {field.name for field in dataclasses.fields(cls)} - {"dtype", "precision"}
+            n_ctx = values["n_ctx"]
+            n_positions = values.setdefault("n_positions", n_ctx)
+            if n_positions != n_ctx:
+                got = f"n_ctx={n_ctx} and n_positions={n_positions}"
+                raise ValueError(f"`n_ctx` must equal `n_positions`, got {got}.")
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])  # JSON has no tuples
+        known = {field.name for field in dataclasses.fields(cls)}
+        # HF's `dtype` (once `torch_dtype`) says how the file is stored; the weights themselves say
+        # it better.
+        known -= {"dtype", "precision"}
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents of an HF `config.json` for a `GPT2LMHeadModel` of this shape."""
         values = dataclasses.asdict(self)
-        del values["precision"]
+        del values["precision"]  # says how to compute, not what the model is
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | values
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "GPT2Config":
-        """Reads HF's `config.json`; a `ValueError` names the file and what is wrong in it."""
+        """Reads HF's `config.json`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the message names the file and what is wrong in it.
+        """
+        values = read_json_object(Path(path))
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, got {type(values).__name__}")
             return cls.from_dict(values)
+        # `TypeError`: a list or an object where a name should stand cannot be looked up.
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-_UNSUPPORTED = {
-    "add_cross_attention": "this library holds the decoder alone",
-    "is_encoder_decoder": "this library holds the decoder alone",
-    "pruned_heads": "save the pruned model with all its heads",
-    "quantization_config": "load the checkpoint that it was quantised from",
-}
+def _as_probability(name: str, value: Any) -> float:
+    """Returns the rate of a dropout as Python's `float`."""
+    rate = float(value) if isinstance(value, Real) else math.nan
+    if not 0.0 <= rate < 1.0:  # at 1, nothing would be left to rescale
+        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
+    return rate
 
+
+def _as_positive(name: str, value: Any) -> float:
+    """Returns a positive number as Python's `float`."""
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not number > 0.0:  # `<=` would let NaN pass
+        raise ValueError(f"`{name}` must be positive, got {value!r}.")
+    return number
+
+
+def _plain_ids(ids: Any) -> Any:
+    """Returns a token id, several or `None`, with numpy's integers as Python's for JSON's sake."""
+    # Their values are free: some files hold -1, or ids beyond the vocabulary, for a token that the
+    # model never had.
+    if isinstance(ids, (list, tuple)):
+        return tuple(_plain_ids(id) for id in ids)
+    if hasattr(ids, "__index__"):
+        return operator.index(ids)
+    return ids
+
+
+# The published models, under the names that HF gave them.
 PRESETS = {
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),

@@ -1,4 +1,8 @@
-"""Writing files all or nothing, and the error for what stands on disk. Knows no format and no array."""
+"""Files on disk: a JSON object read, a file or folder replaced all or nothing, a bad one's error.
+
+Knows no format but JSON, and neither models nor arrays: whoever reads or writes files can import it
+without JAX.
+"""
 
 import contextlib
 import json
@@ -8,47 +12,98 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+NameFilter = Callable[[str], bool]  # whether a file is meant, by its name
+
+MAX_LISTED = 20  # names of files in one message: about two lines of a terminal
+
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or not what was asked for; the message says which, and what to do."""
+    """A checkpoint is missing, damaged or not what was asked for; the message says what to do."""
+
+
+# JSON.
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not UTF-8, not JSON, nested too deeply, or holds something else than
+        an object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also `UnicodeDecodeError`, which is one
+        raise ValueError(f"{file}: expected JSON, got {error}.") from error
+    except RecursionError as error:  # Python's parser calls itself for every bracket
+        raise ValueError(f"{file}: expected JSON, got one nested too deeply to read.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, got {type(values).__name__}.")
+    return values
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# Replacing.
 
 
 @contextlib.contextmanager
 def replacing(
-    target: str | Path, *, overwrite: bool = False, keep: Callable[[str], bool] | None = None
+    target: str | Path, *, overwrite: bool = False, keep: NameFilter | None = None
 ) -> Iterator[Path]:
-    """Yields a fresh path beside `target`, which takes the place of `target` if the body succeeds, else vanishes.
+    """Yields a fresh path, which takes the place of `target` if the body succeeds, else vanishes.
 
-    A folder that is overwritten keeps those of its files that are not rewritten and whose name `keep` wants.
+    Args:
+      target: the file or folder to write. Folders above it are made.
+      overwrite: replaces a file, or a folder that is not empty.
+      keep: called with the name of each file in a folder that is overwritten: whether to keep it,
+        unless it is written anew. By default none is kept.
+
+    Raises:
+      CheckpointError: `target` is in use and `overwrite` is not set, or a folder would replace a
+        file.
     """
     target = Path(target).expanduser().resolve()
     in_use = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if in_use and not overwrite:
-        raise CheckpointError(
-            f"{target} exists already: expected a new or empty place, or `overwrite`."
-        )
+        expected = "a new or empty place, or `overwrite`"
+        raise CheckpointError(f"{target} exists already: expected {expected}.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, not in /tmp: a rename is atomic within one file system only. The process's
+    # id keeps two writers apart, and the leading dot keeps half a file out of a shell's `*`.
     temporary = target.with_name(f".{os.getpid()}-new-{target.name}")
-    old = target.with_name(f".{os.getpid()}-old-{target.name}")
     try:
         yield temporary
         if temporary.is_dir() and in_use:
-            if target.is_file():
-                raise CheckpointError(f"Expected a folder to replace, got the file {target}.")
-            target.rename(old)
-            temporary.rename(target)
-            for file in old.iterdir():
-                if keep and keep(file.name) and not (target / file.name).exists():
-                    file.rename(target / file.name)
-            shutil.rmtree(old)
+            _replace_folder(target, temporary, keep)
         else:
+            # An empty folder gives way to a rename, as a file does.
             temporary.replace(target)
     finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _replace_folder(target: Path, new: Path, keep: NameFilter | None) -> None:
+    """Puts the folder `new` in the place of a full one, of which it keeps what `keep` wants."""
+    if target.is_file():
+        raise CheckpointError(f"Expected a folder to replace, got the file {target}.")
+    # No rename replaces a full folder. Between these two the target is missing, but nothing is
+    # lost: whoever is interrupted here finds the old folder beside it.
+    old = target.with_name(f".{os.getpid()}-old-{target.name}")
+    target.rename(old)
+    new.rename(target)
+    for file in old.iterdir():
+        is_kept = keep is not None and keep(file.name)
+        if is_kept and not (target / file.name).exists():
+            file.rename(target / file.name)
+    shutil.rmtree(old)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -67,4 +122,6 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def listing(folder: Path) -> str:
-    return ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "an empty folder"
+    """Returns the names of a folder's first files, for a message that says what was found."""
+    names = sorted(file.name for file in folder.iterdir())
+    return ", ".join(names[:MAX_LISTED]) or "an empty folder"

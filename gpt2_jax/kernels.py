@@ -1,7 +1,9 @@
-"""What XLA needs said differently to be fast on one platform. Knows arrays; nothing of models or of sampling.
+"""What XLA needs said differently to be fast on one platform.
 
-Each function computes what its plain form computes; its docstring gives that form and what was measured. Readers
-of the maths may take the plain form for granted and pass this file over.
+Knows arrays; nothing of models or of sampling.
+
+Each function computes what its plain form computes; its docstring gives that form and what was
+measured. Readers of the maths may take the plain form for granted and pass this file over.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,8 @@ def product(
 ) -> Num[Array, "N O"]:
     """Returns `x @ kernel`.
 
-    One row goes in parts on CPU, where XLA's matrix-vector product slows down, by a third, as the sum gets longer.
+    One row goes in parts on CPU, where XLA's matrix-vector product slows down, by a third, as the
+    sum gets longer.
     """
     one_row = x.shape[0] == 1 and x.shape[1] % ROW_PARTS == 0
     if not one_row:
@@ -54,9 +57,10 @@ def _row_product_in_parts(
 
 
 def query_parts(length: int) -> list[tuple[int, int]]:
-    """Returns the parts, `(start, end)` each, in which `length` causal queries are best attended to.
+    """Returns the parts, `(start, end)`, in which causal queries are best attended to.
 
-    The queries of a part see no key behind its end, so the upper right of the square of scores is never computed.
+    The queries of a part see no key behind its end, so the upper right of the square of scores is
+    never computed.
     """
     count = min(QUERY_PARTS, -(-length // SMALLEST_QUERY_PART))
     bounds = [length * part // count for part in range(count + 1)]
@@ -69,7 +73,8 @@ def query_parts(length: int) -> list[tuple[int, int]]:
 def argmax(x: Num[Array, "... V"]) -> Int[Array, "..."]:
     """Returns `jnp.argmax(x, axis=-1)`: where the largest is, the first of ties, in int32.
 
-    By two plain reductions: in `jnp.argmax`, a reduction of pairs, XLA's loop on CPU is four times slower.
+    By two plain reductions: in `jnp.argmax`, a reduction of pairs, XLA's loop on CPU is four times
+    slower.
     """
     size = x.shape[-1]
     places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
@@ -98,7 +103,8 @@ def ascending(x: Float[Array, "... V"]) -> Float[Array, "... V"]:
 def kth_largest(x: Float[Array, "... V"], k: int) -> Float[Array, "... 1"]:
     """Returns `jnp.sort(x)[..., -k]`, or the least of all if there are fewer than `k`.
 
-    As the least of the `k` largest: were it taken by its place, XLA on CPU would sort all of the vocabulary.
+    As the least of the `k` largest: were it taken by its place, XLA on CPU would sort all of the
+    vocabulary.
     """
     largest, _ = lax.top_k(x, min(k, x.shape[-1]))
     return largest.min(axis=-1, keepdims=True)
@@ -110,20 +116,26 @@ def kth_largest(x: Float[Array, "... V"], k: int) -> Float[Array, "... 1"]:
 def outside_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, "#B #1"], min_tokens_to_keep: int
 ) -> Bool[Array, "B V"]:
-    """Returns which tokens nucleus sampling removes: those that, with all less likely ones, hold at most `1 - p`.
+    """Returns which tokens nucleus sampling removes (arXiv:1904.09751).
+
+    Those that, together with all less likely ones, hold at most `1 - p` of the probability.
 
     The definition, in the order of a stable ascending sort of the logits:
 
-        removed = cumsum(softmax(sorted_logits)) <= 1 - p        but for the last `min_tokens_to_keep`
+        removed = cumsum(softmax(sorted_logits)) <= 1 - p        but for the last
+        `min_tokens_to_keep`
 
-    Of tokens with equal logits the first in the vocabulary go first. At `p = 1` nothing is removed. Where no row has
-    more than `FEW` tokens left, as after a top-k, only those are sorted: 1.5 ms become 0.1 ms a row on CPU.
+    Of tokens with equal logits the first in the vocabulary go first. At `p = 1` nothing is removed.
+    Where no row has more than `FEW` tokens left, as after a top-k, only those are sorted: 1.5 ms
+    become 0.1 ms a row on CPU.
     """
     size = logits.shape[-1]
     few = min(FEW, size)
 
     def cut(in_order, n_absent):
-        """Returns how many tokens go, `n_absent` others before these among them, and the least logit that stays."""
+        """Returns how many tokens go, with the `n_absent` before these, and the least logit that
+        stays.
+        """
         held = jnp.cumsum(jax.nn.softmax(in_order, axis=-1), axis=-1)
         removed = (held <= 1 - p) & (p < 1)  # the sum's last digit must not decide at p = 1
         removed = removed.at[..., -min_tokens_to_keep:].set(False)
@@ -150,5 +162,9 @@ def outside_nucleus(
 
 @cache
 def normal(stddev: float) -> Callable[..., Array]:
-    """Returns the initializer N(0, stddev), jitted: linen asks it for its shape at every call of a layer."""
+    """Returns the initializer N(0, stddev), jitted.
+
+    Linen asks it for its shape at every call of a layer: traced anew, that took half a second of a
+    start.
+    """
     return jax.jit(nn.initializers.normal(stddev), static_argnums=(1, 2))

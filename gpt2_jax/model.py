@@ -1,6 +1,7 @@
-"""GPT-2's forward pass as pure functions over params: init, apply, prefill, extend, decode_step, unembed.
+"""GPT-2's forward pass as pure functions over params.
 
-Nothing but `init` compiles itself: wrap what you call in `jax.jit`. A `GPT2Config` is static by itself.
+Nothing but `init` compiles itself: wrap what you call in `jax.jit`. A `GPT2Config` is static by
+itself.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, wide_dtype
 def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
 
-    Weights are N(0, `initializer_range`), those of the projections into the residual stream divided by
-    `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or float64 when
-    `config.dtype` is.
+    Weights are N(0, `initializer_range`), those of the projections into the residual stream divided
+    by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
+    float64 when `config.dtype` is.
     """
     body_key, head_key = jax.random.split(key)
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -35,6 +36,7 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     if not config.tie_word_embeddings:
         shape = (config.vocab_size, config.n_embd)
         noise = jax.random.normal(head_key, shape, wide_dtype(config))
+        # HF draws an untied head like any other matrix.
         params["lm_head"] = {"embedding": config.initializer_range * noise}
     return params
 
@@ -55,19 +57,20 @@ def apply(
     Args:
       params: the parameters, as `init` or `load` return them.
       ids: token ids. Padding may hold any id of the vocabulary.
-      lengths: how many ids of each row are real. Needed only for left-padded rows: padding on the right comes after
-        everything that a real token sees. Logits at padding are meaningless.
+      lengths: how many ids of each row are real. Needed only for left-padded rows: padding on the
+        right comes after everything that a real token sees. Logits at padding are meaningless.
       config: the model's configuration.
       padding_side: "right" or "left", where the padding is.
-      tap: called as `tap(site, activation)` at every site; what it returns takes the activation's place. See
-        `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`, which are easier.
+      tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
+        place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
+        which are easier.
       dropout_key: turns dropout on.
       remat: in a backward pass, recomputes each layer's activations instead of keeping them.
 
     Raises:
-      ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where its values can be
-        seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such an id gives NaN. Or rows are
-        left-padded and `lengths` are missing.
+      ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
+        its values can be seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such
+        an id gives NaN. Or rows are left-padded and `lengths` are missing.
     """
     hidden = hidden_states(
         params,
@@ -143,6 +146,7 @@ def prefill(
         lengths = jnp.full(n_rows, width, jnp.int32)
     lengths = jnp.asarray(lengths, jnp.int32)
     hidden, layers = forward(params, ids, causal(width), config=config, tap=tap)
+    # The head is the largest product of all: it is computed for the last tokens alone.
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
     logits = tap("logits", unembed(params, last, config=config))
     return logits, kv_cache.of_prompts(layers, lengths, slots)
@@ -156,14 +160,16 @@ def extend(
     config: GPT2Config,
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Reads `T` more tokens of each row; returns the logits after each, and the cache that holds them.
+    """Reads `T` more tokens of each row; returns the logits after each, and the longer cache.
 
-    The cache must have `T` free slots behind `cache.slot`: that is the caller's to see to. Positions beyond
-    `n_positions` have no meaning.
+    The cache must have `T` free slots behind `cache.slot`: that is the caller's to see to.
+    Positions beyond `n_positions` have no meaning.
     """
     n_tokens = ids.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(n_tokens)[None]  # [B, T]
     shared = Pass(
+        # What stands beyond the context is looked up all the same, and must not read NaN into the
+        # cache.
         positions=jnp.minimum(positions, config.n_positions - 1),
         mask=kv_cache.visible(cache, n_tokens),
         past=cache.layers,
@@ -200,7 +206,7 @@ def decode_step(
 def unembed(
     params: Params, hidden: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
-    """Returns logits of final hidden states, in float32 or better, through the tied or separate head."""
+    """Returns logits of final hidden states, in float32 or better, by the tied or separate head."""
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
@@ -220,13 +226,13 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
 def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Returns the log-probability of each token under its logits, in nats and in the dtype of the logits."""
+    """Returns the log-probability of each token under its logits, in nats and their dtype."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def causal(length: int) -> Pass:
-    """Returns positions and mask of a text that is read from its start: each token sees itself and those before."""
+    """Returns positions and mask of a text that is read from its start."""
     positions = jnp.arange(length)[None]  # [1, T]
     mask = positions[:, None, None, :] <= positions[:, None, :, None]  # [1, 1, T, T]
     return Pass(positions=positions, mask=mask)
@@ -243,8 +249,10 @@ def forward(
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
+    # Linen refuses params that no module takes; a separate head is `unembed`'s.
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     model = GPT2(config)
+    # Linen's type says what any module might return.
     out: Any = model.apply(
         {"params": body}, ids, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
@@ -257,8 +265,10 @@ def check_ids(
     """Returns `ids` as an array.
 
     Raises:
-      ValueError: it is not one `[B, T]` of ids, at most `longest` a row. Values are seen outside `jit` alone.
+      ValueError: it is not one `[B, T]` of ids, at most `longest` a row. Values are seen outside
+        `jit` alone.
     """
+    # Lists stay on the host until they are checked; arrays of JAX stay where they are.
     if not isinstance(ids, jax.Array):
         ids = np.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -286,7 +296,8 @@ def check_side(padding_side: str) -> None:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts of different lengths as one batch: ids `int32[B, T]`, padded on the right with 0, and lengths.
+    """Returns texts of different lengths as one batch, padded on the right with 0, and their
+    lengths.
 
     `T` is the longest row's length, or `width`.
     """

@@ -1,11 +1,15 @@
-"""GPT-2 as linen modules. Knows one forward pass; what it is for (scoring, prefill, decoding) is the caller's.
+"""GPT-2 as linen modules: one forward pass.
 
-Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP width, V vocabulary;
+Knows nothing of what it is for; scoring, prefill and decoding are the caller's.
+
+Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP
+  width, V vocabulary;
 I and O, the input and the output of a dense layer.
 
-Precision, in one place: matrix products and activations run in `config.dtype` with `config.precision`; LayerNorm
-statistics, attention scores, softmax and logits are in `wide_dtype(config)`, float32 or better. Parameters come in
-any dtype and are cast where they are used.
+Precision, in one place: matrix products and activations run in `config.dtype` with
+`config.precision`; LayerNorm statistics, attention scores, softmax and logits are in
+`wide_dtype(config)`, float32 or better. Parameters come in any dtype and are cast where they are
+used.
 """
 
 import math
@@ -28,8 +32,8 @@ Tap = Callable[
     [str, Array], Array
 ]  # (site, activation) -> activation; what reads or changes activations
 
-# A config shapes programs and holds no array: to JAX it is a pytree without leaves, so that `jax.jit` of a function
-# that takes one needs no `static_argnames`.
+# A config shapes programs and holds no array: to JAX it is a pytree without leaves, so that
+# `jax.jit` of a function that takes one needs no `static_argnames`.
 jax.tree_util.register_static(GPT2Config)
 
 # HF's names (transformers/activations.py) -> functions.
@@ -57,12 +61,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def wide_dtype(config: GPT2Config) -> jnp.dtype:
-    """Returns the dtype of statistics, softmax and logits: float32, or float64 when the model computes in it."""
+    """Returns the dtype of statistics, softmax and logits: float32, or float64 in such a model."""
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
 def dense_kernel(layer: Params) -> Float[Array, "I O"]:
-    """Returns the kernel of a `Dense` layer's params, for those who read weights without running the layer."""
+    """Returns the kernel of a `Dense` layer's params, for those who only read weights."""
     return layer["kernel"]
 
 
@@ -109,7 +113,8 @@ def prefixed(tap: Tap, prefix: str) -> Tap:
 
 
 def dropout(key: Array | None, x: Array, rate: float) -> Array:
-    """Zeroes each element with probability `rate`, independently, and rescales the rest; without a key, `x`.
+    """Zeroes each element with probability `rate` and rescales the rest; without a key, returns
+    `x`.
 
     PyTorch's law: linen's attention dropout would share one mask among the rows and heads.
     """
@@ -139,9 +144,10 @@ class Pass(NamedTuple):
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias`, `[..., I] -> [..., O]`. The one door to kernels: the product stands here in sight.
+    """`x @ kernel + bias`, `[..., I] -> [..., O]`: the one door to kernels.
 
-    The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on CPU.
+    The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on
+    CPU.
     """
 
     config: GPT2Config
@@ -186,8 +192,8 @@ class LayerNorm(nn.Module):
         variance += self.config.layer_norm_epsilon
         inverse = lax.rsqrt(variance)  # [..., 1]
         if wants(tap, "scale"):
-            # Not `1 / tap(...)`: this factor is exactly 1 where the tap changes nothing, so that a tap which only
-            # looks leaves every later bit as it is.
+            # Not `1 / tap(...)`: this factor is exactly 1 where the tap changes nothing, so that a
+            # tap which only looks leaves every later bit as it is.
             scale = jnp.sqrt(variance)
             inverse *= scale / tap("scale", scale)
         normed = centred * (inverse * weight) + bias
@@ -195,7 +201,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, `[B, T, D] -> [B, T, D]`, over its own keys or a cache of `S` slots."""
+    """Causal self-attention, `[B, T, D] -> [B, T, D]`, over its own keys or a cache's."""
 
     config: GPT2Config
     layer: int
@@ -243,7 +249,7 @@ class Attention(nn.Module):
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
-        """Returns what `attend` does, for a text that attends to itself, without most of what is masked."""
+        """Returns what `attend` does for a text that sees itself, without most masked scores."""
         del tap  # nobody wants what happens inside
         parts = query_parts(q.shape[1])
         zs = []
@@ -266,7 +272,8 @@ class Attention(nn.Module):
         wide = wide_dtype(config)
         scores = kv_cache.scores(q, present, precision=config.precision, dtype=wide)
         scores = tap("scores", scores * self.scale())  # [B, H, T, S]
-        # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead of NaN.
+        # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead
+        # of NaN.
         pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)
         pattern = tap("pattern", dropout(key, pattern, config.attn_pdrop))
         return kv_cache.mix(pattern, present, precision=config.precision)
@@ -331,7 +338,10 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """The layers in a Python loop: a scan would copy each layer's weights out of a stack on every step."""
+    """The layers, in a Python loop.
+
+    A scan would copy each layer's weights out of a stack on every step.
+    """
 
     config: GPT2Config
 
@@ -361,7 +371,7 @@ class Blocks(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The transformer up to the last LayerNorm, `ids[B, T] -> hidden[B, T, D]` and each layer's keys and values.
+    """The transformer up to the last LayerNorm, and each layer's keys and values.
 
     With `shared.past`, `S`, the last axis of the mask, is the cache's length; without, `S` is `T`.
     """
@@ -400,5 +410,7 @@ class GPT2(nn.Module):
 
 
 def residual_stddev(config: GPT2Config) -> float:
-    """Returns the initial deviation of the projections into the residual stream (GPT-2 paper, section 2.3)."""
+    """Returns the initial deviation of what writes to the residual stream (GPT-2 paper, section
+    2.3).
+    """
     return config.initializer_range / math.sqrt(2 * config.n_layer)

@@ -1,7 +1,7 @@
 """Beam search and beam sampling, as HF transformers has them, in one compiled program.
 
-Each step expands every running beam to its best candidates, retires the candidates that end, keeps the best of the
-others running, and asks of each prompt whether its search is still open.
+Each step expands every running beam to its best candidates, retires the candidates that end, keeps
+the best of the others running, and asks of each prompt whether its search is still open.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,10 @@ class _Candidates(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where the search stands, for `n` beams of each of `B` prompts. In beams that go on, `lengths` is 0."""
+    """Where the search stands, for `n` beams of each of `B` prompts.
+
+    In beams that go on, `lengths` is 0.
+    """
 
     running: Beams  # what may go on; its `scores` are plain sums
     finished: Beams  # the best that have ended; empty places have length 0
@@ -91,23 +94,26 @@ def beam_search(
     pad_id: int | None = None,
     padding_side: str = "right",
 ) -> Beams:
-    """Continues each prompt by the likeliest texts that a search of `num_beams` beams finds. Compiles itself.
+    """Continues each prompt by the likeliest texts that a search finds. Compiles itself.
 
-    Each step extends each beam by every token and keeps the best. What ends is kept aside, as many as there are beams,
-    ranked by score. Arguments that are not named here are those of `generate`.
+    Each step extends each beam by every token and keeps the best. What ends is kept aside, as many
+    as there are beams, ranked by score. Arguments that are not named here are those of `generate`.
 
     Args:
       num_beams: `n`, at least 2.
       num_return_sequences: `R`, at most `n`.
-      length_penalty: exponent of the length that scores are divided by. Log-probabilities are negative, so values
-        above 0 prefer longer texts.
-      early_stopping: when a prompt is done. True: when `n` texts have ended. False: when furthermore the best running
-        beam, were it to end now, would not be among them. "never": when it could not be at any length.
-      sampler: its transform acts on the log-probabilities of each beam. `Greedy` extends by the best tokens,
-        `Categorical` by tokens drawn without replacement, in proportion to the probability of the whole beam.
+      length_penalty: exponent of the length that scores are divided by. Log-probabilities are
+        negative, so values above 0 prefer longer texts.
+      early_stopping: when a prompt is done. True: when `n` texts have ended. False: when
+        furthermore the best running beam, were it to end now, would not be among them. "never":
+        when it could not be at any length.
+      sampler: its transform acts on the log-probabilities of each beam. `Greedy` extends by the
+        best tokens, `Categorical` by tokens drawn without replacement, in proportion to the
+        probability of the whole beam.
 
     Raises:
-      ValueError: as `generate`, or an argument is out of its range, or the sampler has no transform.
+      ValueError: as `generate`, or an argument is out of its range, or the sampler has no
+        transform.
     """
     num_beams = as_count("num_beams", num_beams)
     num_return_sequences = as_count("num_return_sequences", num_return_sequences)
@@ -116,8 +122,9 @@ def beam_search(
             f"`num_beams` must be at least 2 (`generate` searches with one), got {num_beams}."
         )
     if not 1 <= num_return_sequences <= num_beams:
+        expected = f"1 to {num_beams} (`num_beams`)"
         raise ValueError(
-            f"`num_return_sequences` must be in 1 to {num_beams} (`num_beams`), got {num_return_sequences}."
+            f"`num_return_sequences` must be in {expected}, got {num_return_sequences}."
         )
     if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise ValueError(
@@ -168,6 +175,7 @@ def _search(
         return state.open.any() & ~enough & ~state.all_ended
 
     def step(state):
+        # The best beams may all continue the same one: each takes its own copy of that one's past.
         cache = kv_cache.select(state.cache, state.source)
         token = jnp.take(state.running.ids, state.step - 1, axis=2).ravel()
         logits, cache = decode_step(params, token, cache, config=config)
@@ -224,13 +232,14 @@ def _choose(
 
 
 def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Candidates:
-    """Returns the best extensions of all beams of each prompt, enough that `n` of them do not end."""
+    """Returns the best extensions of each prompt's beams, enough that `n` of them do not end."""
     rules = search.request.rules
     step = state.step
     n_rows, num_beams, max_new_tokens = state.running.ids.shape
     vocab_size = logits.shape[-1]
     n_candidates = num_beams * max(2, 1 + len(rules.stop_ids))
 
+    # HF adds up log-probabilities, not logits, and lets the transforms act on these.
     own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     new = state.running.ids.reshape(n_rows * num_beams, max_new_tokens)
     first_new = search.request.lengths.max(
@@ -239,7 +248,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     seen = kv_cache.put(search.prompts, new, first_new)
     logprobs = transform_of(rules.sampler)(own, History(seen, state.cache.valid, step))
     totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]
-    totals = totals.reshape(n_rows, -1)  # [B, n V]
+    totals = totals.reshape(n_rows, -1)  # [B, n V]: all extensions of a prompt compete
 
     if rules.sampler.draws:
         # The largest of Gumbel-perturbed scores are a draw without replacement (arXiv:1903.06059).
@@ -292,6 +301,7 @@ def _retire(
         scores=scores + jnp.where(barred, NEVER, 0.0),
         lengths=jnp.where(ends, length, 0),
     )
+    # The old ones come first: of equal scores, `top_k` keeps them, as HF does.
     pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.finished, new)
     _, places = jax.lax.top_k(pool.scores, num_beams)
     return _take(pool, places)

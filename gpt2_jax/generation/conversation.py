@@ -1,4 +1,4 @@
-"""A text that a user and a model write in turns, of which nothing is read twice. Drives the programs of `decode.py`."""
+"""A text that a user and a model write in turns, of which nothing is read twice."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +21,9 @@ BLOCK = 32  # tokens that are read at a time
 
 
 class Conversation:
-    """A text that a user and the model write in turns. What was read stays in the cache: a turn reads its own part.
+    """A text that a user and the model write in turns.
+
+    What was read stays in the cache: a turn reads its own part.
 
     When the context is full, the text goes on from its last half, which is read anew.
 
@@ -55,7 +57,9 @@ class Conversation:
         self.stop = stop
         self.turn = 0
         self._chunk = as_count("chunk", chunk)
-        self._slots = config.n_positions + max(BLOCK, chunk)  # a last block may be half empty
+        # One size for the whole context, so that no turn waits for a compilation. A last block may
+        # be half empty, and a last chunk too long.
+        self._slots = config.n_positions + max(BLOCK, self._chunk)
         self.reset()
 
     def reset(self) -> None:
@@ -96,6 +100,7 @@ class Conversation:
         full = self.config.n_positions
         while len(row.ids) < max_new_tokens and not row.finish_reason:
             if len(self.ids) >= full:
+                # Positions are learned: what is kept must be read anew, from position 0 on.
                 self.ids = self.ids[-(full // 2) :]
                 self.read = 0
             room = min(max_new_tokens - len(row.ids), full - len(self.ids))
@@ -104,7 +109,7 @@ class Conversation:
         yield row
 
     def _fill(self, row: Continuation, rules: Rules, room: int) -> Iterator[Continuation]:
-        """Yields the row as it grows by up to `room` tokens, for which the context has positions."""
+        """Yields the row as it grows by up to `room` tokens, which fit into the context."""
         state, made = self._begin(len(row.ids), rules)
         while True:
             self._take(row, made, room)
@@ -130,17 +135,19 @@ class Conversation:
         n_known = len(row.ids)
         ids = np.asarray(made.ids)[0, :room].tolist()
         row.push(ids, np.asarray(made.logprobs)[0, :room].tolist())
+        # A stop id ends the turn, not the text: the next turn goes on as if it had not come.
         taken = row.ids[n_known:]
         self.ids += [token for token in taken if token not in self.config.eos_token_ids]
 
     def _begin(self, step: int, rules: Rules) -> tuple[State, Generation]:
-        """Reads what is unread, at least the last token, and chooses the next, the `step`-th of this turn."""
+        """Reads what is unread, at least the last token, and chooses this turn's `step`-th."""
         n_tokens = len(self.ids)
         ids = np.zeros((1, self._slots), np.int32)
         ids[0, :n_tokens] = self.ids
         if self._cache is None:
             self._cache = kv_cache.empty(self.config, 1, self._slots)
             self.read = 0
+        # The logits after the last token are needed, even where it was read before.
         start = min(self.read, n_tokens - 1)
         cache = self._lend()
         while True:
@@ -169,7 +176,8 @@ class Conversation:
     def _lend(self) -> KVCache:
         """Returns the cache, which a program is about to consume.
 
-        Until its successor is put back there is none: a turn that is broken off in between must read all anew.
+        Until its successor is put back there is none: a turn that is broken off in between must
+        read all anew.
         """
         cache = self._cache
         assert cache is not None

@@ -1,8 +1,9 @@
-"""The compiled decoding loop: begin, choose, advance. Everything that decodes step by step uses this one.
+"""The compiled decoding loop, which everything that decodes step by step uses.
 
-A `State` is everything that a batch of rows needs to go on. `begin` makes one from prompts, `read` and `choose` from a
-cache that is there already, `advance` takes it further by many tokens in one program, and `pieces` drives these from
-the host, with a cache that grows as the text does. Knows checked requests alone.
+A `State` is everything that a batch of rows needs to go on. `begin` makes one from prompts, `read`
+and `choose` from a cache that is there already, `advance` takes it further by many tokens in one
+program, and `pieces` drives these from the host, with a cache that grows as the text does. Knows
+checked requests alone.
 """
 
 from collections.abc import Iterator
@@ -67,12 +68,13 @@ def begin(
     cache_len: int,
     num_return_sequences: int,
 ) -> tuple[State, Generation]:
-    """Reads the prompts and chooses the next token, the `step`-th, of each row that is not `done`."""
+    """Reads the prompts and chooses the `step`-th token of each row that is not `done`."""
     tap = request.rules.tap or no_tap
     ids = request.ids
     logits, cache = prefill(
         params, ids, request.lengths, config=config, cache_len=cache_len, tap=tap
     )
+    # A prompt is read once for all of its sequences.
     if num_return_sequences > 1:
         rows = jnp.repeat(jnp.arange(len(ids)), num_return_sequences)
         ids = ids[rows]
@@ -93,7 +95,7 @@ def read(
     *,
     config: GPT2Config,
 ) -> tuple[Float[Array, "1 V"], KVCache]:
-    """Reads the first `count` of `ids` onto the first `start` tokens of a cache; returns the logits after them.
+    """Reads `count` tokens onto the first `start` tokens of a cache; returns the logits after them.
 
     The slot of each of the cache's tokens must be its position. What is behind `count` is padding.
     """
@@ -102,6 +104,7 @@ def read(
     return last, kv_cache.keep_first(cache, start + count)
 
 
+# Inlined where another program calls it: its body is the end of each of their steps.
 @partial(jax.jit, donate_argnames="cache", inline=True)
 def choose(
     logits: Float[Array, "R V"],
@@ -138,9 +141,10 @@ def advance(
     config: GPT2Config,
     chunk: int,
 ) -> tuple[State, Generation]:
-    """Chooses `steps` more tokens of each row, at most `chunk`: so many times a decode step, then the sampler.
+    """Chooses up to `steps` more tokens of each row: each time a decode step, then the sampler.
 
-    Stops as soon as every row has ended. The cache must have as many free slots. Behind what was made is padding.
+    Stops as soon as every row has ended. The cache must have as many free slots. Behind what was
+    made is padding.
     """
     n_rows = len(state.token)
     blank = Generation(
@@ -149,6 +153,7 @@ def advance(
         logprobs=jnp.zeros((n_rows, chunk), jnp.float32),
     )
 
+    # A `while`, not a `scan`: it ends with the rows, and one program serves any number of steps.
     def unfinished(carry):
         n_generated, state, _ = carry
         return (n_generated < steps) & ~state.done.all()
@@ -172,7 +177,8 @@ def _step(
 ) -> tuple[State, Generation]:
     """Reads the last token of each row and chooses the next."""
     ids = kv_cache.put(state.ids, state.token[:, None], state.cache.slot)
-    # What has ended may have no position left to be read at: its token goes to position 0, and nobody looks.
+    # What has ended may have no position left to be read at: its token goes to position 0, and
+    # nobody looks.
     lengths = jnp.where(state.done, 0, state.cache.lengths)
     cache = state.cache._replace(lengths=lengths)
     tap = rules.tap or no_tap
@@ -194,7 +200,7 @@ def grow(state: State, *, slots: int) -> State:
 
 
 class _Ahead:
-    """Compiles `advance` for the next size of the cache in a thread, while the present one is filled.
+    """Compiles `advance` for the next size of the cache in a thread, while this one is filled.
 
     The call that later needs the program finds it, or waits for it, instead of compiling it then.
     """
@@ -219,7 +225,9 @@ class _Ahead:
         self.compiling[slots] = self.pool.submit(compile_program)
 
     def finish(self, slots: int) -> None:
-        """Waits for the program, not for its success: if it is not there, the call that needs it compiles it."""
+        """Waits for the program, not for its success: without it, the call that needs it compiles
+        it.
+        """
         wait([self.compiling[slots]])
 
 
@@ -232,9 +240,10 @@ def pieces(
     step: int = 0,
     done: Bool[np.ndarray, " R"] | bool = False,
 ) -> Iterator[Generation]:
-    """Yields a text in pieces, the first token, then at most `plan.chunk` at a time, until all rows have ended.
+    """Yields texts in pieces: the first token, then at most `plan.chunk` at a time.
 
-    Of the text, `step` tokens are made already; rows that are `done` get none. The context must have room.
+    Of the text, `step` tokens are made already; rows that are `done` get none. The context must
+    have room.
     """
     used = int(np.max(request.lengths, initial=1))  # slots in use
     most = used + plan.max_new_tokens - 1  # the last token is never read
@@ -260,6 +269,7 @@ def pieces(
                 ahead.finish(slots)
                 state = grow(state, slots=slots)
             steps = min(plan.chunk, plan.max_new_tokens - n_generated, slots - used)
+            # So long before the end that the program is ready then, as far as one chunk reaches.
             n_free = slots - used
             if slots < most and n_free <= max(steps, AHEAD):
                 next_size = cache_slots(slots, most)
@@ -269,6 +279,7 @@ def pieces(
             )
             n_generated += steps
             used += steps
+            # Cut on the host: on the device, each size would compile a program of its own.
             yield Generation(
                 ids=jnp.asarray(np.asarray(made.ids)[:, :steps]),
                 lengths=made.lengths,

@@ -1,6 +1,7 @@
-"""Text generation in batches: whole texts, streams, and texts that outgrow the context. Compiles itself.
+"""Text generation in batches: whole texts, streams, and texts that outgrow the context.
 
-An eager shell: it checks its arguments, then drives the programs of `decode.py`. Knows no cache and no sampler.
+An eager shell: it checks its arguments, then drives the programs of `decode.py`. Knows no cache and
+no sampler.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,37 +49,42 @@ def generate(
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens. Compiles itself.
 
-    Prompts are padded to a bucket of 32, 64, 128, ... columns and the cache grows with the text: few sizes mean few
-    compilations, and a larger cache's program is compiled while the smaller one is filled. The rest of what a program
-    depends on are `config`, the sampler's structure and the number of stop ids. Work ends as soon as every row has.
+    Prompts are padded to a bucket of 32, 64, 128, ... columns and the cache grows with the text:
+    few sizes mean few compilations, and a larger cache's program is compiled while the smaller one
+    is filled. The rest of what a program depends on are `config`, the sampler's structure and the
+    number of stop ids. Work ends as soon as every row has.
 
     Args:
       params: the parameters.
       ids: `int[B, P]`, the prompts. Padding may hold any id of the vocabulary.
       lengths: `int[B]`, how many ids of each row are real, at least 1; all of them by default.
-      key: for samplers that draw, one key, from which row `i` of the result gets `fold_in(key, i)`, or one key per
-        row, `key[B]`.
-        A row's tokens depend on its own key and prompt alone (up to the rounding of differently shaped products),
-        and a longer run begins with the shorter run's tokens.
+      key: for samplers that draw, one key, from which row `i` of the result gets `fold_in(key, i)`,
+        or one key per row, `key[B]`.
+        A row's tokens depend on its own key and prompt alone (up to the rounding of differently
+        shaped products), and a longer run begins with the shorter run's tokens.
       config: the model's configuration.
       max_new_tokens: `N`, at least 1.
-      num_return_sequences: `R`, texts to draw for each prompt. The result has `B R` rows in the place of `B`, and row
-        `b R + r` continues prompt `b`.
+      num_return_sequences: `R`, texts to draw for each prompt. The result has `B R` rows in the
+        place of `B`, and row `b R + r` continues prompt `b`.
       sampler: `Greedy()` by default; see `gpt2_jax.generation.sampling`.
       stop_ids: ids that end a row; the config's `eos_token_id` by default, `()` for none.
-      pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first stop id, or 0.
+      pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first
+        stop id, or 0.
       padding_side: "right" or "left", where the padding of `ids` is.
-      overflow: what happens when a prompt and its new tokens exceed `n_positions`. "error": an error, beforehand.
-        "stop": the row ends with its last position. "slide": a full row goes on from its last tokens, which are read
-        anew from position 0 on; rules that look back see them alone.
-      keep: for "slide", how many tokens these are; half of `n_positions` by default. All of them is nanoGPT's
-        cropping, which reads the whole context for each token.
-      tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree, as those of
-        `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function compiles once for each object.
+      overflow: what happens when a prompt and its new tokens exceed `n_positions`. "error": an
+        error, beforehand. "stop": the row ends with its last position. "slide": a full row goes on
+        from its last tokens, which are read anew from position 0 on; rules that look back see them
+        alone.
+      keep: for "slide", how many tokens these are; half of `n_positions` by default. All of them is
+        nanoGPT's cropping, which reads the whole context for each token.
+      tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree,
+        as those of `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function
+        compiles once for each object.
 
     Raises:
-      ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed `n_positions`, a
-        sampler that draws without a key, an argument of the wrong shape, or a call inside `jax.jit` or `jax.vmap`.
+      ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
+        `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or a call
+        inside `jax.jit` or `jax.vmap`.
     """
     parts = stream(
         params,
@@ -97,6 +103,8 @@ def generate(
         keep=keep,
         tap=tap,
     )
+    # To the host in one go, and back as whole arrays: the pieces' sizes would compile a program
+    # each.
     made = jax.device_get(list(parts))
     all_ids = np.concatenate([part.ids for part in made], axis=1)
     all_logprobs = np.concatenate([part.logprobs for part in made], axis=1)
@@ -128,7 +136,9 @@ def stream(
     keep: int | None = None,
     tap: Tap | None = None,
 ) -> Iterator[Generation]:
-    """Yields what `generate` would return in pieces: the first token, then at most `chunk` tokens at a time.
+    """Yields what `generate` would return, in pieces. Compiles itself.
+
+    The first token comes alone, then at most `chunk` tokens at a time.
 
     Takes and checks `generate`'s arguments, and ends as soon as every row has.
     """
@@ -155,7 +165,8 @@ def stream(
     )
     if overflow == "slide" and prompts.longest + max_new_tokens > full:
         return _slide(params, request, plan, config=config)
-    # The shortest prompt ends its text last; one more token is chosen at the last position than can be read.
+    # The shortest prompt ends its text last; one more token is chosen at the last position than can
+    # be read.
     room = full - int(prompts.lengths.min(initial=full))
     plan = plan._replace(max_new_tokens=min(max_new_tokens, room))
     return pieces(params, request, plan, config=config)
@@ -166,10 +177,12 @@ def _slide(
 ) -> Iterator[Generation]:
     """Yields pieces of texts that outgrow the context.
 
-    Whenever a row is full, all rows are read anew: a full one from its last `plan.keep` tokens, at position 0.
+    Whenever a row is full, all rows are read anew: a full one from its last `plan.keep` tokens, at
+    position 0.
     """
     full = config.n_positions
     stop_ids = np.asarray(request.rules.stop_ids)
+    # On the host: rows fill up at different steps, and only their ends are kept.
     prompts = zip(np.asarray(request.ids), np.asarray(request.lengths), strict=True)
     texts = [row[:length] for row, length in prompts]
     done = np.zeros(len(texts) * plan.num_return_sequences, bool)
@@ -181,9 +194,10 @@ def _slide(
         window = request._replace(ids=jnp.asarray(ids), lengths=jnp.asarray(lengths))
         room = max(1, full - longest)
         n_missing = plan.max_new_tokens - n_generated
-        part = plan._replace(max_new_tokens=min(n_missing, room))
+        part = plan._replace(max_new_tokens=min(n_missing, room))  # until the longest row is full
         made = pieces(params, window, part, config=config, step=n_generated, done=done)
-        # From here on each sequence is a row of its own.
+        # The first window was read once for all sequences of a prompt. From here on each has a text
+        # of its own, and is a row.
         texts = [text for text in texts for _ in range(plan.num_return_sequences)]
         plan = plan._replace(num_return_sequences=1)
         for piece in made:

@@ -1,6 +1,7 @@
-"""What a user asks for, checked before anything is traced, in the terms of the compiled programs. Knows no loop.
+"""What a user asks for, checked before anything is traced, as the compiled programs take it.
 
-`generate`, `stream`, `beam_search` and `speculate` take the same prompts, samplers and stop ids: each reads them here.
+`generate`, `stream`, `beam_search` and `speculate` take the same prompts, samplers and stop ids:
+each reads them here.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,10 @@ class Rules(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Checked prompts and rules. With `n` sequences to return for each of `B` prompts there are `R = n B` rows."""
+    """Checked prompts and rules.
+
+    With `n` sequences to return for each of `B` prompts there are `R = n B` rows.
+    """
 
     ids: Int[Array, "B P"]  # padded on the right
     lengths: Int[Array, " B"]
@@ -81,9 +85,12 @@ def read_prompts(
     n_rows, width = given.shape
     real = _check_lengths(lengths, n_rows, width)
     if padding_side == "left":
+        # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
         shifted = [np.roll(row, length - width) for row, length in zip(given, real, strict=True)]
         given = np.stack(shifted) if shifted else given
     longest = int(real.max(initial=1))
+    # Few widths, so that few programs are compiled; a prompt that is too long is refused by its
+    # reader.
     columns = max(longest, bucket(longest, config.n_positions))
     padded = np.zeros((n_rows, columns), np.int32)
     padded[:, :longest] = given[:, :longest]
@@ -91,16 +98,20 @@ def read_prompts(
 
 
 def check_not_traced(params: Params, *arrays: Any) -> None:
-    """Raises `ValueError` inside `jax.jit`, `jax.vmap` and the like, where loops over the host cannot run."""
+    """Raises `ValueError` inside `jax.jit`, `jax.vmap` and the like.
+
+    There no value can be checked, and a loop on the host cannot look whether rows have ended.
+    """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, arrays))):
         raise ValueError(
-            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit` or `jax.vmap`:"
-            " call it outside, or write the loop with `prefill` and `decode_step`, which can."
+            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit`"
+            " or `jax.vmap`: call it outside, or write the loop with `prefill` and `decode_step`,"
+            " which can."
         )
 
 
 def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: GPT2Config) -> None:
-    """Raises `ValueError` if the prompts and their new tokens exceed the context and `overflow` does not allow it."""
+    """Raises `ValueError` if prompts and new tokens exceed the context against `overflow`."""
     if overflow not in OVERFLOWS:
         raise ValueError(f'`overflow` must be "error", "stop" or "slide", got {overflow!r}.')
     longest = prompts.longest
@@ -110,10 +121,11 @@ def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: 
         "slide": True,
     }
     if not fits[overflow]:
+        together = longest + max_new_tokens
         raise ValueError(
-            f"The longest prompt has {longest} tokens and `max_new_tokens` is {max_new_tokens}, together"
-            f" {longest + max_new_tokens}, but the model has {config.n_positions} positions: shorten one, or choose"
-            " an `overflow`."
+            f"The longest prompt has {longest} tokens and `max_new_tokens` is {max_new_tokens},"
+            f" together {together}, but the model has {config.n_positions} positions: shorten one,"
+            " or choose an `overflow`."
         )
 
 
@@ -127,6 +139,7 @@ def read_endings(
     """
     stops = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
     pad = config.pad_token_id if pad_id is None else pad_id
+    # As HF has it. What stands there is not read: `lengths` say what was made.
     if pad is None:
         pad = stops[0] if stops else 0
     for name, ids in (("stop_ids", stops), ("pad_id", (pad,))):
@@ -149,8 +162,9 @@ def make_request(
     """Returns the arrays of a request.
 
     Raises:
-      ValueError: a sampler that draws has no key, a greedy one is to return several sequences, a transform or something
-        else stands in the sampler's place, or `key` is neither one key nor one for each row.
+      ValueError: a sampler that draws has no key, a greedy one is to return several sequences, a
+        transform or something else stands in the sampler's place, or `key` is neither one key nor
+        one for each row.
     """
     n_sequences = as_count("num_return_sequences", num_return_sequences)
     sampler = check_sampler(sampler, key)
@@ -170,7 +184,7 @@ def make_request(
 
 
 def check_sampler(sampler: Any, key: Keys | None) -> Any:
-    """Returns the sampler, `Greedy()` for none; raises `ValueError` if it draws and there is no key."""
+    """Returns the sampler; raises `ValueError` if it draws and there is no key."""
     sampler = as_sampler(sampler)
     if key is None and sampler.draws:
         name = type(sampler).__name__
@@ -179,7 +193,7 @@ def check_sampler(sampler: Any, key: Keys | None) -> Any:
 
 
 def transform_of(sampler: Any) -> Any:
-    """Returns a sampler's transform; raises `ValueError` for a function in a sampler's place, which has none."""
+    """Returns a sampler's transform; raises `ValueError` for a function, which has none."""
     if sampler.transform is None:
         raise ValueError(
             "Beam search and speculation need a sampler with a `transform`, such as"
@@ -189,18 +203,26 @@ def transform_of(sampler: Any) -> Any:
 
 
 def as_pytree(tap: Tap | None) -> Any:
-    """Returns the tap as an argument of a compiled program: a plain function becomes a pytree without leaves."""
+    """Returns the tap as an argument of a compiled program.
+
+    A plain function becomes a pytree without leaves: it compiles once for each object.
+    """
     if tap is None:
         return None
     if not callable(tap):
         kind = type(tap).__name__
         raise ValueError(f"`tap` must be callable, such as `make_tap` returns, got {kind}.")
+    # A function is its own only leaf, and no array; a tap that is a pytree has arrays, or none.
     is_plain = jax.tree_util.all_leaves([tap])
     return jax.tree_util.Partial(tap) if is_plain else tap
 
 
 def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
-    """Returns one typed key for each row, from one key or from `n_rows` of them (typed, or raw uint32 data)."""
+    """Returns one typed key for each row.
+
+    From one key, folded with the row's number, or from `n_rows` of them, typed or raw uint32 data.
+    """
+    # `jax.random.PRNGKey` makes raw keys, which look like arrays of two numbers.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -214,7 +236,8 @@ def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
 def fold_rows(
     keys: Key[Array, " R"] | None, number: int | Int[Array, ""]
 ) -> Key[Array, " R"] | None:
-    """Returns the keys of one step: each row's own, folded with the step's number; None stays None."""
+    """Returns each row's key, folded with the number of a step; None stays None."""
+    # By the step, not by splitting: a longer run begins with the shorter run's tokens.
     if keys is None:
         return None
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

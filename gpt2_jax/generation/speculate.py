@@ -1,8 +1,9 @@
-"""Lossless speculation: guess some tokens cheaply, let the model check them all in one pass, keep what it agrees to.
+"""Lossless speculation: guess some tokens cheaply, and check them all in one pass.
 
-Greedy texts are those of plain greedy decoding, and drawn texts have the model's own distribution (arXiv:2211.17192,
-algorithm 1), whatever is guessed: guesses change the time alone. They come from a smaller model, or from what
-followed when the last tokens stood in the text before (prompt lookup). Each round guesses, verifies and emits.
+Greedy texts are those of plain greedy decoding, and drawn texts have the model's own distribution
+(arXiv:2211.17192, algorithm 1), whatever is guessed: guesses change the time alone. They come from
+a smaller model, or from what followed when the last tokens stood in the text before (prompt
+lookup). Each round guesses, verifies and emits.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,10 @@ class _Draft(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where each row stands. Each token's slot is its position; the last token is chosen, but not yet read."""
+    """Where each row stands.
+
+    Each token's slot is its position; the last token is chosen, but not yet read.
+    """
 
     ids: Int[Array, "B S"]
     count: Int[Array, " B"]  # tokens of each row
@@ -117,21 +121,23 @@ def speculate(
     pad_id: int | None = None,
     padding_side: str = "right",
 ) -> Speculation:
-    """Continues each prompt of a batch as `generate` does, several tokens to a pass of the model. Compiles itself.
+    """Continues prompts as `generate` does, several tokens to a pass. Compiles itself.
 
-    Greedy texts equal `generate`'s up to the rounding of differently shaped products, which can decide between equal
-    logits. Drawn texts have the same distribution, but differ for the same key. Arguments that are not named here are
-    those of `generate`.
+    Greedy texts equal `generate`'s up to the rounding of differently shaped products, which can
+    decide between equal logits. Drawn texts have the same distribution, but differ for the same
+    key. Arguments that are not named here are those of `generate`.
 
     Args:
-      draft_params: the parameters of a smaller model of the same vocabulary; without one, guesses come from the text.
+      draft_params: the parameters of a smaller model of the same vocabulary; without one, guesses
+        come from the text.
       draft_config: its configuration.
       num_draft_tokens: `D`, guesses to a pass.
-      max_matching_ngram_size: without a draft model, how many of the last tokens are looked up, from the start of the
-        text, at first; then one less, down to 1.
+      max_matching_ngram_size: without a draft model, how many of the last tokens are looked up,
+        from the start of the text, at first; then one less, down to 1.
 
     Raises:
-      ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the sampler has no transform.
+      ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the
+        sampler has no transform.
     """
     if (draft_params is None) != (draft_config is None):
         raise ValueError(
@@ -139,11 +145,13 @@ def speculate(
         )
     if draft_config is not None and draft_config.vocab_size != config.vocab_size:
         raise ValueError(
-            f"The draft model must have the model's {config.vocab_size} tokens, it has {draft_config.vocab_size}."
+            f"The draft model must have the model's {config.vocab_size} tokens,"
+            f" it has {draft_config.vocab_size}."
         )
     if draft_config is not None and draft_config.n_positions < config.n_positions:
         raise ValueError(
-            f"The draft model must have the model's {config.n_positions} positions, it has {draft_config.n_positions}."
+            f"The draft model must have the model's {config.n_positions} positions,"
+            f" it has {draft_config.n_positions}."
         )
     prompts = read_prompts(params, ids, lengths, padding_side, config=config)
     sizes = _Sizes(
@@ -208,6 +216,7 @@ def _begin(
         )
         draft_cache = kv_cache.keep_first(draft_cache, lengths)
 
+    # From here on a slot is a position, so that each row can go back behind a refused guess.
     ids = jnp.pad(request.ids, ((0, 0), (0, room)))
     probs = _distribution(logits, ids, lengths, request)
     first = _draw(fold_rows(request.rules.keys, 0), 0, probs)
@@ -248,7 +257,8 @@ def _guess_by_model(
         ids, token, probs = guess(number, logits, ids)
         return (ids, token, cache), probs
 
-    # Of a round whose guesses all held, the draft model has not read the last: it reads the last two tokens.
+    # Of a round whose guesses all held, the draft model has not read the last: it reads the last
+    # two tokens.
     last_two = jnp.take_along_axis(state.ids, count[:, None] - jnp.array([[2, 1]]), axis=1)
     cache = kv_cache.keep_first(state.draft_cache, count - 2)
     logits, cache = extend(draft.params, last_two, cache, config=draft.config)
@@ -260,7 +270,7 @@ def _guess_by_model(
 
 
 def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
-    """Returns guesses that follow an earlier occurrence of the last tokens; where there is none, no guess."""
+    """Returns what followed when the last tokens stood in the text before; if never, no guess."""
     n_rows, slots = state.ids.shape
     count = state.count[:, None]  # [B, 1]
     starts = jnp.arange(slots)[None]  # where an n-gram may begin
@@ -292,7 +302,7 @@ def _verify(
     *,
     config: GPT2Config,
 ) -> _Verdict:
-    """Reads the last token and the guesses in one pass; returns what holds, and one token of the model's own."""
+    """Reads the last token and the guesses in one pass; returns what the model makes of them."""
     n_rows, n_guesses, vocab_size = guess.probs.shape
     positions = state.count[:, None] - 1 + jnp.arange(n_guesses + 1)[None]  # [B, D + 1]
     tokens = jnp.take_along_axis(guess.ids, positions, axis=1)
@@ -324,7 +334,10 @@ def _count_accepted(
     wanted: Float[Array, "B D+1 V"],
     draws: bool,
 ) -> Int[Array, " B"]:
-    """Returns how many guesses hold, from the first on: each with the probability `min(1, wanted / guessed)`."""
+    """Returns how many guesses hold, from the first on.
+
+    Each holds with the probability `min(1, wanted / guessed)`.
+    """
     n_guesses = guessed.shape[1]
     exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
     p = jnp.take_along_axis(wanted[:, :n_guesses], guessed[..., None], axis=-1)[..., 0]
@@ -332,9 +345,10 @@ def _count_accepted(
     if draws:
         accept_keys = fold_rows(keys, DRAW_ACCEPT)
         u = jax.vmap(lambda key: jax.random.uniform(key, (n_guesses,)))(accept_keys)
-        holds = exists & (u * q < p)
+        holds = exists & (u * q < p)  # u < p / q, without dividing by 0
     else:
-        holds = exists & (p > 0)
+        holds = exists & (p > 0)  # the distribution is all on the largest logit
+    # The product is 1 up to the first refusal, and 0 from there on.
     return jnp.cumprod(holds, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
 
 
@@ -344,7 +358,10 @@ def _own_token(
     wanted: Float[Array, "B D+1 V"],
     n_accepted: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Returns the model's own token: a draw from what `wanted` has more than was guessed at the first refusal.
+    """Returns the model's own token, behind the guesses that hold.
+
+    After a refusal it is a draw from what `wanted` has more than was guessed; behind guesses that
+    all hold, a plain one.
 
     If all guesses hold, nothing was guessed there, and it is a plain draw.
     """
@@ -363,7 +380,9 @@ def _own_token(
 def _emit(
     state: _State, guess: _Guess, verdict: _Verdict, request: Request, sizes: _Sizes
 ) -> _State:
-    """Adds the tokens of a round to each row that is not done, up to a stop id or the end of what was asked for."""
+    """Adds a round's tokens to each row that is not done, up to a stop id or the end of the
+    request.
+    """
     slots = state.ids.shape[1]
     n_tokens = verdict.n_accepted + 1
     room = sizes.max_new_tokens - state.n_generated
@@ -411,7 +430,10 @@ def _collect(state: _State, request: Request, sizes: _Sizes) -> Speculation:
 def _distribution(
     logits: Float[Array, "R V"], ids: Int[Array, "R S"], count: Int[Array, " R"], request: Request
 ) -> Float[Array, "R V"]:
-    """Returns the probabilities of the token after the first `count` of `ids`; rows may repeat prompts."""
+    """Returns the probabilities of the token after the first `count` of `ids`.
+
+    Each prompt may stand in several rows, one after the other.
+    """
     sampler = request.rules.sampler
     n_rows, slots = ids.shape
     copies = n_rows // len(request.lengths)

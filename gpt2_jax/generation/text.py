@@ -1,4 +1,4 @@
-"""Text in, text out: prompts continued up to stop texts, at once or as they grow. Knows no arrays but ids."""
+"""Text in, text out: prompts continued up to stop texts, at once or as they grow."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,8 +23,10 @@ class Continuation:
       text: what follows, up to a stop text or a stop id.
       ids: the generated tokens, among them those that a stop text ended in, and the stop id.
       logprobs: the model's own log-probability of each of them.
-      new: the part of `text` that the last tokens added, as far as it cannot turn out to begin a stop text.
-      finish_reason: "stop" after a stop text or a stop id, "length" when nothing more will come, None before.
+      new: the part of `text` that the last tokens added, as far as it cannot turn out to begin a
+        stop text.
+      finish_reason: "stop" after a stop text or a stop id, "length" when nothing more will come,
+        None before.
       score: of the beam that found it, if one did.
     """
 
@@ -54,6 +56,7 @@ class Continuation:
                 break
             self.ids.append(int(token))
             self.logprobs.append(float(logprob))
+            # The id that ends the text is no part of it.
             if token in self._stop_ids:
                 self.finish_reason = "stop"
             else:
@@ -78,11 +81,13 @@ class Continuation:
             self.text = self.text[: min(starts)]
             self.finish_reason = "stop"
 
+    # A text is shown as it grows, and what was shown cannot be taken back: so an end that may turn
+    # out to begin a stop text waits for the tokens that decide it.
     def _count_held_back(self) -> int:
         """Returns how many characters at the end could turn out to begin a stop text."""
         n_held_back = 0
         for stop in self._stop:
-            for size in range(1, len(stop)):
+            for size in range(1, len(stop)):  # the whole of it would have ended the text
                 if self.text.endswith(stop[:size]):
                     n_held_back = max(n_held_back, size)
         return n_held_back
@@ -110,14 +115,14 @@ def stream_text(
     stop_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> Iterator[list[Continuation]]:
-    """Continues prompts, and yields all continuations whenever they have grown, until each has finished.
+    """Continues prompts, and yields all continuations whenever they have grown. Compiles itself.
 
     Args:
       params: the parameters.
       tokenizer: of the model.
       prompts: texts, none of them empty.
-      key, config, max_new_tokens, num_return_sequences, stop_ids: as for `generate`; continuations of the same
-        prompt stand together.
+      key, config, max_new_tokens, num_return_sequences, stop_ids: as for `generate`; continuations
+        of the same prompt stand together.
       stop: texts before which a continuation ends, wherever they begin and end in its tokens.
       allow_special: read `<|endoftext|>` in a prompt as the special token.
       **options: further arguments of `stream`, such as `sampler` and `overflow`.
@@ -188,6 +193,7 @@ def encode_batch(
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
             raise ValueError(
-                f"The prompt {text!r} is empty. To start from nothing, take '<|endoftext|>' with `allow_special`."
+                f"The prompt {text!r} is empty. To start from nothing, take '<|endoftext|>' with"
+                " `allow_special`."
             )
     return pad_rows(encoded)

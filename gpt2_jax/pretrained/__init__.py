@@ -1,1 +1,1 @@
-"""Checkpoints in and out: where they are found, how their files are laid out, what their tensors are called."""
+"""Checkpoints in and out: where they lie, how their files are laid out, what tensors are called."""

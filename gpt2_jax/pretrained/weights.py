@@ -1,36 +1,43 @@
-"""Checkpoints on disk and params in memory: HF's layout in both directions, and single files of our own names.
+"""Checkpoints on disk and params in memory: HF's layout both ways, and single files of our own.
 
-Knows names and shapes; nothing of the forward pass, and of files only what `files.py` returns.
+Knows names and shapes; nothing of the forward pass, and of files only what their readers return.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import Array, Shaped
 
 from gpt2_jax.config import DTYPES, GPT2Config
 from gpt2_jax.files import CheckpointError, listing, replacing, write_json
+from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.formats import (
     SAFETENSORS,
     WEIGHT_FILE,
     SafetensorsFile,
+    Shape,
+    StateDict,
+    Tensor,
+    TensorReader,
     open_folder,
     save_file,
-    to_numpy,
 )
 from gpt2_jax.pretrained.hub import resolve
 
-Params = dict[str, Any]
+State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
 
-# A parameter's path is HF's. This table holds the one difference: what a module's `weight` is called here. Nothing is
-# transposed, as HF's Conv1D keeps [in, out]. A file's names may lack the prefix `transformer.`; mask buffers and a
-# tied `lm_head.weight` are dropped.
+# A parameter's path is HF's. This table holds the one difference: what a module's `weight` is
+# called here. Nothing is transposed, as HF's Conv1D keeps [in, out]. A file's names may lack the
+# prefix `transformer.`; mask buffers and a tied `lm_head.weight` are dropped.
 LEAF = {
     "wte": "embedding",
     "wpe": "embedding",
@@ -42,15 +49,22 @@ LEAF = {
     "c_proj": "kernel",
     "c_fc": "kernel",
 }
-PREFIX = "transformer."
-LISTED = 50  # lines of names in one error
-BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
+MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives twelve a layer
+
+# Safetensors' metadata are strings. HF asks for the framework that wrote the file.
+HF_METADATA = {"format": "pt"}
+OUR_METADATA = {"format": "gpt2_jax"}
+
+
+# Folders in HF's layout.
 
 
 def load(
     name_or_path: str | Path,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -58,7 +72,8 @@ def load(
     """Returns a checkpoint's config and params.
 
     Args:
-      name_or_path: "demo" (comes with the package), a folder in HF's layout, or a hub id such as "gpt2".
+      name_or_path: "demo" (comes with the package), a folder in HF's layout, or a hub id such as
+        "gpt2".
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
@@ -68,26 +83,20 @@ def load(
       CheckpointError: a `ValueError`; what was found is not a sound GPT-2 checkpoint.
       ConnectionError: the hub could not be reached and nothing is cached.
     """
-    target = _dtype(dtype)
+    target = checked_dtype(dtype)  # before a download of gigabytes, not after it
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    config = _read_config(folder)
     try:
-        config = GPT2Config.from_json_file(folder / "config.json")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: expected `config.json` in this folder, got {listing(folder)}."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    try:
-        params = _from_hf(*open_folder(folder), config, target)
+        params = _from_reader(open_folder(folder), config, target)
     except CheckpointError as error:
-        text = str(error)
-        raise CheckpointError(
-            text if text.startswith(str(folder)) else f"{folder}: {text}"
-        ) from error
-    return config.replace(dtype=params["wte"]["embedding"].dtype.name), params
+        reason = str(error)
+        if not reason.startswith(str(folder)):  # what speaks of names alone does not say of where
+            reason = f"{folder}: {reason}"
+        raise CheckpointError(reason) from error
+    # A model computes in the dtype of its weights unless it is told otherwise.
+    return config.replace(dtype=_dtype_of(params)), params
 
 
 def save(
@@ -98,10 +107,11 @@ def save(
     max_shard_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder that `load` and HF's `GPT2LMHeadModel.from_pretrained` read, all of it or nothing.
+    """Writes a folder that `load` and HF's `GPT2LMHeadModel.from_pretrained` read, all or nothing.
 
     Args:
-      folder: where to; an existing folder must be empty unless `overwrite`, which keeps its other files.
+      folder: where to; an existing folder must be empty unless `overwrite`, which keeps its other
+        files.
       params: the parameters, written bit for bit.
       config: their config. The file's `dtype` is that of the params.
       max_shard_size: bytes per weight file, beyond which the weights are split over several.
@@ -111,244 +121,346 @@ def save(
       CheckpointError: the params are not `config`'s, or `folder` is in use.
     """
     state = to_hf(params)
-    _check_names(
-        {name.removeprefix(PREFIX): array.shape for name, array in state.items()},
-        param_shapes(config),
-    )
-    dtype = params["wte"]["embedding"].dtype.name
-    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    with replacing(
-        folder, overwrite=overwrite, keep=lambda name: not WEIGHT_FILE.fullmatch(name)
-    ) as temporary:
+    shapes = {}
+    for name, array in state.items():
+        shapes[name.removeprefix(PREFIX)] = array.shape
+    _check_names(shapes, param_shapes(config))
+    # HF's `generate` takes its stop ids from this second file, not from `config.json`.
+    special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    with replacing(folder, overwrite=overwrite, keep=is_no_weight_file) as temporary:
         temporary.mkdir()
-        write_json(temporary / "config.json", config.to_dict() | {"dtype": dtype})
-        write_json(temporary / "generation_config.json", special)
-        shards = _shards(state, max_shard_size or math.inf)
-        if len(shards) == 1:
-            return save_file(temporary / SAFETENSORS, state, {"format": "pt"})
-        weight_map = {}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(temporary / file, {name: state[name] for name in names}, {"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-        size = sum(array.nbytes for array in state.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(temporary / f"{SAFETENSORS}.index.json", index)
+        write_json(temporary / "config.json", config.to_dict() | {"dtype": _dtype_of(params)})
+        write_json(temporary / "generation_config.json", special_tokens)
+        _write_weights(temporary, state, max_shard_size)
+
+
+def is_no_weight_file(name: str) -> bool:
+    """Returns whether a file may stay where new weights are written."""
+    # An old file in a format that comes first would be read instead of the new ones.
+    return not WEIGHT_FILE.fullmatch(name)
+
+
+def _read_config(folder: Path) -> GPT2Config:
+    try:
+        return GPT2Config.from_json_file(folder / "config.json")
+    except FileNotFoundError:
+        expected = "`config.json` in this folder"
+        raise CheckpointError(f"{folder}: expected {expected}, got {listing(folder)}.") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
+    """Writes HF's names and arrays to one file, or to several and their index."""
+    shards = _shards(state, max_shard_size)
+    if len(shards) == 1:
+        save_file(folder / SAFETENSORS, state, HF_METADATA)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"  # as HF numbers them
+        shard = {name: state[name] for name in names}
+        save_file(folder / file, shard, HF_METADATA)
+        weight_map |= dict.fromkeys(names, file)
+    total_size = sum(array.nbytes for array in state.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_json(folder / f"{SAFETENSORS}.index.json", index)
+
+
+def _shards(state: State, max_size: int | None) -> list[list[str]]:
+    """Returns the names in each shard; a tensor larger than `max_size` has one to itself."""
+    shard: list[str] = []
+    shards = [shard]
+    size = 0
+    for name, array in state.items():
+        is_full = bool(max_size) and size + array.nbytes > max_size
+        if is_full and shard:
+            shard = []
+            shards.append(shard)
+            size = 0
+        shard.append(name)
+        size += array.nbytes
+    return shards
+
+
+# Single files of params.
 
 
 def save_params(
     file: str | Path, params: Params, config: GPT2Config | None = None, *, overwrite: bool = True
 ) -> None:
-    """Writes nested dicts of arrays to one safetensors file, names joined by ".", with `config` in its metadata."""
-    flat = {name: np.asarray(leaf) for name, leaf in _flatten(params)}
-    metadata = {"format": "gpt2_jax"} | (
-        {} if config is None else {"config": json.dumps(config.to_dict())}
-    )
+    """Writes nested dicts of arrays to one safetensors file, bit for bit.
+
+    Args:
+      file: where to.
+      params: any nested dict of arrays; a leaf's name in the file is its path, joined by ".".
+      config: goes into the file's metadata, as JSON.
+      overwrite: replaces a file that is there.
+
+    Raises:
+      CheckpointError: the file exists and `overwrite` is not set.
+    """
+    leaves = {}
+    for name, leaf in flatten_dict(params, sep=".").items():
+        leaves[name] = np.asarray(leaf)
+    metadata = dict(OUR_METADATA)
+    if config is not None:
+        metadata["config"] = json.dumps(config.to_dict())
     with replacing(file, overwrite=overwrite) as temporary:
-        save_file(temporary, flat, metadata)
+        save_file(temporary, leaves, metadata)
 
 
 def load_params(file: str | Path) -> Params:
-    """Returns the tree that `save_params` wrote, bit for bit."""
+    """Returns the tree that `save_params` wrote, bit for bit.
+
+    Raises:
+      CheckpointError: the file is missing or damaged, or holds float64 while JAX has none.
+    """
     stored = SafetensorsFile(Path(file))
-    largest_first = sorted(stored.shapes, key=lambda name: -math.prod(stored.shapes[name]))
-    leaves = {name: _to_jax(stored.read(name), name) for name in largest_first}
-    return _unflatten({name: leaves[name] for name in stored.shapes})
+    # Unlike in `load`, nothing is checked: any tree may have been saved, with integers and NaN.
+    leaves = {}
+    for name in _largest_first(stored.shapes):
+        leaves[name] = _to_jax(stored.read(name), name)
+    # The order of the file is that of the tree.
+    return unflatten_dict({name: leaves[name] for name in stored.shapes}, sep=".")
 
 
 def load_config(file: str | Path) -> GPT2Config | None:
-    """Returns the config in the metadata of a file of params, or `None`; its `dtype` is the params'."""
+    """Returns the config in the metadata of a file of params, or `None`; its `dtype` is theirs.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+    """
     stored = SafetensorsFile(Path(file))
     if "config" not in stored.metadata:
         return None
     values = json.loads(stored.metadata["config"])
+    # `from_dict` passes the `dtype` over, as HF's need not be the weights'; in our files it is.
     return GPT2Config.from_dict(values).replace(dtype=values.get("dtype", "float32"))
 
 
-def param_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every parameter by HF's name, without the prefix `transformer.`."""
-    D, F, V = config.n_embd, config.mlp_width, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (V, D),
-        "wpe.weight": (config.n_positions, D),
-    }
-    for layer in (f"h.{i}" for i in range(config.n_layer)):
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"{layer}.{name}.weight": (D,), f"{layer}.{name}.bias": (D,)}
-        for name, rows, columns in (
-            ("attn.c_attn", D, 3 * D),
-            ("attn.c_proj", D, D),
-            ("mlp.c_fc", D, F),
-            ("mlp.c_proj", F, D),
-        ):
-            shapes |= {
-                f"{layer}.{name}.weight": (rows, columns),
-                f"{layer}.{name}.bias": (columns,),
-            }
-    shapes |= {"ln_f.weight": (D,), "ln_f.bias": (D,)}
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (V, D)}
+# HF's names and ours.
 
 
-def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: Any = None) -> Params:
+def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | None = None) -> Params:
     """Returns params from HF's names and arrays (numpy, JAX or PyTorch), checked and copied.
 
+    Args:
+      state: arrays by HF's names, with or without the prefix `transformer.`.
+      config: the config that they should fit.
+      dtype: dtype of the params; by default that of the arrays.
+
     Raises:
-      CheckpointError: names are missing or unexpected or have another shape (all are reported together), a weight
-        is not a finite float, or a tied head differs from `wte`.
+      CheckpointError: names are missing or unexpected or have another shape (all are reported
+        together), a weight is not a finite float, or a tied head differs from `wte`.
     """
-    shapes = {name: tuple(array.shape) for name, array in state.items()}
-    return _from_hf(shapes, lambda name: np.array(to_numpy(state[name])), config, _dtype(dtype))
+    return _from_reader(StateDict(state), config, checked_dtype(dtype))
 
 
-def to_hf(params: Params) -> dict[str, np.ndarray]:
+def to_hf(params: Params) -> dict[str, Tensor]:
     """Returns the state dict that `GPT2LMHeadModel.save_pretrained` writes for these params."""
-    return {_theirs(path): np.asarray(leaf) for path, leaf in _flatten(params)}
+    leaves = flatten_dict(params, sep=".")
+    return {_hf_name(path): np.asarray(leaf) for path, leaf in leaves.items()}
 
 
-def _shards(state: Mapping[str, np.ndarray], limit: float) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, array in state.items():
-        if shards[-1] and size + array.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += array.nbytes
-    return shards
+def param_shapes(config: GPT2Config) -> dict[str, Shape]:
+    """Returns the shape of every parameter by HF's name, without the prefix `transformer.`."""
+    # In the order of HF's modules, which the tree and every file that is written keep.
+    width = config.n_embd
+    vocabulary = (config.vocab_size, width)
+    shapes = {"wte.weight": vocabulary, "wpe.weight": (config.n_positions, width)}
+    for layer in range(config.n_layer):
+        shapes |= _layer_shapes(f"h.{layer}", config)
+    shapes |= _norm_shapes("ln_f", width)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = vocabulary
+    return shapes
 
 
-# Names and shapes.
+def _layer_shapes(layer: str, config: GPT2Config) -> dict[str, Shape]:
+    width = config.n_embd
+    mlp_width = config.mlp_width
+    shapes = _norm_shapes(f"{layer}.ln_1", width)
+    shapes |= _norm_shapes(f"{layer}.ln_2", width)
+    # One matrix for queries, keys and values, side by side.
+    shapes |= _dense_shapes(f"{layer}.attn.c_attn", width, 3 * width)
+    shapes |= _dense_shapes(f"{layer}.attn.c_proj", width, width)
+    shapes |= _dense_shapes(f"{layer}.mlp.c_fc", width, mlp_width)
+    shapes |= _dense_shapes(f"{layer}.mlp.c_proj", mlp_width, width)
+    return shapes
 
 
-def _from_hf(
-    shapes: Mapping[str, tuple], read: Callable, config: GPT2Config, target: np.dtype | None
-) -> Params:
-    """`from_hf`, where `read(name)` returns an array that nothing else refers to, and is called once for a name."""
-    names = {
-        bare: name for name in shapes if not BUFFER.fullmatch(bare := name.removeprefix(PREFIX))
-    }
-    if twice := [bare for bare in names if bare in shapes and PREFIX + bare in shapes]:
-        raise CheckpointError(
-            f"Expected each weight once, got with and without `{PREFIX}`: {', '.join(twice)}."
-        )
-    expected = param_shapes(config)
-    tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
-    allowed = expected | ({"lm_head.weight": expected["wte.weight"]} if tied_head else {})
-    _check_names({bare: shapes[name] for bare, name in names.items()}, allowed)
-    leaves = {}
-    # The largest first: the passing copy of a tensor then comes while little else is held.
-    for bare in sorted(expected, key=lambda bare: -math.prod(expected[bare])):
-        array = read(names[bare])
-        if bare == "wte.weight" and tied_head:
-            _check_tied(array, read(tied_head))
-        leaves[bare] = _leaf(array, bare, target)
-    return _unflatten({_ours(bare): leaves[bare] for bare in expected})
+def _norm_shapes(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _ours(bare: str) -> str:
+def _dense_shapes(name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (n_in, n_out), f"{name}.bias": (n_out,)}
+
+
+def _our_path(bare: str) -> str:
     """`h.0.ln_1.weight` -> `h.0.ln_1.scale`."""
-    *modules, leaf = bare.split(".")
-    return ".".join((*modules, LEAF[modules[-1]] if leaf == "weight" else leaf))
+    module_path, leaf = bare.rsplit(".", 1)
+    if leaf == "weight":
+        module = module_path.split(".")[-1]
+        leaf = LEAF[module]
+    return f"{module_path}.{leaf}"
 
 
-def _theirs(path: str) -> str:
+def _hf_name(path: str) -> str:
     """`h.0.ln_1.scale` -> `transformer.h.0.ln_1.weight`."""
-    *modules, leaf = path.split(".")
-    bare = ".".join((*modules, "bias" if leaf == "bias" else "weight"))
-    return bare if modules[:1] == ["lm_head"] else PREFIX + bare
+    module_path, leaf = path.rsplit(".", 1)
+    if leaf != "bias":
+        leaf = "weight"
+    # HF's head stands beside the transformer, not in it.
+    prefix = "" if path.startswith("lm_head.") else PREFIX
+    return f"{prefix}{module_path}.{leaf}"
 
 
-def _flatten(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _flatten(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child
+# From tensors to params, checked.
 
 
-def _unflatten(leaves: Mapping[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *modules, last = path.split(".")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[last] = leaf
-    return tree
+def _from_reader(reader: TensorReader, config: GPT2Config, target: np.dtype | None) -> Params:
+    """Returns the params that a reader's tensors are, in the dtype `target` or their own."""
+    names = _by_bare_name(reader.shapes)
+    expected = param_shapes(config)
+    # A tied head is in what PyTorch saved, and not in what HF wrote as safetensors.
+    tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
+    allowed = dict(expected)
+    if tied_head is not None:
+        allowed["lm_head.weight"] = expected["wte.weight"]
+    found = {bare: reader.shapes[name] for bare, name in names.items()}
+    _check_names(found, allowed)
+
+    # One by one, each checked and on its way before the next is read.
+    leaves = {}
+    for bare in _largest_first(expected):
+        array = reader.read(names[bare])
+        if bare == "wte.weight" and tied_head is not None:
+            _check_tied(array, reader.read(tied_head))
+        leaves[_our_path(bare)] = _as_param(array, bare, target)
+    # They were read by size; the tree is in the order of the layers.
+    paths = [_our_path(bare) for bare in expected]
+    return unflatten_dict({path: leaves[path] for path in paths}, sep=".")
 
 
-def _check_names(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    missing = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
-    unexpected = [
-        f"unexpected: {name} {list(found[name])}" for name in found if name not in expected
-    ]
-    misshapen = [
-        f"{name}: expected {list(shape)}, got {list(found[name])}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    if problems := missing + unexpected + misshapen:
-        if len(problems) > LISTED:
-            problems[LISTED:] = [f"and {len(problems) - LISTED} more"]
+def _by_bare_name(names: Iterable[str]) -> dict[str, str]:
+    """Returns a file's own names by HF's names without prefix, mask buffers left out."""
+    own_names = {}
+    twice = []
+    for name in names:
+        bare = name.removeprefix(PREFIX)
+        if MASK_BUFFER.fullmatch(bare):
+            continue  # a constant that was saved with the weights: the model makes its own
+        if bare in own_names:
+            twice.append(bare)
+        own_names[bare] = name
+    if twice:
+        got = f"with and without `{PREFIX}`: {', '.join(twice)}"
+        raise CheckpointError(f"Expected each weight once, got {got}.")
+    return own_names
+
+
+def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
+    """Returns the names in the order of reading.
+
+    The passing copy of a large tensor, on its way to the device, then comes while little else is
+    held: the peak of memory is little more than the params'.
+    """
+    return sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True)
+
+
+def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raises one error for all names that are missing, unexpected or of another shape."""
+    # All together: a renamed tensor is both missing and unexpected, and only the pair explains it.
+    missing = []
+    misshapen = []
+    for name, shape in expected.items():
+        found_shape = found.get(name)
+        if found_shape is None:
+            missing.append(f"missing: {name} {list(shape)}")
+        elif found_shape != shape:
+            misshapen.append(f"{name}: expected {list(shape)}, got {list(found_shape)}")
+    unexpected = []
+    for name, shape in found.items():
+        if name not in expected:
+            unexpected.append(f"unexpected: {name} {list(shape)}")
+
+    problems = missing + unexpected + misshapen
+    if not problems:
+        return
+    n_more = len(problems) - MAX_PROBLEMS
+    if n_more > 0:
+        problems[MAX_PROBLEMS:] = [f"and {n_more} more"]
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected"
+    counts += f", {len(misshapen)} of another shape"
+    lines = "\n  ".join(problems)
+    raise CheckpointError(f"The weights do not fit the config: {counts}.\n  {lines}")
+
+
+def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"]) -> None:
+    """Raises unless the head is `wte` again: by the config, it would be dropped."""
+    n_differing = np.count_nonzero(wte != head)
+    if n_differing:
         raise CheckpointError(
-            f"The weights do not fit the config: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(misshapen)} of another shape.\n  " + "\n  ".join(problems)
-        )
-
-
-def _check_tied(wte: np.ndarray, head: np.ndarray) -> None:
-    if differing := np.count_nonzero(wte != head):
-        raise CheckpointError(
-            f"`tie_word_embeddings` is true, but `lm_head.weight` differs from `wte.weight` in {differing} of "
-            f"{wte.size} values: set `tie_word_embeddings` to false in config.json to keep both."
+            "`tie_word_embeddings` is true, but `lm_head.weight` differs from `wte.weight` in "
+            f"{n_differing} of {wte.size} values: set `tie_word_embeddings` to false in "
+            "config.json to keep both."
         )
 
 
 # Arrays.
 
 
-def _dtype(dtype: Any) -> np.dtype | None:
+def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns a dtype of params as numpy's, or `None`, which stands for the file's own.
+
+    Raises:
+      CheckpointError: it is none of the floats that a model computes in.
+    """
     if dtype is None:
         return None
     try:
         target = jnp.dtype(dtype)
-    except TypeError:
+    except TypeError:  # it names no dtype at all
         target = None
     if target is None or target.name not in DTYPES:
-        raise CheckpointError(
-            f"`dtype` must be one of {', '.join(DTYPES)}; got {target or dtype!r}."
-        )
+        expected = f"one of {', '.join(DTYPES)}"
+        raise CheckpointError(f"`dtype` must be {expected}; got {target or dtype!r}.")
     return target
 
 
-def _leaf(array: np.ndarray, name: str, target: np.dtype | None) -> jax.Array:
+def _dtype_of(params: Params) -> str:
+    """Returns the dtype of params, by its name: that of `wte`, should they differ."""
+    return params["wte"]["embedding"].dtype.name
+
+
+def _as_param(array: Tensor, name: str, target: np.dtype | None) -> Shaped[Array, "..."]:
+    """Returns a weight on the device, in the dtype `target` or its own, with every value finite."""
     if array.dtype.name not in DTYPES:
-        raise CheckpointError(
-            f"{name}: expected one of {', '.join(DTYPES)}, got {array.dtype.name}."
-        )
+        expected = f"one of {', '.join(DTYPES)}"
+        raise CheckpointError(f"{name}: expected {expected}, got {array.dtype.name}.")
+    # Before the cast too: the message then says whether the file or the dtype is to blame.
     _check_finite(array, name)
     if target is not None and target != array.dtype:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # numpy would warn; the next line says which and how many
             array = array.astype(target)
         _check_finite(array, f"{name} cast to {target.name}")
     return _to_jax(array, name)
 
 
-def _check_finite(array: np.ndarray, name: str) -> None:
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = array.size - np.count_nonzero(finite)
-        raise CheckpointError(
-            f"{name}: expected finite weights, got {bad} NaN or infinite of {array.size}."
-        )
+def _check_finite(array: Tensor, name: str) -> None:
+    is_finite = np.isfinite(array)
+    if not is_finite.all():
+        n_bad = array.size - np.count_nonzero(is_finite)
+        got = f"{n_bad} NaN or infinite of {array.size}"
+        raise CheckpointError(f"{name}: expected finite weights, got {got}.")
 
 
-def _to_jax(array: np.ndarray, name: str) -> jax.Array:
-    """Returns `array` on the device. On CPU the two may share memory, so `array` must be nobody else's."""
+def _to_jax(array: Tensor, name: str) -> Shaped[Array, "..."]:
+    """Returns an array on the device. On CPU it may keep its memory: it must be nobody else's."""
+    # `device_put` would turn float64 into float32 with no more than a warning.
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise CheckpointError(
-            f"{name} would be {array.dtype.name}: set `jax_enable_x64`, or ask for another `dtype`."
-        )
+        advice = "set `jax_enable_x64`, or ask for another `dtype`"
+        raise CheckpointError(f"{name} would be {array.dtype.name}: {advice}.")
     return jax.device_put(array)

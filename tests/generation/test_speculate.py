@@ -234,7 +234,10 @@ def test_a_rows_text_is_the_same_alone_and_in_a_batch(params, draft, prompts):
             "model's 64 positions, it has 8",
         ),
         ({"num_draft_tokens": 0}, "`num_draft_tokens` must be a positive integer, got 0"),
-        ({"max_matching_ngram_size": 0}, "`max_matching_ngram_size` must be a positive integer, got 0"),
+        (
+            {"max_matching_ngram_size": 0},
+            "`max_matching_ngram_size` must be a positive integer, got 0",
+        ),
         ({"sampler": Categorical()}, "`key` must be given for a sampler that draws"),
         ({"max_new_tokens": 64}, "together 65, but the model has 64 positions"),
     ],

@@ -1,7 +1,5 @@
 """The model in the package, on a page that it was not trained on."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +8,15 @@ import torch
 import transformers
 
 import gpt2_jax
+from tests.reference import DATA
 
-PAGE = (Path(__file__).parents[1] / "data" / "held-out.txt").read_text(encoding="utf-8")
-
-
+PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
 BITS_PER_BYTE = 1.389  # of the page, as the weights in the package have it
 
 
 def tokenizer():
     """The model's own tokenizer."""
-    return gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo"))
+    return gpt2_jax.load_tokenizer("demo")
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +38,14 @@ def test_perplexity_of_a_held_out_page_equals_pytorchs(windows, dtype, tolerance
     ).exp()
 
     config, params = gpt2_jax.load("demo", dtype=dtype)
-    logp = jax.nn.log_softmax(
-        jax.jit(gpt2_jax.apply, static_argnames="config")(params, windows, config=config)
-    )
-    perplexity = jnp.exp(-jnp.take_along_axis(logp[:, :-1], windows[:, 1:, None], axis=-1).mean())
+    targets = windows[:, 1:]
+    logp = jax.nn.log_softmax(jax.jit(gpt2_jax.apply)(params, windows, config=config))
+    perplexity = jnp.exp(-jnp.take_along_axis(logp[:, :-1], targets[..., None], axis=-1).mean())
     np.testing.assert_allclose(perplexity, expected.item(), rtol=tolerance)
-    bits = (
-        np.log2(perplexity)
-        * windows[:, 1:].size
-        / len(tokenizer().decode_bytes(windows[:, 1:].ravel()))
+    n_bytes = len(tokenizer().decode_bytes(targets.ravel()))
+    np.testing.assert_allclose(
+        np.log2(perplexity) * targets.size / n_bytes, BITS_PER_BYTE, atol=0.005
     )
-    np.testing.assert_allclose(bits, BITS_PER_BYTE, atol=0.005)
 
 
 def test_its_stories_are_hfs(windows):
