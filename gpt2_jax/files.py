@@ -106,21 +106,6 @@ def _replace_folder(target: Path, new: Path, keep: NameFilter | None) -> None:
     shutil.rmtree(old)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
-
-    Raises:
-      ValueError: the file holds no JSON, or something other than an object.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, got {type(values).__name__}.")
-    return values
-
-
 def listing(folder: Path) -> str:
     """Returns the names of a folder's first files, for a message that says what was found."""
     names = sorted(file.name for file in folder.iterdir())

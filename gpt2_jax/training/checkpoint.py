@@ -5,7 +5,7 @@ the background, and a checkpoint that was not finished does not exist.
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ class Checkpoints:
         """Returns when everything is written."""
         self._manager.wait_until_finished()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:

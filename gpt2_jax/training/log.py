@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -146,7 +146,7 @@ class MetricsLog:
         self._n_timed_steps = 0
         self._clock_start = time.perf_counter()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from gpt2_jax.config import GPT2Config
 
@@ -68,7 +68,7 @@ class Recipe:
         self.adapt(GPT2Config())  # raises where the dropout's rate or the dtype is not one
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Returns the recipe that `dataclasses.asdict` gave, as a run's `run.json` holds it.
 
         Raises:

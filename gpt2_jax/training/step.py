@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
@@ -61,7 +62,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     float32: small updates would vanish in them. `config.dtype` says what a step computes in.
     """
 
-    def widened_copy(leaf: Array) -> Array:
+    def widened_copy(leaf: Array | np.ndarray) -> Array:
         # `jnp.array`, not `asarray`, which would share the memory of a leaf that is wide already.
         return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
