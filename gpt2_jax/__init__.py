@@ -29,20 +29,22 @@ from gpt2_jax.interpretability.circuits import (
     ov_circuit,
     qk_circuit,
 )
+from gpt2_jax.interpretability.patching import (
+    mean_ablation,
+    patch_each,
+    patching_sweep,
+    path_patch,
+    resample_ablation,
+    zero_ablation,
+)
 from gpt2_jax.interpretability.reading import (
     LogitAttribution,
     attention_patterns,
     attribution,
     direct_logit_attribution,
     logit_lens,
-    mean_ablation,
-    patch_each,
-    patching_sweep,
-    path_patch,
-    resample_ablation,
     steering_vector,
     stream_logits,
-    zero_ablation,
 )
 from gpt2_jax.interpretability.taps import (
     SITES,

@@ -1,1 +1,1 @@
-"""How good a model is: log-probabilities, perplexity, published tasks, and lm-evaluation-harness."""
+"""How good a model is: log-probabilities, perplexity, published tasks, the harness."""

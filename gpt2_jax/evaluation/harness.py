@@ -1,20 +1,25 @@
-"""A model for EleutherAI's lm-evaluation-harness, whose tasks and rules are then those of its own `hf` model.
+"""A model for EleutherAI's lm-evaluation-harness, which brings the tasks and their rules.
 
-    python -m gpt2_jax.evaluation.harness run --model gpt2_jax --model_args pretrained=demo --tasks lambada_openai
+    python -m gpt2_jax.evaluation.harness run --model gpt2_jax \\
+        --model_args pretrained=demo --tasks lambada_openai
 
-is the harness's own command, `lm_eval`, which has no other way to learn of a model. In Python, importing this module
-makes `model="gpt2_jax"` known to `lm_eval.simple_evaluate`.
+is the harness's own command, `lm_eval`, which has no other way to learn of a model. In Python,
+importing this module makes `model="gpt2_jax"` known to `lm_eval.simple_evaluate`. Figures are those
+of the harness's `hf` model on the same folder.
+
+Knows the harness's requests; scoring is `score.py`'s, and generating is `generation`'s.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+# An extra: whoever imports this module without it learns what to install.
 try:
-    from lm_eval import utils
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
@@ -22,20 +27,38 @@ except ImportError as error:
         f'The harness is not installed: pip install "gpt2_jax[eval]" ({error}).'
     ) from None
 
-from gpt2_jax.evaluation.score import score
-from gpt2_jax.generation.generate import stream
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluation.score import ScoreRequest, after, rolling_windows, score, score_groups
+from gpt2_jax.generation.generate import Generation, stream
 from gpt2_jax.generation.options import WARPERS, sampler_from_options
+from gpt2_jax.model import Params, pad_rows
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import load_tokenizer
 from gpt2_jax.pretrained.weights import load
+from gpt2_jax.tokenizer import Tokenizer
 
-MAX_GEN_TOKS = 256  # the harness's default
-LENGTHS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # its names for one thing
+MAX_NEW_TOKENS = 256  # where a task does not say: as in the harness's `hf` model
+# The harness's names for how many tokens to generate; the first that is given counts.
+LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class GenerationSettings(NamedTuple):
+    """What a task asks of generated texts."""
+
+    max_new_tokens: int
+    sampler: Any
+    stop_texts: list[str]  # a text ends before the first of them
+
+    def is_stopped(self, text: str) -> bool:
+        """Returns whether a text holds what ends it."""
+        return any(stop in text for stop in self.stop_texts)
+
+    def cut(self, text: str) -> str:
+        """Returns a text up to what ends it."""
+        # One after the other, so the first place of any of them is what counts.
+        for stop in self.stop_texts:
+            text = text.split(stop)[0]
+        return text
 
 
 @register_model("gpt2_jax")
@@ -44,7 +67,8 @@ class GPT2JaxLM(TemplateLM):
 
     Args:
       pretrained: a folder in HF's layout, a hub id, or "demo".
-      tokenizer: whose tokenizer to use; by default the checkpoint's own, or GPT-2's where it has none.
+      tokenizer: whose tokenizer to use; by default the checkpoint's own, or GPT-2's where it has
+        none.
       revision: branch, tag or commit on the hub.
       dtype: of parameters and compute.
       max_length: the longest context; `n_positions` by default.
@@ -57,26 +81,27 @@ class GPT2JaxLM(TemplateLM):
       ValueError: `max_length` is more than the model has positions, or the batch size is "auto".
     """
 
+    # The harness passes `model_args` by keyword, most of them as texts: hence so many parameters.
     def __init__(
         self,
         pretrained: str,
         tokenizer: str | None = None,
         revision: str | None = None,
         dtype: str = "float32",
-        max_length: int | None = None,
+        max_length: int | str | None = None,
         batch_size: int | str = 8,
-        seed: int = 0,
-        max_batch_size: int | None = None,
+        seed: int | str = 0,
+        max_batch_size: int | str | None = None,
         device: str | None = None,
     ):
         super().__init__()
         del max_batch_size, device
-        folder = resolve(pretrained, revision=revision)
-        self.config, self.params = load(folder, dtype=dtype)
-        self.tokenizer, self._tokenizer_name = (
-            load_tokenizer(folder, tokenizer),
-            str(tokenizer or pretrained),
-        )
+        model = _load(pretrained, dtype=dtype, tokenizer_name=tokenizer, revision=revision)
+        self.config = model.config
+        self.params = model.params
+        self.tokenizer = model.tokenizer
+        # As it was asked for, not as a folder of this machine: it is part of names of caches.
+        self._tokenizer_name = str(tokenizer or pretrained)
         self.max_length = int(max_length or self.config.n_positions)
         if self.max_length > self.config.n_positions:
             raise ValueError(
@@ -86,7 +111,9 @@ class GPT2JaxLM(TemplateLM):
             raise ValueError(
                 f"`batch_size` must be a number, got {batch_size!r}: there is no automatic one."
             )
-        self.batch_size, self.key = int(batch_size), jax.random.key(int(seed))
+        self.batch_size = int(batch_size)
+        # The same for every batch, so that an answer does not depend on what was asked before.
+        self.key = jax.random.key(int(seed))
 
     @property
     def tokenizer_name(self) -> str:
@@ -95,136 +122,228 @@ class GPT2JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id of `<|endoftext|>`, which also stands before a text that has no context."""
+        """The id of `<|endoftext|>`, which also stands before a text that has no context.
+
+        Raises:
+          ValueError: the tokenizer has none.
+        """
+        if self.tokenizer.eot_id is None:
+            raise ValueError(
+                "A text without a context needs a tokenizer with the token <|endoftext|>, "
+                f"{self._tokenizer_name} has none."
+            )
         return self.tokenizer.eot_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Returns the ids of a text, in which `<|endoftext|>` is the special token, as for HF's tokenizer."""
+        """Returns a text's ids, in which `<|endoftext|>` is the special token, as HF has it."""
         del add_special_tokens  # GPT-2's tokenizer adds none
         return self.tokenizer.encode(string, "all")
 
-    def loglikelihood_rolling(
-        self, requests: Sequence[Any], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Returns the log-probability of whole texts, in windows that share one token."""
-        windows, owners = [], []
-        for number, request in enumerate(requests):
-            (string,) = request.args
-            pairs = utils.get_rolling_token_windows(
-                self.tok_encode(string), self.prefix_token_id, self.max_length, context_len=1
-            )
-            for context, continuation in map(utils.make_disjoint_window, pairs):
-                windows.append((None, context, continuation))
-                owners.append(number)
-        totals = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(
-            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
-            totals[owner] += logprob
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+    # Scoring. The harness's `loglikelihood` encodes its texts, and calls `_loglikelihood_tokens`.
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any):
-        """Returns (log-probability, whether greedy) of each continuation; contexts are cut from the left."""
-        with tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm) as bar:
-            scored = score(
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Returns the log-probability of whole texts, in nats, in windows that share one token."""
+        windows: list[list[ScoreRequest]] = []
+        for request in requests:
+            (text,) = request.args
+            ids = self.tok_encode(text)
+            windows.append(
+                rolling_windows(ids, prefix_id=self.prefix_token_id, window=self.max_length)
+            )
+        n_windows = sum(len(windows_of_text) for windows_of_text in windows)
+        with tqdm(total=n_windows, desc="Scoring", disable=disable_tqdm) as bar:
+            scored = score_groups(
                 self.params,
-                [
-                    ([*context, *goal][-(self.max_length + 1) :], len(goal))
-                    for _, context, goal in requests
-                ],
+                windows,
                 config=self.config,
                 batch_size=self.batch_size,
                 progress=bar.update,
             )
-        found = [
-            (float(one.logprobs.sum(dtype=np.float64)), bool(one.greedy.all())) for one in scored
-        ]
-        for (strings, _, _), answer in zip(requests, found, strict=True):
-            if strings is not None:
-                self.cache_hook.add_partial("loglikelihood", strings, answer)
-        return found
+        totals: list[float] = []
+        for request, windows_of_text in zip(requests, scored, strict=True):
+            total = sum((window.total for window in windows_of_text), start=0.0)
+            totals.append(total)
+            # The harness's own cache of answers, where it was asked to keep one.
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns continuations up to one of the given texts, to `<|endoftext|>`, or to the length asked for."""
-        groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **options: Any,
+    ) -> list[tuple[float, bool]]:
+        """Returns (log-probability, whether greedy) of each continuation.
+
+        Requests are ((context, continuation), their ids each). Contexts are cut from the left.
+        """
+        del options  # of other kinds of model
+        to_score: list[ScoreRequest] = []
+        for _, context, continuation in requests:
+            ids, n_scored = after(context, continuation)
+            # One longer than what the model reads, as the last token is scored but not read.
+            to_score.append(ScoreRequest(ids[-(self.max_length + 1) :], n_scored))
+        with tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm) as bar:
+            scored = score(
+                self.params,
+                to_score,
+                config=self.config,
+                batch_size=self.batch_size,
+                progress=bar.update,
+            )
+        answers = [(continuation.total, continuation.all_greedy) for continuation in scored]
+        for (texts, *_), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    # Generating.
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Returns continuations up to a stop text, to `<|endoftext|>`, or to the length asked for.
+
+        Raises:
+          ValueError: an option is not supported, or the length leaves no room for a prompt.
+        """
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
-            for numbers in groups.values():
-                numbers.sort(key=lambda number: len(requests[number].args[0]))
-                for start in range(0, len(numbers), self.batch_size):
-                    batch = numbers[start : start + self.batch_size]
-                    contexts = [requests[number].args[0] for number in batch]
-                    options = requests[batch[0]].args[1]
-                    for number, text in zip(
-                        batch, self._generate(contexts, dict(options)), strict=True
-                    ):
-                        texts[number] = text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                    bar.update(len(batch))
+            for indices in _generation_batches(requests, self.batch_size):
+                batch = [_context_and_options(requests[index]) for index in indices]
+                contexts = [context for context, _ in batch]
+                _, shared_options = batch[0]
+                settings = self._settings(shared_options)
+                continuations = self._continue(contexts, settings)
+                for index, text in zip(indices, continuations, strict=True):
+                    texts[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update(len(indices))
         return texts
 
-    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
-        """Continues contexts that have the same options."""
+    def _settings(self, task_options: Mapping[str, Any]) -> GenerationSettings:
+        """Returns the settings that a task's options say."""
+        options = dict(task_options)
         until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else until
-        lengths = [int(options.pop(name)) for name in LENGTHS if name in options]
-        room = lengths[0] if lengths else MAX_GEN_TOKS
-        stops = () if self.eot_token_id is None else (self.eot_token_id,)
-        sampler = _sampler(options, stops)
-        if not 0 < room < self.max_length:
+        stop_texts = [until] if isinstance(until, str) else until
+        # All of them are taken out: what stays must be options of the sampler.
+        lengths = [options.pop(name) for name in LENGTH_OPTIONS if name in options]
+        max_new_tokens = int(lengths[0]) if lengths else MAX_NEW_TOKENS
+        sampler = _sampler(options, self._stop_ids)
+        if not 0 < max_new_tokens < self.max_length:
             raise ValueError(
-                f"The tokens to generate must be from 1 to {self.max_length - 1}, got {room}."
+                f"The tokens to generate must be from 1 to {self.max_length - 1}, "
+                f"got {max_new_tokens}."
             )
-        encoded = [
-            (self.tok_encode(text) or [self.prefix_token_id])[-(self.max_length - room) :]
-            for text in contexts
-        ]
-        lengths = np.array([len(ids) for ids in encoded])
-        ids = np.zeros((len(encoded), lengths.max()), np.int32)
-        for row, one in zip(ids, encoded, strict=True):
-            row[: len(one)] = one
+        return GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            stop_texts=[stop for stop in stop_texts if stop],  # an empty one would end every text
+        )
+
+    @property
+    def _stop_ids(self) -> tuple[int, ...]:
+        """What ends a text whatever the task says."""
+        eot_id = self.tokenizer.eot_id
+        return () if eot_id is None else (eot_id,)
+
+    def _continue(self, contexts: Sequence[str], settings: GenerationSettings) -> list[str]:
+        """Continues contexts that have the same settings."""
+        longest_prompt = self.max_length - settings.max_new_tokens
+        prompts = [self._prompt(context)[-longest_prompt:] for context in contexts]
+        ids, lengths = pad_rows(prompts)
         pieces = stream(
             self.params,
             ids,
             lengths,
             self.key,
             config=self.config,
-            max_new_tokens=room,
-            sampler=sampler,
-            stop_ids=stops,
+            max_new_tokens=settings.max_new_tokens,
+            sampler=settings.sampler,
+            stop_ids=self._stop_ids,
         )
-        made: list[list[int]] = [[] for _ in contexts]
+        generated: list[list[int]] = [[] for _ in contexts]
+        texts = [""] * len(contexts)
         for piece in pieces:
-            for row, new, count in zip(
-                made, np.asarray(piece.ids), np.asarray(piece.lengths), strict=True
-            ):
-                row += [id for id in new[:count].tolist() if id not in stops]
-            texts = [self.tokenizer.decode(row) for row in made]
-            if until and all(any(stop in text for stop in until) for text in texts):
+            for row, new_ids in zip(generated, self._without_stop(piece), strict=True):
+                row.extend(new_ids)
+            # Whole rows, not their new ids alone: a stop text or a character may span two pieces.
+            texts = [self.tokenizer.decode(row) for row in generated]
+            # The rest of the stream is then never computed.
+            if all(settings.is_stopped(text) for text in texts):
                 break
-        for stop in until:
-            texts = [text.split(stop)[0] if stop else text for text in texts]
-        return texts
+        return [settings.cut(text) for text in texts]
+
+    def _prompt(self, context: str) -> list[int]:
+        """Returns a context's ids, at least one."""
+        return self.tok_encode(context) or [self.prefix_token_id]
+
+    def _without_stop(self, piece: Generation) -> Iterator[list[int]]:
+        """Yields each row's new ids, without the one that ended it and what fills it up."""
+        lengths = np.asarray(piece.lengths)
+        for row, length in zip(np.asarray(piece.ids), lengths, strict=True):
+            new_ids = row[:length].tolist()
+            yield [token for token in new_ids if token not in self._stop_ids]
 
 
-def _sampler(options: dict[str, Any], stop_ids: tuple[int, ...] = ()) -> Any:
-    """Returns the sampler of the harness's generation options: temperature 0 is greedy, and then no cut counts.
+def _context_and_options(request: Instance) -> tuple[str, dict[str, Any]]:
+    """Returns what a request to generate holds."""
+    arguments: tuple[Any, ...] = request.args
+    context, options = arguments
+    return context, options
+
+
+def _generation_batches(requests: Sequence[Instance], batch_size: int) -> Iterator[list[int]]:
+    """Yields the indices of requests that have the same options, the shortest contexts first."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        _, options = _context_and_options(request)
+        # As a text, because options hold lists, which cannot be keys.
+        groups.setdefault(repr(sorted(options.items())), []).append(index)
+    for group in groups.values():
+        # Contexts of like length waste little on padding. Characters say enough about tokens.
+        by_length = sorted(group, key=lambda index: len(_context_and_options(requests[index])[0]))
+        for start in range(0, len(by_length), batch_size):
+            yield by_length[start : start + batch_size]
+
+
+def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
+    """Returns the sampler of the harness's generation options.
+
+    As in the harness, temperature 0 is greedy, and then options that cut a distribution are
+    ignored.
 
     Raises:
       ValueError: an option that is not supported.
     """
-    do_sample = options.pop("do_sample", float(options.get("temperature") or 0.0) > 0)
+    others = dict(options)
+    temperature = float(others.pop("temperature", None) or 0.0)
+    do_sample = others.pop("do_sample", temperature > 0)
     if do_sample:
-        options["temperature"] = float(options.get("temperature") or 1.0)
+        # Asked to sample without a temperature: the one that changes nothing.
+        others["temperature"] = temperature or 1.0
     else:
-        options = {name: value for name, value in options.items() if name not in WARPERS}
-    return sampler_from_options(options, do_sample=do_sample, stop_ids=stop_ids)
+        others = {name: value for name, value in others.items() if name not in WARPERS}
+    return sampler_from_options(others, do_sample=do_sample, stop_ids=stop_ids)
+
+
+# Loading.
+
+
+class Loaded(NamedTuple):
+    """What belongs together in a checkpoint."""
+
+    config: GPT2Config
+    params: Params
+    tokenizer: Tokenizer
+
+
+def _load(name: str, *, dtype: str, tokenizer_name: str | None, revision: str | None) -> Loaded:
+    """Returns a checkpoint's config, params and tokenizer."""
+    folder = resolve(name, revision=revision)
+    config, params = load(folder, dtype=dtype)
+    return Loaded(config, params, load_tokenizer(folder, tokenizer_name))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,92 @@
-"""Scoring: how likely a model finds given tokens, and the figures that are made of it. Knows ids; nothing of datasets.
+"""Scoring: how likely a model finds given tokens, and the figures that are made of it.
 
-The logits of a batch, `[B, T, V]`, are never held at once: hidden states are turned into log-probabilities in chunks.
+Knows ids and log-probabilities; nothing of texts, tokenizers or data sets. The logits of a batch,
+`[B, T, V]`, are never held at once: hidden states become log-probabilities a chunk of tokens at a
+time.
+
+Axes beside those of `modules.py`: M tokens of a batch that may be scored, C tokens of a chunk, n
+scored tokens of one text.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import Params, check_ids, hidden_states, unembed
+from gpt2_jax.model import (
+    Params,
+    check_ids,
+    hidden_states,
+    pad_rows,
+    token_logprobs_of,
+    unembed,
+)
 from gpt2_jax.modules import wide_dtype
 
-CHUNK = 256  # tokens whose logits, [CHUNK, V], are held at once
+# C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
+# float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
+TOKENS_PER_CHUNK = 256
+
+AnyArray = np.ndarray | Array
+TokenIds = Sequence[int | np.integer] | Int[AnyArray, " _"]  # a list or an array, of any length
+Progress = Callable[[int], object]  # called after each batch with the number of requests in it
+
+
+# What is asked, and what is answered.
+
+
+class ScoreRequest(NamedTuple):
+    """A text whose last tokens are to be scored; a plain tuple of the two is taken as well."""
+
+    ids: TokenIds
+    n_scored: int  # how many tokens, at the end
 
 
 class Scored(NamedTuple):
     """What a model thinks of the `n` scored tokens of one request."""
 
-    logprobs: (
-        np.ndarray
-    )  # float32[n] (float64 in a float64 model), of each token after those before it, in nats
-    greedy: np.ndarray  # bool[n], whether it is the likeliest token there
+    # Of each token after all tokens before it, in nats: float32, or float64 from a float64 model.
+    logprobs: Float[AnyArray, " n"]
+    greedy: Bool[AnyArray, " n"]  # whether the token is the likeliest one there
+
+    @property
+    def total(self) -> float:
+        """The log-probability of all scored tokens together, in nats."""
+        # In float64, as figures are compared to more digits than float32 keeps in a long sum.
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether greedy decoding would have produced all scored tokens."""
+        return bool(self.greedy.all())
+
+
+class Window(NamedTuple):
+    """Part of a longer text, of which the last tokens are scored."""
+
+    start: int  # the first token that is read
+    end: int  # one past the last
+    n_scored: int
 
 
 class Likelihood(NamedTuple):
     """How well a model predicts a text: a sum, what it is divided by, and the usual quotients."""
 
     nll: float  # sum of the negative log-likelihoods of the scored tokens, in nats
-    tokens: int  # that were scored
-    variance: float  # of the negative log-likelihood of a token
+    tokens: int  # how many were scored
+    variance: float  # of the negative log-likelihood of a token, over the scored ones
     words: int | None = None  # of the text, where they were counted
-    bytes: int | None = None
+    bytes: int | None = None  # likewise, in UTF-8
 
     @property
     def loss(self) -> float:
@@ -56,6 +103,8 @@ class Likelihood(NamedTuple):
         """Per scored token."""
         return math.exp(self.loss)
 
+    # Per word or byte, models of different tokenizers can be compared; per token they cannot.
+
     @property
     def word_perplexity(self) -> float | None:
         """Per word of the text, however many tokens were scored: the paper's figure."""
@@ -69,27 +118,38 @@ class Likelihood(NamedTuple):
     @property
     def bits_per_byte(self) -> float | None:
         """Bits per UTF-8 byte of the text."""
-        return None if not self.bytes else self.nll / self.bytes / math.log(2)
+        return None if not self.bytes else bits(self.nll / self.bytes)
 
 
 class Choice(NamedTuple):
     """The scores of one continuation among several: log-probabilities, the greater the better."""
 
-    total: float  # sum
-    per_token: float  # mean
-    per_byte: (
-        float  # sum divided by the UTF-8 bytes of the continuation, if they are known, else NaN
-    )
+    total: float  # of all its tokens together
+    per_token: float  # the mean
+    per_byte: float  # the total divided by the UTF-8 bytes; NaN where they are not given
 
 
-def token_logprobs(params: Params, ids: Array, *, config: GPT2Config) -> Array:
-    """Returns the log-probability of each token after its predecessors, `int[B, T] -> float32[B, T - 1]`, in nats.
+def bits(nats: float) -> float:
+    """Converts nats, the unit of natural logarithms, to bits."""
+    return nats / math.log(2)
 
-    A pure function that can be jitted and differentiated. Tokens after a row's end are scored too: pass them over.
+
+# Every token of a batch.
+
+
+def token_logprobs(
+    params: Params, ids: Int[ArrayLike, "B T"], *, config: GPT2Config
+) -> Float[Array, "B T-1"]:
+    """Returns the log-probability of each token after its predecessors, in nats.
+
+    `int[B, T] -> float32[B, T - 1]`, or float64 from a float64 model. A pure function that can be
+    jitted and differentiated; it does not compile itself. Tokens after a row's end are scored too:
+    ignore them.
 
     Args:
       params: the parameters.
-      ids: token ids, padded on the right with any id of the vocabulary; `T` is at most `n_positions + 1`.
+      ids: token ids, padded on the right with any id of the vocabulary; `T` is at most
+        `n_positions + 1`.
       config: the model's configuration.
 
     Raises:
@@ -98,129 +158,100 @@ def token_logprobs(params: Params, ids: Array, *, config: GPT2Config) -> Array:
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
         raise ValueError("`ids` must have at least 2 columns: one to read and one to score, got 1.")
-    hidden = hidden_states(params, ids[:, :-1], config=config)
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
-    pad = -len(targets) % CHUNK
-    chunks = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, CHUNK, flat.shape[1])
-    logprobs, _ = lax.map(
-        lambda chunk: _logprobs(params, *chunk, config=config),
-        (chunks, jnp.pad(targets, (0, pad)).reshape(-1, CHUNK)),
-    )
-    return logprobs.reshape(-1)[: len(targets)].reshape(ids.shape[0], -1)
+    hidden = hidden_states(params, ids[:, :-1], config=config)  # [B, T - 1, D]
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    flat_targets = ids[:, 1:].reshape(-1)
+
+    def logprob_of(pair: tuple[Float[Array, " D"], Int[Array, ""]]) -> Float[Array, ""]:
+        hidden_state, target = pair
+        logits = unembed(params, hidden_state, config=config)  # [V]
+        return token_logprobs_of(logits, target)
+
+    # In words one token at a time; `batch_size` makes chunks of them, so that the logits of all are
+    # never there at once.
+    logprobs = lax.map(logprob_of, (flat_hidden, flat_targets), batch_size=TOKENS_PER_CHUNK)
+    return logprobs.reshape(ids.shape[0], -1)
+
+
+# The last tokens of many texts.
 
 
 def score(
     params: Params,
-    requests: Sequence[tuple[Sequence[int], int]],
+    requests: Sequence[tuple[TokenIds, int]],
     *,
     config: GPT2Config,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Scored]:
-    """Scores the last tokens of many texts, each after all that stands before it, in batches of like length.
+    """Scores the last tokens of many texts, each after all that stands before it.
 
-    Rows are padded to 32, 64, 128, ... columns, so that few lengths mean few compilations.
+    Texts of like length share a batch. Compiles itself; rows are padded to 32, 64, 128, ...
+    columns, so that few programs serve all lengths.
 
     Args:
       params: the parameters.
-      requests: for each text its ids and how many of them, at its end, to score. A text that is longer than
-        `n_positions + 1` is cut from the left.
+      requests: for each text its ids and how many of them, at its end, to score (see
+        `ScoreRequest`). A text that is longer than `n_positions + 1` is cut from the left.
       config: the model's configuration.
       batch_size: texts that pass through the model at once.
-      progress: is told how many more requests are done.
+      progress: called after each batch with the number of requests in it.
 
     Returns:
-      What was found, in the order of the requests.
+      What the model thinks of each request's tokens, in the order of the requests.
 
     Raises:
-      ValueError: an id is outside the vocabulary, or a request asks for less than 1 token, for more than the text has
-        after its first, or for more than `n_positions`; the request is named.
+      ValueError: an id is outside the vocabulary, or a request asks for less than 1 token, for more
+        than the text has after its first, or for more than `n_positions`; the request is named.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    texts = [_check_request(number, *request, config) for number, request in enumerate(requests)]
-    order = sorted(range(len(texts)), key=lambda number: -len(texts[number][0]))
-    found: dict[int, Scored] = {}
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        scored = _score_batch(params, [texts[number] for number in numbers], batch_size, config)
-        found |= dict(zip(numbers, scored, strict=True))
+    checked = [
+        _checked_request(index, ids, n_scored, config)
+        for index, (ids, n_scored) in enumerate(requests)
+    ]
+    # Rows of like length waste little on padding. The longest come first, so that a batch for which
+    # memory is short fails at once, and the time that is left is never underestimated.
+    longest_first = sorted(range(len(checked)), key=lambda index: -len(checked[index].ids))
+    scored: dict[int, Scored] = {}
+    for start in range(0, len(longest_first), batch_size):
+        indices = longest_first[start : start + batch_size]
+        together = [checked[index] for index in indices]
+        batch = _batch_of(together, batch_size, config)
+        batch_scores = jax.device_get(score_batch(params, batch, config=config))
+        scored.update(zip(indices, _by_request(batch_scores, together), strict=True))
         if progress is not None:
-            progress(len(numbers))
-    return [found[number] for number in range(len(texts))]
+            progress(len(indices))
+    return [scored[index] for index in range(len(checked))]
 
 
-def sliding_windows(count: int, *, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yields `(start, end, scored)`: windows over `count` tokens, and how many at the end of each are scored.
-
-    Windows start every `stride` tokens and are `window` long, as in HF's guide to perplexity: each token is scored in
-    the first window that holds it, unless it is the first there, with nothing before it. So with `stride < window`
-    all but the first of the text are scored once, each but the first window's after at least `window - stride` others.
-
-    Raises:
-      ValueError: `window` is less than 2, or `stride` is not in [1, `window`].
-    """
-    if window < 2 or not 1 <= stride <= window:
-        raise ValueError(
-            f"`window` must be at least 2 and `stride` in [1, `window`], got {window} and {stride}."
-        )
-    done = 0
-    for start in range(0, count, stride):
-        end = min(start + window, count)
-        if scored := min(end - done, end - start - 1):
-            yield start, end, scored
-        done = end
-        if end == count:
-            return
-
-
-def perplexity(
+def score_groups(
     params: Params,
-    ids: Sequence[int],
+    groups: Sequence[Sequence[tuple[TokenIds, int]]],
     *,
     config: GPT2Config,
-    window: int | None = None,
-    stride: int | None = None,
-    words: int | None = None,
-    bytes: int | None = None,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
-) -> Likelihood:
-    """Returns how well a model predicts a text of any length, by sliding windows (see `sliding_windows`).
+    progress: Progress | None = None,
+) -> list[list[Scored]]:
+    """Scores requests that belong together, such as a text's windows or a question's choices.
 
-    Args:
-      params: the parameters.
-      ids: the text's ids, at least 2.
-      config: the model's configuration.
-      window: tokens that the model sees at once; `n_positions` by default.
-      stride: tokens from a window to the next; half a window by default.
-      words: of the text, for `word_perplexity`.
-      bytes: of the text, for `byte_perplexity` and `bits_per_byte`.
-      batch_size: windows that pass through the model at once.
-      progress: is told how many more windows are done.
-
-    Raises:
-      ValueError: the text has less than 2 ids or one outside the vocabulary, or `window` and `stride` do not fit.
+    Arguments and errors are those of `score`; the result is grouped as the requests are.
     """
-    window = config.n_positions if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
-    if window > config.n_positions:
-        raise ValueError(
-            f"`window` must be at most {config.n_positions} (`n_positions`), got {window}."
-        )
-    if len(ids) < 2:
-        raise ValueError(f"A text must have at least 2 tokens to be scored, got {len(ids)}.")
-    spans = sliding_windows(len(ids), window=window, stride=stride)
-    requests = [(ids[start:end], scored) for start, end, scored in spans]
-    scored = score(params, requests, config=config, batch_size=batch_size, progress=progress)
-    losses = -np.concatenate([one.logprobs for one in scored]).astype(np.float64)
-    return Likelihood(float(losses.sum()), losses.size, float(losses.var()), words, bytes)
+    requests = list(chain.from_iterable(groups))
+    # One after the other, so that a batch may hold parts of several groups.
+    scored = iter(score(params, requests, config=config, batch_size=batch_size, progress=progress))
+    return [list(islice(scored, len(group))) for group in groups]
+
+
+def after(context: TokenIds, continuation: TokenIds) -> ScoreRequest:
+    """Returns the request that scores a continuation after its context."""
+    return ScoreRequest([*context, *continuation], n_scored=len(continuation))
 
 
 def score_choices(
     params: Params,
-    context: Sequence[int],
-    choices: Sequence[Sequence[int]],
+    context: TokenIds,
+    choices: Sequence[TokenIds],
     *,
     config: GPT2Config,
     bytes: Sequence[int] | None = None,
@@ -235,80 +266,242 @@ def score_choices(
       bytes: how many UTF-8 bytes each continuation has.
 
     Raises:
-      ValueError: as `score`.
+      ValueError: as `score`; or `bytes` has another length than `choices`.
     """
-    requests = [([*context, *choice], len(choice)) for choice in choices]
     sizes = [math.nan] * len(choices) if bytes is None else bytes
-    scored = score(params, requests, config=config, batch_size=len(choices) or 1)
-    totals = [float(one.logprobs.sum(dtype=np.float64)) for one in scored]
-    return [
-        Choice(total, total / len(choice), total / size)
-        for total, choice, size in zip(totals, choices, sizes, strict=True)
-    ]
-
-
-def _check_request(
-    number: int, ids: Sequence[int], count: int, config: GPT2Config
-) -> tuple[np.ndarray, int]:
-    """Returns the ids that are needed, at most `n_positions + 1`, and how many to score."""
-    ids = np.asarray(ids)
-    if not 1 <= count <= min(len(ids) - 1, config.n_positions):
+    if len(sizes) != len(choices):
         raise ValueError(
-            f"Request {number} must score from 1 to {min(len(ids) - 1, config.n_positions)} of its {len(ids)} tokens "
-            f"(`n_positions` is {config.n_positions}), got {count}."
+            f"`bytes` must have one number for each of {len(choices)} choices, got {len(sizes)}."
         )
-    try:
-        check_ids(ids[None], config)
-    except ValueError as error:
-        raise ValueError(f"Request {number}: {error}") from None
-    return ids[-(config.n_positions + 1) :], count
+    requests = [after(context, choice) for choice in choices]
+    # All in one batch: they share a context, so they are of like length.
+    scored = score(params, requests, config=config, batch_size=max(1, len(choices)))
+    results = []
+    for choice, size, choice_scores in zip(choices, sizes, scored, strict=True):
+        total = choice_scores.total
+        results.append(Choice(total, per_token=total / len(choice), per_byte=total / size))
+    return results
 
 
-def _score_batch(
-    params, texts: list[tuple[np.ndarray, int]], rows: int, config: GPT2Config
-) -> Iterable[Scored]:
-    """Yields what is found about texts of like length, of which the first is the longest."""
-    width = bucket(len(texts[0][0]) - 1, config.n_positions)
-    ids = np.zeros((rows, width), np.int32)
-    places, targets = [], []
-    for row, (text, count) in enumerate(texts):
-        ids[row, : len(text) - 1] = text[:-1]
-        places += range(row * width + len(text) - 1 - count, row * width + len(text) - 1)
-        targets.append(text[-count:])
-    room = -(-rows * width // CHUNK) * CHUNK
-    padded = np.zeros((2, room), np.int32)
-    padded[:, : len(places)] = places, np.concatenate(targets)
-    logprobs, greedy = _score(params, ids, *padded, -(-len(places) // CHUNK), config=config)
-    logprobs, greedy, start = np.asarray(logprobs), np.asarray(greedy), 0
-    for _, count in texts:
-        yield Scored(logprobs[start : start + count], greedy[start : start + count])
-        start += count
+# Texts of any length, by windows.
 
 
-@partial(jax.jit, static_argnames="config")
-def _score(params, ids, places, targets, chunks, *, config):
-    """Scores `targets[i]` at the flat place `places[i]` of `ids[B, T]`, for the first `chunks * CHUNK` of them."""
-    hidden = hidden_states(params, ids, config=config)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+def sliding_windows(count: int, *, window: int, stride: int) -> Iterator[Window]:
+    """Yields windows over `count` tokens, and how many at the end of each are scored.
 
-    def chunk(number, out):
-        at, goal = (lax.dynamic_slice_in_dim(x, number * CHUNK, CHUNK) for x in (places, targets))
-        found = _logprobs(params, flat[at], goal, config=config)
-        return tuple(
-            lax.dynamic_update_slice_in_dim(x, new, number * CHUNK, 0)
-            for x, new in zip(out, found, strict=True)
+    Windows start every `stride` tokens and are `window` long, as in HF's guide to perplexity
+    (https://huggingface.co/docs/transformers/perplexity): each token is scored in the first window
+    that holds it, unless it is the first there, with nothing before it. So with `stride < window`
+    all but the first of the text are scored once, each but the first window's after at least
+    `window - stride` others.
+
+    Raises:
+      ValueError: `window` is less than 2, or `stride` is not in [1, `window`].
+    """
+    if window < 2 or not 1 <= stride <= window:
+        raise ValueError(
+            f"`window` must be at least 2 and `stride` in [1, `window`], got {window} and {stride}."
         )
+    previous_end = 0
+    # The last window is cut short rather than moved back, as in the guide.
+    for start in range(0, count, stride):
+        end = min(start + window, count)
+        # Where windows do not overlap, the first token is new too, but nothing predicts it.
+        n_scored = min(end - previous_end, end - start - 1)
+        if n_scored > 0:
+            yield Window(start, end, n_scored)
+        previous_end = end
+        if end == count:
+            return
 
-    return lax.fori_loop(
-        0,
-        chunks,
-        chunk,
-        (jnp.zeros(places.shape, wide_dtype(config)), jnp.zeros(places.shape, bool)),
+
+def rolling_windows(ids: TokenIds, *, prefix_id: int, window: int) -> list[ScoreRequest]:
+    """Returns requests that score each token of a text once, the very first after `prefix_id`.
+
+    The rolling windows of lm-evaluation-harness (`utils.get_rolling_token_windows` with
+    `context_len=1`): each scores the next `window` tokens after the one before them, and the last,
+    which has fewer left, reads more context.
+    """
+    whole = [prefix_id, *ids]
+    requests = []
+    for first_scored in range(1, len(whole), window):
+        end = min(first_scored + window, len(whole))
+        # One longer than the window: the last token of a request is scored but not read.
+        start = max(end - window - 1, 0)
+        requests.append(ScoreRequest(whole[start:end], n_scored=end - first_scored))
+    return requests
+
+
+def perplexity(
+    params: Params,
+    ids: TokenIds,
+    *,
+    config: GPT2Config,
+    window: int | None = None,
+    stride: int | None = None,
+    words: int | None = None,
+    bytes: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Likelihood:
+    """Returns how well a model predicts a text of any length, by sliding windows.
+
+    For the windows see `sliding_windows`. Compiles itself.
+
+    Args:
+      params: the parameters.
+      ids: the text's ids, at least 2.
+      config: the model's configuration.
+      window: tokens that the model sees at once; `n_positions` by default.
+      stride: tokens from a window to the next; half a window by default.
+      words: of the text, for `word_perplexity`.
+      bytes: of the text, for `byte_perplexity` and `bits_per_byte`.
+      batch_size: windows that pass through the model at once.
+      progress: called after each batch with the number of windows in it.
+
+    Raises:
+      ValueError: the text has less than 2 ids or one outside the vocabulary, or `window` and
+        `stride` do not fit.
+    """
+    if window is None:
+        window = config.n_positions
+    if stride is None:
+        stride = max(window // 2, 1)  # as in HF's guide: twice the work, and half a window to read
+    if window > config.n_positions:
+        raise ValueError(
+            f"`window` must be at most {config.n_positions} (`n_positions`), got {window}."
+        )
+    if len(ids) < 2:
+        raise ValueError(f"A text must have at least 2 tokens to be scored, got {len(ids)}.")
+    requests = [
+        ScoreRequest(ids[start:end], n_scored)
+        for start, end, n_scored in sliding_windows(len(ids), window=window, stride=stride)
+    ]
+    scored = score(params, requests, config=config, batch_size=batch_size, progress=progress)
+    logprobs = np.concatenate([window_scores.logprobs for window_scores in scored])
+    losses = -logprobs.astype(np.float64)  # a book's sum would lose digits in float32
+    return Likelihood(
+        nll=float(losses.sum()),
+        tokens=losses.size,
+        variance=float(losses.var()),
+        words=words,
+        bytes=bytes,
     )
 
 
-def _logprobs(params, hidden, targets, *, config) -> tuple[Array, Array]:
-    """Returns log-probabilities of targets, `[C, D], [C] -> [C]`, and whether they are the likeliest."""
-    logits = unembed(params, hidden, config=config)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), argmax(logits) == targets
+# One batch.
+
+
+class CheckedRequest(NamedTuple):
+    """A request whose ids are in the vocabulary and no more than the model can use."""
+
+    ids: list[int]  # 2 to `n_positions + 1`
+    n_scored: int
+
+
+class Batch(NamedTuple):
+    """Right-padded texts and which of their tokens to score, as the compiled program takes them.
+
+    `M` is what the batch would need if all its tokens were scored, rounded up to whole chunks, so
+    that it follows from the shape of `ids` and one program serves all batches of that shape.
+    """
+
+    ids: Int[AnyArray, "B T"]
+    offsets: Int[AnyArray, " M"]  # in flattened `ids`, of the token before each target
+    targets: Int[AnyArray, " M"]  # the tokens to score
+    # How many chunks hold targets; the others are padding. A value, not a shape: it recompiles
+    # nothing.
+    n_chunks: Int[ArrayLike, ""]
+
+
+@jax.jit
+def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
+    """Returns the scores of a batch's targets, `[M]`. Compiled once for each shape of `ids`."""
+    hidden = hidden_states(params, batch.ids, config=config)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [BT, D]
+
+    def score_chunk(index: Int[Array, ""], scored: Scored) -> Scored:
+        start = index * TOKENS_PER_CHUNK
+        offsets = lax.dynamic_slice_in_dim(batch.offsets, start, TOKENS_PER_CHUNK)
+        targets = lax.dynamic_slice_in_dim(batch.targets, start, TOKENS_PER_CHUNK)
+        # The hidden states are gathered here, not before the loop: a copy of a chunk, not of all.
+        logits = unembed(params, flat_hidden[offsets], config=config)  # [C, V]
+        logprobs = token_logprobs_of(logits, targets)
+        greedy = argmax(logits) == targets
+        return Scored(
+            logprobs=lax.dynamic_update_slice_in_dim(scored.logprobs, logprobs, start, axis=0),
+            greedy=lax.dynamic_update_slice_in_dim(scored.greedy, greedy, start, axis=0),
+        )
+
+    nothing = Scored(
+        logprobs=jnp.zeros(batch.targets.shape, wide_dtype(config)),
+        greedy=jnp.zeros(batch.targets.shape, bool),
+    )
+    # Not a `lax.map` over all chunks: most requests score a few tokens of many, and the head is a
+    # good part of a small model's work.
+    return lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
+
+
+def _batch_of(requests: Sequence[CheckedRequest], n_rows: int, config: GPT2Config) -> Batch:
+    """Returns requests, the longest first, as one batch of `n_rows` rows, those left over empty."""
+    # The first is the longest. No wider than the model has positions, which need be no power of 2.
+    width = bucket(len(requests[0].ids) - 1, config.n_positions)
+    rows = [request.ids[:-1] for request in requests]  # the last token is scored but not read
+    n_empty = n_rows - len(rows)  # so that a last batch of fewer texts needs no program of its own
+    ids, lengths = pad_rows(rows + [[]] * n_empty, width)
+
+    offsets: list[int] = []
+    targets: list[int] = []
+    for row, (text, n_scored) in enumerate(requests):
+        # The token at an offset predicts the one after it, so offsets end where the row does.
+        row_end = row * width + int(lengths[row])
+        offsets += range(row_end - n_scored, row_end)
+        targets += text[-n_scored:]
+
+    capacity = _n_chunks(n_rows * width) * TOKENS_PER_CHUNK
+    padded, _ = pad_rows([offsets, targets], capacity)
+    return Batch(ids, offsets=padded[0], targets=padded[1], n_chunks=_n_chunks(len(targets)))
+
+
+def _n_chunks(n_tokens: int) -> int:
+    """Returns how many chunks hold so many tokens."""
+    return math.ceil(n_tokens / TOKENS_PER_CHUNK)
+
+
+def _by_request(scored: Scored, requests: Sequence[CheckedRequest]) -> Iterator[Scored]:
+    """Yields each request's part of a batch's scores."""
+    start = 0
+    for request in requests:
+        end = start + request.n_scored
+        yield Scored(scored.logprobs[start:end], scored.greedy[start:end])
+        start = end
+
+
+def _checked_request(
+    index: int, ids: TokenIds, n_scored: int, config: GPT2Config
+) -> CheckedRequest:
+    """Returns a request cut from the left to what the model can use.
+
+    Raises:
+      ValueError: it asks for too few or too many tokens, or has an id outside the
+        vocabulary; the message names it by its index.
+    """
+    array = np.asarray(ids)
+    if len(array) < 2:
+        raise ValueError(
+            f"Request {index} must have at least 2 tokens, one to read and one to score, "
+            f"got {len(array)}."
+        )
+    # The first token has nothing before it, and the model has no position for more.
+    most = min(len(array) - 1, config.n_positions)
+    if not 1 <= n_scored <= most:
+        raise ValueError(
+            f"Request {index} must score 1 to {most} of its {len(array)} tokens "
+            f"(`n_positions` is {config.n_positions}), got {n_scored}."
+        )
+    # Before any batch runs: an id outside the vocabulary would give NaN, and late.
+    try:
+        check_ids(array[None], config)
+    except ValueError as error:
+        raise ValueError(f"Request {index}: {error}") from None
+    return CheckedRequest(array[-(config.n_positions + 1) :].tolist(), n_scored)

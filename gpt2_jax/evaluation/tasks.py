@@ -1,24 +1,60 @@
-"""The data sets on which GPT-2 was measured: their published formats, and the protocols behind the published figures.
+"""The tasks on which GPT-2 was measured: the protocols behind the published figures.
 
-Knows formats and protocols; what a model thinks of tokens is `evaluate.py`'s. A protocol is named in each figure,
-because scores of different protocols differ by more than models do.
+Knows protocols and statistics; files are read by `readers.py`, and what a model thinks of tokens is
+for `score.py` to find. A protocol is named in each figure, because scores of different protocols
+differ by more than models do.
+
+`Q` stands for the questions of a task.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.evaluation.score import Likelihood, Scored, perplexity, score
+from gpt2_jax.evaluation.readers import (
+    EndingQuestion,
+    TaskError,
+    articles,
+    as_on_the_hub,
+    detokenized,
+    fetch,
+    read_cbt,
+    read_hellaswag,
+    read_lambada,
+    read_tail,
+    read_text,
+    read_wikitext,
+    without_brackets,
+)
+from gpt2_jax.evaluation.score import (
+    Likelihood,
+    Progress,
+    Scored,
+    ScoreRequest,
+    after,
+    bits,
+    perplexity,
+    rolling_windows,
+    score,
+    score_groups,
+    sliding_windows,
+)
 from gpt2_jax.model import Params
 from gpt2_jax.tokenizer import Tokenizer
 
-# The four models' zero-shot figures in "Language Models are Unsupervised Multitask Learners", table 3.
+# What whoever measures a model needs; `fetch` and its error come from `readers.py`.
+__all__ = ["TASKS", "Figure", "Model", "TaskError", "fetch"]
+
+# Zero-shot figures of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019),
+# table 3, for 117M, 345M, 762M and 1542M parameters as the paper counts them. Its accuracies on
+# LAMBADA are with a filter of stop words (section 3.3), which no protocol here has.
 PAPER = {
     "lambada perplexity": (35.13, 15.60, 10.87, 8.63),
     "lambada accuracy": (0.4599, 0.5548, 0.6012, 0.6324),
@@ -28,17 +64,21 @@ PAPER = {
     "enwik8": (1.16, 1.01, 0.97, 0.93),
     "text8": (1.17, 1.06, 1.02, 0.98),
 }
-SIZES = {
-    (12, 768): 0,
-    (24, 1024): 1,
-    (36, 1280): 2,
-    (48, 1600): 3,
-}  # (n_layer, n_embd) -> column of the paper
+# (n_layer, n_embd) -> column of the table above: the paper's sizes are told by their shape, since a
+# folder may have any name.
+PAPER_COLUMNS = {(12, 768): 0, (24, 1024): 1, (36, 1280): 2, (48, 1600): 3}
+
+CBT_SETS = {"CN": "cbt common nouns", "NE": "cbt named entities"}  # as in `cbtest_CN_test.txt`
 TEST_BYTES = 5_000_000  # of enwik8 and text8, their last: the customary test set
 
+# For each question the log-probabilities of its answers; questions may differ in how many.
+AnswerLogprobs = Sequence[Float[np.ndarray, " _"]]
 
-class TaskError(ValueError):
-    """Data that is not in the format of its task; the message names the file and the place."""
+
+def _silent(title: str, total: int) -> Progress:
+    """Reports no progress."""
+    del title, total
+    return lambda n_done: None
 
 
 class Model(NamedTuple):
@@ -48,219 +88,427 @@ class Model(NamedTuple):
     config: GPT2Config
     tokenizer: Tokenizer
     batch_size: int = 8
-    stride: int | None = None  # of perplexity; half a window by default
-    limit: int | None = None  # how many examples to take; all by default
-    progress: Callable[[str, int], Callable[[int], None]] = lambda title, total: lambda done: None
+    stride: int | None = None  # of perplexity, in tokens; half a window by default
+    limit: int | None = None  # how many questions or articles to take; all by default
+    # (title, total) -> a function that is told how many more are done, such as `tqdm.update`.
+    progress: Callable[[str, int], Progress] = _silent
 
-    def score(self, title: str, requests: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
-        """Scores requests: see `evaluate.score`."""
-        options = {"config": self.config, "batch_size": self.batch_size}
-        return score(self.params, requests, progress=self.progress(title, len(requests)), **options)
+    @property
+    def window(self) -> int:
+        """How many tokens the model sees at once."""
+        return self.config.n_positions
+
+    @property
+    def perplexity_stride(self) -> int:
+        """How many tokens lie between the starts of perplexity's windows."""
+        return self.stride or self.window // 2
+
+    @property
+    def eot_id(self) -> int:
+        """The id of `<|endoftext|>`.
+
+        Raises:
+          ValueError: the tokenizer has none.
+        """
+        if self.tokenizer.eot_id is None:
+            raise ValueError("This task needs a tokenizer with the token <|endoftext|>, got none.")
+        return self.tokenizer.eot_id
+
+    def score(self, title: str, requests: Sequence[ScoreRequest]) -> list[Scored]:
+        """Scores requests and reports progress under a title: see `score.score`."""
+        return score(
+            self.params,
+            requests,
+            config=self.config,
+            batch_size=self.batch_size,
+            progress=self.progress(title, len(requests)),
+        )
+
+    def score_groups(
+        self, title: str, groups: Sequence[Sequence[ScoreRequest]]
+    ) -> list[list[Scored]]:
+        """Scores requests that belong together: see `score.score_groups`."""
+        n_requests = sum(len(group) for group in groups)
+        return score_groups(
+            self.params,
+            groups,
+            config=self.config,
+            batch_size=self.batch_size,
+            progress=self.progress(title, n_requests),
+        )
+
+    def likelihood(self, title: str, text: str) -> Likelihood:
+        """Returns how well the model predicts a text, by windows: see `score.perplexity`."""
+        ids = self.tokenizer.encode(text)
+        windows = sliding_windows(len(ids), window=self.window, stride=self.perplexity_stride)
+        return perplexity(
+            self.params,
+            ids,
+            config=self.config,
+            window=self.window,
+            stride=self.perplexity_stride,
+            batch_size=self.batch_size,
+            progress=self.progress(title, len(list(windows))),
+        )
 
 
 class Figure(NamedTuple):
     """A number with everything that is needed to compare it."""
 
+    # The fields' names are also those of the command's JSON.
     task: str
     metric: str
     value: float
-    stderr: float | None
+    stderr: float | None  # standard error of the value; None where the protocol has none
     count: int  # of what was scored
     unit: str  # what that is
     protocol: str
     paper: float | None = None  # the paper's figure for a model of this size
 
 
+# Texts: perplexity, WikiText, enwik8 and text8.
+
+
 def perplexity_of_file(model: Model, file: Path) -> list[Figure]:
-    """Perplexity of any text: per token as in HF's guide, per word as the paper counts, and bits per byte."""
-    text = _read(file)
-    return _text_figures(model, "perplexity", text, text)
+    """Perplexity of any text: as in HF's guide, as the paper counts, and in bits per byte."""
+    text = read_text(file)
+    likelihood = model.likelihood("perplexity", text)
+    windows = _windows(model)
+    return [
+        _token_perplexity("perplexity", likelihood, f"HF's guide: {windows}"),
+        _word_perplexity(
+            "perplexity",
+            likelihood,
+            n_words=len(text.split()),
+            protocol=f"the paper's: the same sum over words; {windows}",
+        ),
+        _bits_per_byte(
+            "perplexity",
+            likelihood,
+            n_bytes=len(text.encode()),
+            protocol=f"the same sum; {windows}",
+        ),
+    ]
 
 
 def wikitext(model: Model, file: Path) -> list[Figure]:
-    """WikiText in its raw form (`wiki.test.raw`): HF's guide's figure, and the harness's by page and word."""
-    lines = _read(file).split("\n")
-    if not any(_is_title(line) for line in lines):
-        raise TaskError(
-            f"{file}: expected WikiText with headings such as ' = Title = ', found none."
-        )
-    rows = [
-        line + "\n" if line.strip() else "" for line in lines
-    ]  # as the data set on the hub has them
-    figures = _text_figures(model, "wikitext", "\n\n".join(rows), "\n".join(lines))[:1]
+    """WikiText in its raw form (`wiki.test.raw`): HF's guide's figure, and the harness's."""
+    lines = read_wikitext(file)
+    likelihood = model.likelihood("wikitext", as_on_the_hub(lines))
+    protocol = f"HF's guide: {_windows(model)}"
+    pages = list(islice(articles(lines), model.limit))
+    return [
+        _token_perplexity("wikitext", likelihood, protocol),
+        *_figures_of_pages(model, pages),
+    ]
 
-    pages = list(pages_of(lines))[: model.limit]
-    encoded = [model.tokenizer.encode(detokenized(page)) for page in pages]
-    requests = [window for ids in encoded for window in rolling_windows(model, ids)]
+
+def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
+    """Returns the harness's figures: the model reads detokenised pages, words are the published."""
+    requests: list[ScoreRequest] = []
+    for page in pages:
+        ids = model.tokenizer.encode(detokenized(page))
+        requests += rolling_windows(ids, prefix_id=model.eot_id, window=model.window)
+    # All windows of all pages together, so that batches hold windows of like length.
     scored = model.score("wikitext, pages", requests)
-    nll = -sum(float(one.logprobs.sum(dtype=np.float64)) for one in scored)
-    words = sum(len(re.split(r"\s+", page)) for page in pages)
-    octets = sum(len(page.encode()) for page in pages)
-    protocol = "lm-eval wikitext 2: page by page, detokenised, rolling windows after <|endoftext|>"
-    shared = {"task": "wikitext", "stderr": None, "protocol": protocol}
-    return [
-        *figures,
-        Figure(
-            metric="word perplexity",
-            value=math.exp(nll / words),
-            count=words,
-            unit="words",
-            paper=_paper(model, "wikitext-2"),
-            **shared,
-        ),
-        Figure(
-            metric="byte perplexity",
-            value=math.exp(nll / octets),
-            count=octets,
-            unit="bytes",
-            **shared,
-        ),
-        Figure(
-            metric="bits per byte",
-            value=nll / octets / math.log(2),
-            count=octets,
-            unit="bytes",
-            **shared,
-        ),
-    ]
 
+    nll = -sum(window.total for window in scored)
+    # By a regular expression, unlike `page.split()`: white space at either end counts a word more.
+    n_words = sum(len(re.split(r"\s+", page)) for page in pages)
+    n_bytes = sum(len(page.encode()) for page in pages)
 
-def lambada(model: Model, file: Path) -> list[Figure]:
-    """LAMBADA as OpenAI published it (`lambada_test.jsonl`: `{"text": ...}`): the last word after all others."""
-    texts = [_field(file, number, row, "text", str) for number, row in enumerate(_rows(file))][
-        : model.limit
-    ]
-    requests = []
-    for number, text in enumerate(texts):
-        context, _, word = text.rpartition(" ")
-        if not context.strip() or not word:
-            raise TaskError(f"{file}, line {number + 1}: expected several words, got {text!r}.")
-        requests.append(_pair(model, context, f" {word}"))
-    scored = model.score("lambada", requests)
-    logprobs = np.array([one.logprobs.sum(dtype=np.float64) for one in scored])
-    whole = np.array([one.greedy.all() for one in scored])
-    last = np.array([one.greedy[-1] for one in scored])
-    shared = {"task": "lambada", "count": len(texts), "unit": "texts"}
-    harness = "lm-eval lambada_openai: the whole last word, all its tokens"
-    spread = math.exp(-logprobs.mean()) * _stderr(logprobs)
-    return [
-        Figure(
-            metric="perplexity",
-            value=math.exp(-logprobs.mean()),
-            stderr=spread,
-            protocol=harness,
-            paper=_paper(model, "lambada perplexity"),
-            **shared,
-        ),
-        Figure(
-            metric="accuracy", value=whole.mean(), stderr=_stderr(whole), protocol=harness, **shared
-        ),
-        Figure(
-            metric="accuracy of the last token",
-            value=last.mean(),
-            stderr=_stderr(last),
-            protocol="the paper's: the last BPE token alone",
-            paper=_paper(model, "lambada accuracy"),
-            **shared,
-        ),
-    ]
-
-
-def hellaswag(model: Model, file: Path) -> list[Figure]:
-    """HellaSwag's validation set (`hellaswag_val.jsonl`): which of four endings; with the norms of llm.c and lm-eval.
-
-    The harness's protocol needs the fields `activity_label`, `ctx_a` and `ctx_b`; where they are missing it is left
-    out, and llm.c's is the one.
-    """
-    rows = list(_rows(file))[: model.limit]
-    for number, row in enumerate(rows):
-        endings = _field(file, number, row, "endings", list)
-        _field(file, number, row, "ctx", str)
-        label = int(_field(file, number, row, "label", (int, str)))
-        if not 0 <= label < len(endings):
-            raise TaskError(
-                f"{file}, line {number + 1}: expected a label in [0, {len(endings)}), got {label}."
-            )
-    labels = np.array([int(row["label"]) for row in rows])
-
-    encode = model.tokenizer.encode
-    pairs = [
-        [(encode(row["ctx"]), encode(f" {ending}")) for ending in row["endings"]] for row in rows
-    ]
-    totals = _choices(model, "hellaswag, llm.c", pairs)
-    sizes = [[len(ending) for _, ending in pair] for pair in pairs]
-    protocol = 'llm.c: ctx, then " " + ending'
-    figures = _accuracies("hellaswag", totals, sizes, labels, protocol, "per token")
-
-    if all({"activity_label", "ctx_a", "ctx_b"} <= row.keys() for row in rows):
-        pairs, sizes = [], []
-        for row in rows:
-            query = _brackets(
-                f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-            )
-            endings = [_brackets(ending) for ending in row["endings"]]
-            requests = [_pair(model, query, f" {ending}") for ending in endings]
-            pairs.append([(ids[:-count], ids[-count:]) for ids, count in requests])
-            sizes.append([len(ending) for ending in endings])
-        totals = _choices(model, "hellaswag, lm-eval", pairs)
-        protocol = "lm-eval hellaswag 1: activity: ctx, brackets removed"
-        figures += _accuracies("hellaswag", totals, sizes, labels, protocol, "per character")
-    return figures
-
-
-def cbt(model: Model, file: Path) -> list[Figure]:
-    """The Children's Book Test (`cbtest_CN_test_2500ex.txt`, `cbtest_NE_...`): which of ten words is missing.
-
-    Each word is put in, and the probability of it and of the rest of the sentence is compared, as the paper says; the
-    paper's detokeniser was not published, and the text is taken as it is.
-    """
-    pairs, labels = [], []
-    for context, sentence, answer, candidates in list(_cbt_questions(file))[: model.limit]:
-        before, _, after = sentence.partition("XXXXX")
-        start = f"{context} {before}".rstrip()
-        requests = [_pair(model, start, f" {word}{after}") for word in candidates]
-        pairs.append([(ids[:-count], ids[-count:]) for ids, count in requests])
-        labels.append(candidates.index(answer))
-    hits = np.array([np.argmax(row) for row in _choices(model, "cbt", pairs)]) == labels
-    kind = {"CN": "cbt common nouns", "NE": "cbt named entities"}.get(
-        file.name.split("_")[1 if "_" in file.name else 0]
-    )
-    return [
-        Figure(
-            task="cbt",
-            metric="accuracy",
-            value=hits.mean(),
-            stderr=_stderr(hits),
-            count=len(hits),
-            unit="questions",
-            protocol="ours, after the paper: the word and the rest of its sentence, tokenised as published",
-            paper=_paper(model, kind) if kind else None,
+    def figure(metric: str, value: float, count: int, unit: str) -> Figure:
+        return Figure(
+            task="wikitext",
+            metric=metric,
+            value=value,
+            stderr=None,
+            count=count,
+            unit=unit,
+            protocol=(
+                "lm-eval wikitext 2: page by page, detokenised, rolling windows after <|endoftext|>"
+            ),
         )
-    ]
 
-
-def enwik8(model: Model, file: Path, name: str = "enwik8") -> list[Figure]:
-    """The last five million bytes of enwik8 or text8: bits per byte, scored by tokens."""
-    text = file.read_bytes()[-TEST_BYTES:].decode("utf-8", "replace")
-    found = _likelihood(model, name, text)
-    octets = len(text.encode())
+    word_perplexity = figure("word perplexity", math.exp(nll / n_words), n_words, "words")
     return [
-        Figure(
-            task=name,
-            metric="bits per byte",
-            value=found.nll / octets / math.log(2),
-            stderr=found.stderr * found.tokens / octets / math.log(2),
-            count=octets,
-            unit="bytes",
-            protocol=f"ours: the last {TEST_BYTES:,} bytes by {_windows(model)}",
-            paper=_paper(model, name),
-        )
+        word_perplexity._replace(paper=_paper_figure(model, "wikitext-2")),
+        figure("byte perplexity", math.exp(nll / n_bytes), n_bytes, "bytes"),
+        figure("bits per byte", bits(nll / n_bytes), n_bytes, "bytes"),
     ]
+
+
+def enwik8(model: Model, file: Path) -> list[Figure]:
+    """The last five million bytes of enwik8: bits per byte, scored by tokens."""
+    return [_bits_per_byte_of_tail(model, file, "enwik8")]
 
 
 def text8(model: Model, file: Path) -> list[Figure]:
-    """See `enwik8`."""
-    return enwik8(model, file, "text8")
+    """The last five million bytes of text8: bits per byte, scored by tokens."""
+    return [_bits_per_byte_of_tail(model, file, "text8")]
+
+
+def _bits_per_byte_of_tail(model: Model, file: Path, task: str) -> Figure:
+    # Bits per byte do not depend on the tokenizer, though tokens are what is scored.
+    text = read_tail(file, TEST_BYTES)
+    figure = _bits_per_byte(
+        task,
+        model.likelihood(task, text),
+        n_bytes=len(text.encode()),  # not TEST_BYTES: the file may be shorter
+        protocol=f"ours: the last {TEST_BYTES:,} bytes by {_windows(model)}",
+    )
+    return figure._replace(paper=_paper_figure(model, task))
+
+
+def _windows(model: Model) -> str:
+    """Returns how a protocol names its windows."""
+    return f"window {model.window}, stride {model.perplexity_stride}"
+
+
+# A likelihood as figures. The standard errors are first-order ones, of a sum of independent tokens:
+# the error of `f(loss)` is the error of `loss` times the slope of `f` there.
+
+
+def _token_perplexity(task: str, likelihood: Likelihood, protocol: str) -> Figure:
+    return Figure(
+        task=task,
+        metric="perplexity",
+        value=likelihood.perplexity,
+        stderr=likelihood.perplexity * likelihood.stderr,
+        count=likelihood.tokens,
+        unit="tokens",
+        protocol=protocol,
+    )
+
+
+def _word_perplexity(task: str, likelihood: Likelihood, *, n_words: int, protocol: str) -> Figure:
+    word_perplexity = math.exp(likelihood.nll / n_words)
+    return Figure(
+        task=task,
+        metric="word perplexity",
+        value=word_perplexity,
+        stderr=word_perplexity * likelihood.stderr * likelihood.tokens / n_words,
+        count=n_words,
+        unit="words",
+        protocol=protocol,
+    )
+
+
+def _bits_per_byte(task: str, likelihood: Likelihood, *, n_bytes: int, protocol: str) -> Figure:
+    return Figure(
+        task=task,
+        metric="bits per byte",
+        value=bits(likelihood.nll / n_bytes),
+        stderr=bits(likelihood.stderr * likelihood.tokens / n_bytes),
+        count=n_bytes,
+        unit="bytes",
+        protocol=protocol,
+    )
+
+
+# LAMBADA: the last word of a text.
+
+
+def lambada(model: Model, file: Path) -> list[Figure]:
+    """LAMBADA as OpenAI published it (`lambada_test.jsonl`): the last word after all others."""
+    questions = list(islice(read_lambada(file), model.limit))
+    requests = [_harness_request(model, text.context, f" {text.word}") for text in questions]
+    scored = model.score("lambada", requests)
+
+    # Two protocols: the harness asks for all tokens of the word; the paper for the last one, after
+    # the true ones before it, which is easier.
+    logprobs = np.array([word.total for word in scored])
+    word_is_greedy = np.array([word.all_greedy for word in scored])
+    last_token_is_greedy = np.array([word.greedy[-1] for word in scored])
+
+    harness = "lm-eval lambada_openai: the whole last word, all its tokens"
+    paper = "the paper's: the last BPE token alone"
+    # Per word, as each text has one that is scored.
+    perplexity_per_word = math.exp(-logprobs.mean())
+    perplexity_figure = Figure(
+        task="lambada",
+        metric="perplexity",
+        value=perplexity_per_word,
+        stderr=perplexity_per_word * _stderr_of_mean(logprobs),
+        count=len(questions),
+        unit="texts",
+        protocol=harness,
+        paper=_paper_figure(model, "lambada perplexity"),
+    )
+    whole = _accuracy("lambada", "accuracy", word_is_greedy, "texts", harness)
+    last = _accuracy("lambada", "accuracy of the last token", last_token_is_greedy, "texts", paper)
+    return [
+        perplexity_figure,
+        whole,
+        last._replace(paper=_paper_figure(model, "lambada accuracy")),
+    ]
+
+
+# Questions with several answers: HellaSwag and the Children's Book Test.
+
+
+def hellaswag(model: Model, file: Path) -> list[Figure]:
+    """HellaSwag's validation set (`hellaswag_val.jsonl`): which of four endings.
+
+    By the protocol of llm.c, and by the harness's, which is left out where the set lacks the fields
+    `activity_label`, `ctx_a` and `ctx_b`.
+    """
+    questions = list(islice(read_hellaswag(file), model.limit))
+    figures = _hellaswag_of_llm_c(model, questions)
+    if all(question.harness_context is not None for question in questions):
+        figures += _hellaswag_of_harness(model, questions)
+    return figures
+
+
+def _hellaswag_of_llm_c(model: Model, questions: Sequence[EndingQuestion]) -> list[Figure]:
+    encode = model.tokenizer.encode
+    requests: list[list[ScoreRequest]] = []
+    for question in questions:
+        # Encoded apart from the ending, unlike the harness: no token spans both.
+        context = encode(question.context)
+        requests.append([after(context, encode(f" {ending}")) for ending in question.endings])
+    return _hellaswag_figures(
+        questions,
+        logprobs=_answer_logprobs(model, "hellaswag, llm.c", requests),
+        sizes=[[request.n_scored for request in group] for group in requests],
+        unit="token",
+        protocol='llm.c: ctx, then " " + ending',
+    )
+
+
+def _hellaswag_of_harness(model: Model, questions: Sequence[EndingQuestion]) -> list[Figure]:
+    requests: list[list[ScoreRequest]] = []
+    n_characters: list[list[int]] = []
+    for question in questions:
+        context = question.harness_context or ""
+        endings = [without_brackets(ending) for ending in question.endings]
+        requests.append([_harness_request(model, context, f" {ending}") for ending in endings])
+        n_characters.append([len(ending) for ending in endings])
+    return _hellaswag_figures(
+        questions,
+        logprobs=_answer_logprobs(model, "hellaswag, lm-eval", requests),
+        sizes=n_characters,
+        unit="character",
+        protocol="lm-eval hellaswag 1: activity: ctx, brackets removed",
+    )
+
+
+def _hellaswag_figures(
+    questions: Sequence[EndingQuestion],
+    *,
+    logprobs: AnswerLogprobs,
+    sizes: Sequence[Sequence[int]],
+    unit: str,
+    protocol: str,
+) -> list[Figure]:
+    """Returns the accuracies of the likeliest endings, and of the likeliest for their size."""
+    labels = np.array([question.label for question in questions])
+    # A sum of log-probabilities favours short endings; a mean does not.
+    logprobs_per_unit = [
+        answers / np.array(answer_sizes)
+        for answers, answer_sizes in zip(logprobs, sizes, strict=True)
+    ]
+    plain = _likeliest(logprobs) == labels
+    normed = _likeliest(logprobs_per_unit) == labels
+    # `acc` and `acc_norm` in the words of both; they norm by different units.
+    return [
+        _accuracy("hellaswag", "accuracy", plain, "questions", protocol),
+        _accuracy("hellaswag", f"accuracy, normed per {unit}", normed, "questions", protocol),
+    ]
+
+
+def cbt(model: Model, file: Path) -> list[Figure]:
+    """The Children's Book Test (`cbtest_CN_test_2500ex.txt`, `cbtest_NE_...`): the missing word.
+
+    Each of ten words is put in, and the probability of it and of the rest of the sentence is
+    compared, as the paper says. The paper's detokeniser was not published, and the text is taken as
+    it is.
+    """
+    questions = list(islice(read_cbt(file), model.limit))
+    requests: list[list[ScoreRequest]] = []
+    for question in questions:
+        # The rest of the sentence is scored too: what makes a word wrong may come after it.
+        context = f"{question.context} {question.before_gap}".rstrip()
+        endings = [f" {word}{question.after_gap}" for word in question.candidates]
+        requests.append([_harness_request(model, context, ending) for ending in endings])
+
+    labels = np.array([question.label for question in questions])
+    hits = _likeliest(_answer_logprobs(model, "cbt", requests)) == labels
+    protocol = (
+        "ours, after the paper: the word and the rest of its sentence, tokenised as published"
+    )
+    figure = _accuracy("cbt", "accuracy", hits, "questions", protocol)
+    return [figure._replace(paper=_paper_figure(model, _cbt_set(file)))]
+
+
+def _cbt_set(file: Path) -> str | None:
+    """Returns which of the paper's two sets a file is, by its published name."""
+    parts = file.name.split("_")
+    short_name = parts[1] if len(parts) > 1 else parts[0]
+    return CBT_SETS.get(short_name)
+
+
+# Steps that tasks share.
+
+
+def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequest:
+    """Returns the request that scores a continuation, by the harness's rule (`_encode_pair`).
+
+    Both are encoded together; spaces between them belong to the continuation; without a context,
+    it follows `<|endoftext|>`.
+    """
+    # A token may span the two, as the space before a word is part of it.
+    # Without special tokens: what looks like one in a set is text.
+    ids = model.tokenizer.encode(context + continuation)
+    n_context = len(model.tokenizer.encode(context.rstrip()))
+    n_scored = len(ids) - n_context
+    if n_context == 0:
+        ids = [model.eot_id, *ids]
+    return ScoreRequest(ids, n_scored)
+
+
+def _answer_logprobs(
+    model: Model, title: str, questions: Sequence[Sequence[ScoreRequest]]
+) -> AnswerLogprobs:
+    """Returns the log-probability of each answer of each question."""
+    scored = model.score_groups(title, questions)
+    return [np.array([answer.total for answer in answers]) for answers in scored]
+
+
+def _likeliest(logprobs: AnswerLogprobs) -> Int[np.ndarray, " Q"]:
+    """Returns which answer of each question has the largest value, the first of equals."""
+    return np.array([np.argmax(answers) for answers in logprobs])
+
+
+def _accuracy(
+    task: str, metric: str, hits: Bool[np.ndarray, " Q"], unit: str, protocol: str
+) -> Figure:
+    """Returns how often something was right."""
+    return Figure(
+        task=task,
+        metric=metric,
+        value=hits.mean(),
+        stderr=_stderr_of_mean(hits),
+        count=len(hits),
+        unit=unit,
+        protocol=protocol,
+    )
+
+
+def _stderr_of_mean(values: Shaped[np.ndarray, " Q"]) -> float:
+    """Returns the standard error of a mean, from the spread of the values; NaN for a single one."""
+    if len(values) < 2:
+        return math.nan
+    # `ddof=1`, the unbiased variance, as in the harness.
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def _paper_figure(model: Model, name: str | None) -> float | None:
+    """Returns the paper's figure for a model of this size, if it has one."""
+    column = PAPER_COLUMNS.get((model.config.n_layer, model.config.n_embd))
+    if column is None or name is None:
+        return None
+    return PAPER[name][column]
 
 
 TASKS: dict[str, Callable[[Model, Path], list[Figure]]] = {
@@ -272,249 +520,3 @@ TASKS: dict[str, Callable[[Model, Path], list[Figure]]] = {
     "enwik8": enwik8,
     "text8": text8,
 }
-
-
-HUB = {  # task -> repository, configuration and split on the hub
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "lambada": ("EleutherAI/lambada_openai", "default", "test"),
-    "hellaswag": ("Rowan/hellaswag", None, "validation"),
-}
-
-
-def fetch(task: str, folder: Path) -> Path:
-    """Downloads a task's data from the hub and writes it to a file in its published format.
-
-    Raises:
-      TaskError: the hub has no such data, or it could not be had.
-      ImportError: `datasets` is not installed.
-    """
-    if task not in HUB:
-        raise TaskError(f"{task} is not on the hub in a known form: give its file with --data.")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ImportError(
-            'Downloading data needs `datasets`: pip install "gpt2_jax[eval]".'
-        ) from None
-    repository, name, split = HUB[task]
-    try:
-        rows = load_dataset(repository, name, split=split)
-    except Exception as error:  # of the hub, the network, or the data's format
-        raise TaskError(
-            f"{repository} could not be had ({error}): give its file with --data."
-        ) from error
-    file = folder / task
-    with file.open("w", encoding="utf-8", newline="") as opened:
-        for row in rows:
-            opened.write(row["text"] or "\n" if task == "wikitext" else json.dumps(row) + "\n")
-    return file
-
-
-def rolling_windows(model: Model, ids: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Returns requests that score each token once, the first after `<|endoftext|>`: the harness's rolling windows."""
-    most, prefix = model.config.n_positions, model.tokenizer.eot_id
-    ids = [prefix, *ids]
-    ends = [*range(most + 1, len(ids), most), len(ids)]
-    starts = [1, *ends[:-1]]
-    return [
-        (ids[max(end - most - 1, 0) : end], end - start)
-        for start, end in zip(starts, ends, strict=True)
-        if end > 1
-    ]
-
-
-def pages_of(lines: Sequence[str]) -> Iterator[str]:
-    """Yields WikiText's articles: a title has one equals sign on either side."""
-    page: list[str] = []
-    for line in lines:
-        if _is_title(line):
-            if "\n".join(page).strip():
-                yield "\n".join(page)
-            page = []
-        page.append(line)
-    if "\n".join(page).strip():
-        yield "\n".join(page)
-
-
-def detokenized(page: str) -> str:
-    """Returns a page of WikiText as the harness (`wikitext_detokenizer`) would have it written."""
-    for old, new in (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
-        page = page.replace(old, new)
-    for mark in ":;.!?,":
-        page = page.replace(f" {mark} ", f"{mark} ")
-    for pattern, new in (
-        (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
-        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-        (r"{\s*([^}]*?)\s*}", r"{\1}"),
-        (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
-        (r"'\s*([^']*?)\s*'", r"'\1'"),
-    ):
-        page = re.sub(pattern, new, page)
-    for old, new in (
-        ("= = = =", "===="),
-        ("= = =", "==="),
-        ("= =", "=="),
-        (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"),
-    ):
-        page = page.replace(old, new)
-    return page.replace(" \n", "\n").replace("\n ", "\n").replace(" N ", " 1 ").replace(" 's", "'s")
-
-
-def _text_figures(model: Model, task: str, text: str, original: str) -> list[Figure]:
-    """Perplexity per token, per word and bits per byte of a text, whose words are those of the original."""
-    found = _likelihood(model, task, text)
-    words, octets = len(original.split()), len(text.encode())
-    windows = _windows(model)
-    per_token, per_byte = found.stderr, found.stderr * found.tokens / octets / math.log(2)
-    word_perplexity = math.exp(found.nll / words)
-    return [
-        Figure(
-            task,
-            "perplexity",
-            found.perplexity,
-            found.perplexity * per_token,
-            found.tokens,
-            "tokens",
-            f"HF's guide: {windows}",
-        ),
-        Figure(
-            task,
-            "word perplexity",
-            word_perplexity,
-            word_perplexity * found.stderr * found.tokens / words,
-            words,
-            "words",
-            f"the paper's: the same sum over words; {windows}",
-        ),
-        Figure(
-            task,
-            "bits per byte",
-            found.nll / octets / math.log(2),
-            per_byte,
-            octets,
-            "bytes",
-            f"the same sum; {windows}",
-        ),
-    ]
-
-
-def _likelihood(model: Model, title: str, text: str) -> Likelihood:
-    ids = model.tokenizer.encode(text)
-    window = model.config.n_positions
-    stride = model.stride or window // 2
-    progress = model.progress(title, max(1, math.ceil((len(ids) - window) / stride) + 1))
-    options = {"config": model.config, "batch_size": model.batch_size, "progress": progress}
-    return perplexity(model.params, ids, window=window, stride=stride, **options)
-
-
-def _windows(model: Model) -> str:
-    window = model.config.n_positions
-    return f"window {window}, stride {model.stride or window // 2}"
-
-
-def _pair(model: Model, context: str, continuation: str) -> tuple[list[int], int]:
-    """Returns a request by the harness's rule: both are encoded together, spaces belong to what follows them."""
-    kept = context.rstrip()
-    whole = model.tokenizer.encode(kept + context[len(kept) :] + continuation)
-    count = len(whole) - len(model.tokenizer.encode(kept))
-    return ([model.tokenizer.eot_id, *whole] if count == len(whole) else whole), count
-
-
-def _choices(
-    model: Model, title: str, pairs: list[list[tuple[list[int], list[int]]]]
-) -> list[np.ndarray]:
-    """Returns the log-probability of each ending of each example."""
-    scored = iter(
-        model.score(
-            title, [([*context, *end], len(end)) for pair in pairs for context, end in pair]
-        )
-    )
-    return [np.array([next(scored).logprobs.sum(dtype=np.float64) for _ in pair]) for pair in pairs]
-
-
-def _accuracies(task, totals, sizes, labels, protocol, norm) -> list[Figure]:
-    plain = np.array([np.argmax(row) for row in totals]) == labels
-    normed = (
-        np.array([np.argmax(row / np.array(size)) for row, size in zip(totals, sizes, strict=True)])
-        == labels
-    )
-    return [
-        Figure(task, name, hits.mean(), _stderr(hits), len(hits), "questions", protocol)
-        for name, hits in (("accuracy", plain), (f"accuracy, normed {norm}", normed))
-    ]
-
-
-def _stderr(values: np.ndarray) -> float:
-    """Returns the standard error of a mean."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _paper(model: Model, name: str) -> float | None:
-    column = SIZES.get((model.config.n_layer, model.config.n_embd))
-    return None if column is None else PAPER[name][column]
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TaskError(
-            f"{file}: expected UTF-8, but {error.reason} at byte {error.start}."
-        ) from None
-    if not text.strip():
-        raise TaskError(f"{file}: expected a text, got an empty one.")
-    return text
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read(file).splitlines()):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise TaskError(
-                    f"{file}, line {number + 1}: expected a JSON object, got {line[:40]!r}."
-                )
-            yield row
-
-
-def _field(file: Path, number: int, row: dict[str, Any], name: str, kind: Any) -> Any:
-    if not isinstance(row.get(name), kind):
-        raise TaskError(f"{file}, line {number + 1}: expected a field `{name}`, got {sorted(row)}.")
-    return row[name]
-
-
-def _cbt_questions(file: Path) -> Iterator[tuple[str, str, str, list[str]]]:
-    context: list[str] = []
-    for number, line in enumerate(_read(file).splitlines()):
-        if not line.strip():
-            continue
-        place, _, rest = line.partition(" ")
-        if not place.isdigit():
-            raise TaskError(
-                f"{file}, line {number + 1}: expected a numbered line, got {line[:40]!r}."
-            )
-        if "\t" not in rest:
-            context.append(rest)
-            continue
-        sentence, answer, *_, candidates = rest.split("\t")
-        options = candidates.split("|")
-        if "XXXXX" not in sentence or answer not in options:
-            raise TaskError(
-                f"{file}, line {number + 1}: expected XXXXX and an answer among the candidates."
-            )
-        yield " ".join(context), sentence, answer, options
-        context = []
-
-
-def _is_title(line: str) -> bool:
-    line = line.replace("= = =", "===").replace("= =", "==").strip()
-    return line.startswith("= ") and line.endswith(" =")
-
-
-def _brackets(text: str) -> str:
-    """Returns a text of HellaSwag without the marks that WikiHow left in it (the harness's `preprocess`)."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")

@@ -1,65 +1,86 @@
-"""Our figures against lm-evaluation-harness with its own `hf` model on the same folder, for the shipped model."""
+"""Our figures against lm-evaluation-harness with its own `hf` model, for the shipped model."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gpt2_jax
+from gpt2_jax.evaluation import readers
+from gpt2_jax.evaluation.score import rolling_windows
 from gpt2_jax.evaluation.tasks import Model, hellaswag, lambada, wikitext
+from tests.reference import DATA
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-PAGE = (Path(__file__).parents[1] / "data" / "held-out.txt").read_text(encoding="utf-8")
+PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
 SENTENCES = [
     sentence.strip() + "."
     for sentence in " ".join(PAGE.split()).split(".")
     if len(sentence.split()) > 8
 ]
+ARTICLE = " \n = {} = \n \n {} \n \n = = Early life = = \n \n {} @-@ {} @,@ 1 's ( so ) \n"
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+
+
+# Small sets in the published formats, from a page of the Grimms.
+
+
+def lines_of(rows):
+    """A JSON object on each line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def hellaswag_rows():
+    """Questions whose contexts and endings are sentences of the page."""
+    for number in range(12):
+        first, *endings = (SENTENCES[(number * 3 + i) % len(SENTENCES)] for i in range(5))
+        half = len(first) // 2
+        endings[1] += " [title] And  then [step] so."
+        yield {
+            "activity_label": "Telling [tales]",
+            "ctx": first,
+            "ctx_a": first[:half],
+            "ctx_b": first[half:],
+            "endings": endings,
+            "label": number % 4,
+        }
+
+
+def wikitext_articles():
+    """Articles of different lengths, tokenised as WikiText is."""
+    words = PAGE.split()
+    for i in range(3):
+        body = " ".join(words[i * 300 : i * 300 + 290 + i])
+        yield ARTICLE.format(f"Title {i}", body, "well", "known")
+
+
+def harness_pages(articles):
+    """The articles as the harness's set has them: from a title to the line before the next."""
+    lines = "".join(articles).split("\n")
+    starts = [i for i, line in enumerate(lines) if line.startswith(" = Title")]
+    ends = [*starts[1:], len(lines)]
+    return ["\n".join(lines[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Small sets in the published formats, from a page of the Grimms."""
+    """The folder that holds the sets."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [sentence.rstrip(".") for sentence in SENTENCES[:16]]
-    (folder / "lambada").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    rows = []
-    for number in range(12):
-        first, *endings = (SENTENCES[(number * 3 + i) % len(SENTENCES)] for i in range(5))
-        half = len(first) // 2
-        row = {
-            "activity_label": "Telling [tales]",
-            "ctx_a": first[:half],
-            "ctx_b": first[half:],
-            "label": number % 4,
-        }
-        endings[1] += " [title] And  then [step] so."
-        rows.append(row | {"ctx": first, "endings": endings})
-    (folder / "hellaswag").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = PAGE.split()
-    article = " \n = {} = \n \n {} \n \n = = Early life = = \n \n {} @-@ {} @,@ 1 's ( so ) \n"
-    pages = [
-        article.format(f"Title {i}", " ".join(words[i * 300 : i * 300 + 290 + i]), "well", "known")
-        for i in range(3)
-    ]
-    (folder / "wikitext").write_text("".join(pages))
-    (folder / "pages").write_text(
-        "".join(json.dumps({"page": page}) + "\n" for page in wikitext_pages(pages))
-    )
+    texts = [{"text": sentence.rstrip(".")} for sentence in SENTENCES[:16]]
+    articles = list(wikitext_articles())
+    pages = [{"page": page} for page in harness_pages(articles)]
+    (folder / "lambada").write_text(lines_of(texts))
+    (folder / "hellaswag").write_text(lines_of(hellaswag_rows()))
+    (folder / "wikitext").write_text("".join(articles))
+    (folder / "pages").write_text(lines_of(pages))
     return folder
 
 
-def wikitext_pages(pages):
-    """The articles as the harness's data set has them: from a title up to the line before the next."""
-    lines = "".join(pages).split("\n")
-    starts = [i for i, line in enumerate(lines) if line.startswith(" = Title")]
-    return ["\n".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
+# The harness on these sets: its own tasks but for where the data lies.
 
 
-def harness(model, args, data):
-    """The harness's results on the small sets."""
-    import lm_eval
+def harness_tasks(data):
+    """LAMBADA, HellaSwag, WikiText and continuations, as the harness defines tasks."""
     from lm_eval.tasks.hellaswag.utils import process_docs
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
@@ -67,8 +88,7 @@ def harness(model, args, data):
         files = {"data_files": {"test": str(data / name)}, "cache_dir": str(data / "cache")}
         return {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
 
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    tasks = [
+    return [
         local("lambada")
         | {
             "task": "our_lambada",
@@ -77,7 +97,7 @@ def harness(model, args, data):
             "doc_to_target": "{{' '+text.split(' ')[-1]}}",
             "metric_list": [
                 {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-                {"metric": "acc"} | mean,
+                {"metric": "acc"} | MEAN,
             ],
         },
         local("hellaswag")
@@ -88,7 +108,7 @@ def harness(model, args, data):
             "doc_to_text": "{{query}}",
             "doc_to_target": "{{label}}",
             "doc_to_choice": "choices",
-            "metric_list": [{"metric": "acc"} | mean, {"metric": "acc_norm"} | mean],
+            "metric_list": [{"metric": "acc"} | MEAN, {"metric": "acc_norm"} | MEAN],
         },
         local("pages")
         | {
@@ -110,83 +130,138 @@ def harness(model, args, data):
             "doc_to_text": "{{text}}",
             "doc_to_target": "",
             "generation_kwargs": {"until": [".", "\n\n"], "max_gen_toks": 24, "do_sample": False},
-            "metric_list": [{"metric": "exact_match"} | mean],
+            "metric_list": [{"metric": "exact_match"} | MEAN],
         },
     ]
-    found = lm_eval.simple_evaluate(
+
+
+def evaluate(model, model_args, data):
+    """The harness's figures and the model's answers, by task."""
+    import lm_eval
+
+    results = lm_eval.simple_evaluate(
         model=model,
-        model_args=args,
-        tasks=tasks,
+        model_args=model_args,
+        tasks=harness_tasks(data),
         batch_size=4,
         device="cpu",
         bootstrap_iters=0,
         log_samples=True,
     )
-    scores = {
-        task: {k: v for k, v in row.items() if isinstance(v, float)}
-        for task, row in found["results"].items()
-    }
-    samples = {
-        task: [sample["resps"] for sample in rows] for task, rows in found["samples"].items()
-    }
-    return scores, samples
+    figures = {}
+    for task, row in results["results"].items():
+        figures[task] = {name: value for name, value in row.items() if isinstance(value, float)}
+    answers = {}
+    for task, samples in results["samples"].items():
+        answers[task] = [sample["resps"] for sample in samples]
+    return figures, answers
 
 
 @pytest.fixture(scope="module")
 def theirs(data):
     """The harness with HF's model."""
-    return harness("hf", f"pretrained={gpt2_jax.resolve('demo')},dtype=float32", data)
+    return evaluate("hf", f"pretrained={gpt2_jax.resolve('demo')},dtype=float32", data)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """Our model for the harness."""
+    from gpt2_jax.evaluation.harness import GPT2JaxLM
+
+    return GPT2JaxLM("demo")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Our model for our tasks."""
+    config, params = gpt2_jax.load("demo", dtype="float32")
+    return Model(params, config, gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo")))
+
+
+# The adapter.
 
 
 def test_the_adapter_gives_what_the_harness_gives_with_hf(data, theirs):
     import gpt2_jax.evaluation.harness  # noqa: F401  registers the model
 
-    scores, samples = harness("gpt2_jax", "pretrained=demo", data)
-    assert scores.keys() == theirs[0].keys()
-    for task, row in theirs[0].items():
-        assert row.keys() == scores[task].keys() and row
+    their_figures, their_answers = theirs
+    figures, answers = evaluate("gpt2_jax", "pretrained=demo", data)
+    assert figures.keys() == their_figures.keys()
+    for task, row in their_figures.items():
+        assert row
+        assert row.keys() == figures[task].keys()
         for name, value in row.items():
             np.testing.assert_allclose(
-                scores[task][name], value, rtol=1e-4, err_msg=f"{task} {name}"
+                figures[task][name], value, rtol=1e-4, err_msg=f"{task} {name}"
             )
-    assert samples["our_stories"] == theirs[1]["our_stories"]
-    assert any(len(text[0][0]) > 5 for text in samples["our_stories"])
+    assert answers["our_stories"] == their_answers["our_stories"]
+    assert any(len(text[0][0]) > 5 for text in answers["our_stories"])
 
 
-def test_our_tasks_give_what_the_harness_gives(data, theirs):
-    config, params = gpt2_jax.load("demo", dtype="float32")
-    model = Model(params, config, gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo")))
+def instances(kind, *arguments):
+    """Requests as the harness makes them."""
+    from lm_eval.api.instance import Instance
 
-    def figures(task, name):
-        return {
-            figure.metric: figure
-            for figure in task(model, data / name)
-            if figure.protocol.startswith("lm-eval")
-        }
+    return [Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)]
 
-    ours, reference = figures(lambada, "lambada"), theirs[0]["our_lambada"]
-    np.testing.assert_allclose(ours["perplexity"].value, reference["perplexity,none"], rtol=1e-4)
-    assert ours["accuracy"].value == reference["acc,none"]
-    accuracy, count = (
-        ours["accuracy"].value,
-        ours["accuracy"].count,
-    )  # the harness's stderr of a mean, by hand
-    np.testing.assert_allclose(
-        ours["accuracy"].stderr, np.sqrt(accuracy * (1 - accuracy) / (count - 1)), rtol=1e-9
+
+def test_texts_are_the_sum_of_what_follows_end_of_text(adapter):
+    text = " ".join(PAGE.split()[:40])
+    requests = instances("loglikelihood_rolling", (text,), ("",))
+    whole, empty = adapter.loglikelihood_rolling(requests, disable_tqdm=True)
+    (answer,) = adapter.loglikelihood(instances("loglikelihood", ("", text)), disable_tqdm=True)
+    np.testing.assert_allclose(whole, answer[0], rtol=1e-5)
+    assert empty == 0.0
+
+
+def test_a_long_context_is_cut_from_the_left(adapter):
+    context = adapter.tok_encode(PAGE)
+    continuation = adapter.tok_encode(" wolf")
+    assert len(context) > adapter.max_length
+    long = (("all", " wolf"), context, continuation)
+    # All that fits: the continuation's last token is not read.
+    short = (("the end", " wolf"), context[-adapter.max_length :], continuation)
+    long_answer, short_answer = adapter._loglikelihood_tokens([long, short], disable_tqdm=True)
+    assert long_answer == short_answer
+
+
+def test_continuations_end_before_the_first_stop_text(adapter):
+    options = {"max_gen_toks": 12, "until": []}
+    contexts = ["Once upon a time", "There was a king", "The wolf"]
+    plain = adapter.generate_until(
+        instances("generate_until", *[(context, options) for context in contexts]),
+        disable_tqdm=True,
     )
+    assert all(len(text) > 10 for text in plain)
+    stop = plain[1][4:7]
+    stopped = adapter.generate_until(
+        instances(
+            "generate_until",
+            (contexts[0], options),
+            (contexts[1], options | {"until": ["", stop]}),  # an empty one ends nothing
+            (contexts[2], options | {"until": plain[2][6:8]}),  # not a list
+        ),
+        disable_tqdm=True,
+    )
+    assert stopped[0] == plain[0]
+    assert stopped[1] == plain[1].split(stop)[0]
+    assert stopped[2] == plain[2].split(plain[2][6:8])[0]
 
-    ours, reference = figures(hellaswag, "hellaswag"), theirs[0]["our_hellaswag"]
-    assert ours["accuracy"].value == reference["acc,none"]
-    assert ours["accuracy, normed per character"].value == reference["acc_norm,none"]
 
-    ours, reference = figures(wikitext, "wikitext"), theirs[0]["our_wikitext"]
-    for name in ("word perplexity", "byte perplexity", "bits per byte"):
-        np.testing.assert_allclose(
-            ours[name].value, reference[name.replace(" ", "_") + ",none"], rtol=1e-4
-        )
+def test_sampling_is_repeatable_and_greedy_ignores_its_options(adapter):
+    def one(**options):
+        options |= {"max_gen_toks": 8}
+        requests = instances("generate_until", ("Once upon a time", options))
+        return adapter.generate_until(requests, disable_tqdm=True)[0]
+
+    assert one(temperature=5.0) == one(temperature=5.0)
+    assert one(temperature=5.0) != one()
+    assert one(temperature=0, top_p=0.5) == one()
+    assert one(do_sample=False, temperature=5.0) == one()
+    assert one(do_sample=True, top_k=1) == one()
 
 
-def test_what_the_adapter_cannot_do_is_named():
+def test_what_the_adapter_cannot_do_is_named(adapter):
     from gpt2_jax.evaluation.harness import GPT2JaxLM
 
     with pytest.raises(ValueError, match="`max_length` must be at most 256, got 300"):
@@ -194,6 +269,68 @@ def test_what_the_adapter_cannot_do_is_named():
     with pytest.raises(ValueError, match="`batch_size` must be a number, got 'auto'"):
         GPT2JaxLM("demo", batch_size="auto")
     with pytest.raises(ValueError, match="not supported: num_beams"):
-        GPT2JaxLM("demo")._generate(["Once"], {"num_beams": 3})
+        adapter.generate_until(instances("generate_until", ("Once", {"num_beams": 3})))
     with pytest.raises(ValueError, match="from 1 to 255, got 256"):
-        GPT2JaxLM("demo")._generate(["Once"], {})
+        adapter.generate_until(instances("generate_until", ("Once", {})))
+
+
+# Our tasks.
+
+
+def by_harness(figures):
+    """The figures whose protocol is the harness's, by metric."""
+    return {figure.metric: figure for figure in figures if figure.protocol.startswith("lm-eval")}
+
+
+def test_our_lambada_gives_what_the_harness_gives(data, theirs, model):
+    figures = by_harness(lambada(model, data / "lambada"))
+    expected = theirs[0]["our_lambada"]
+    np.testing.assert_allclose(figures["perplexity"].value, expected["perplexity,none"], rtol=1e-4)
+    assert figures["accuracy"].value == expected["acc,none"]
+    # The harness's standard error of a mean, by hand.
+    accuracy = figures["accuracy"].value
+    variance = accuracy * (1 - accuracy) / (figures["accuracy"].count - 1)
+    np.testing.assert_allclose(figures["accuracy"].stderr, np.sqrt(variance), rtol=1e-9)
+
+
+def test_our_hellaswag_gives_what_the_harness_gives(data, theirs, model):
+    figures = by_harness(hellaswag(model, data / "hellaswag"))
+    expected = theirs[0]["our_hellaswag"]
+    assert figures["accuracy"].value == expected["acc,none"]
+    assert figures["accuracy, normed per character"].value == expected["acc_norm,none"]
+
+
+def test_our_wikitext_gives_what_the_harness_gives(data, theirs, model):
+    figures = by_harness(wikitext(model, data / "wikitext"))
+    expected = theirs[0]["our_wikitext"]
+    for name in ("word perplexity", "byte perplexity", "bits per byte"):
+        value = expected[name.replace(" ", "_") + ",none"]
+        np.testing.assert_allclose(figures[name].value, value, rtol=1e-4)
+
+
+def test_pages_are_detokenised_as_by_the_harness(data):
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    pages = [*readers.articles(readers.read_wikitext(data / "wikitext")), PAGE]
+    for page in pages:
+        assert readers.detokenized(page) == wikitext_detokenizer({"page": page})
+    assert readers.detokenized(pages[0]) != pages[0]
+
+
+def test_brackets_are_removed_as_by_the_harness():
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    text = " [header] Go [title] And  then [step] so.   [substeps] "
+    assert readers.without_brackets(text) == preprocess(text)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6, 10, 23])
+def test_rolling_windows_are_the_harnesss(count):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = list(range(1, count + 1))
+    expected = []
+    for pair in get_rolling_token_windows(ids, prefix_token=0, max_seq_len=5, context_len=1):
+        context, continuation = make_disjoint_window(pair)
+        expected.append((context + continuation, len(continuation)))
+    assert rolling_windows(ids, prefix_id=0, window=5) == expected

@@ -8,16 +8,22 @@ import pytest
 import torch
 
 import gpt2_jax
-from gpt2_jax.evaluation import score as evaluate
+from gpt2_jax.evaluation import score as scoring
 from gpt2_jax.evaluation.score import (
     Likelihood,
+    ScoreRequest,
+    after,
     perplexity,
+    rolling_windows,
     score,
     score_choices,
+    score_groups,
     sliding_windows,
     token_logprobs,
 )
 from tests.reference import TINY, hf_model, ours
+
+PREFIX = 0  # an id that stands for `<|endoftext|>`
 
 
 @pytest.fixture(scope="module")
@@ -35,51 +41,93 @@ def reference(model, ids):
 
 def test_token_logprobs_equal_pytorch(models, rng, monkeypatch):
     model, config, params = models
-    monkeypatch.setattr(evaluate, "CHUNK", 7)  # several chunks, the last not full
+    monkeypatch.setattr(scoring, "TOKENS_PER_CHUNK", 7)  # several chunks, the last not full
     ids = rng.integers(0, 61, (3, 25))  # one more than n_positions: 24 to read
     expected = [reference(model, row[:-1])[np.arange(24), row[1:]] for row in ids]
-    np.testing.assert_allclose(
-        token_logprobs(params, ids, config=config), expected, rtol=0, atol=1e-12
-    )
+    compiled = jax.jit(lambda ids: token_logprobs(params, ids, config=config))
+    logprobs = compiled(ids)
+    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-12)
 
 
-def test_token_logprobs_can_be_differentiated(models, rng):
+def test_token_logprobs_can_be_compiled_and_differentiated(models, rng):
     _, config, params = models
     ids = rng.integers(0, 61, (2, 9))
-    by_scores = jax.grad(lambda params: -token_logprobs(params, ids, config=config).mean())(params)
-    by_loss = jax.grad(lambda params: gpt2_jax.next_token_loss(params, ids, config=config)[0])(
-        params
-    )
+
+    def loss_by_scores(params, ids, *, config):
+        return -token_logprobs(params, ids, config=config).mean()
+
+    def loss(params, ids, *, config):
+        return gpt2_jax.next_token_loss(params, ids, config=config)[0]
+
+    by_scores = jax.jit(jax.grad(loss_by_scores))(params, ids, config=config)
+    by_loss = jax.jit(jax.grad(loss))(params, ids, config=config)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-14), by_scores, by_loss
     )
 
 
+def test_a_single_column_leaves_nothing_to_score(models):
+    _, config, params = models
+    with pytest.raises(ValueError, match="at least 2 columns.*got 1"):
+        token_logprobs(params, np.array([[3]]), config=config)
+
+
 def test_requests_of_any_length_come_back_in_order(models, rng, monkeypatch):
     model, config, params = models
-    monkeypatch.setattr(evaluate, "CHUNK", 16)
+    monkeypatch.setattr(scoring, "TOKENS_PER_CHUNK", 16)
     texts = [rng.integers(0, 61, length) for length in (2, 25, 9, 40, 3, 17, 25)]
     counts = [1, 24, 3, 5, 2, 16, 1]
-    found = score(params, list(zip(texts, counts, strict=True)), config=config, batch_size=3)
-    for text, count, one in zip(texts, counts, found, strict=True):
+    scored = score(params, list(zip(texts, counts, strict=True)), config=config, batch_size=3)
+    for text, count, found in zip(texts, counts, scored, strict=True):
         text = text[-25:]  # a longer one is cut from the left
         logp = reference(model, text[:-1])[-count:]
-        np.testing.assert_allclose(
-            one.logprobs, logp[np.arange(count), text[-count:]], rtol=0, atol=1e-12
-        )
-        np.testing.assert_array_equal(one.greedy, logp.argmax(-1) == text[-count:])
+        expected = logp[np.arange(count), text[-count:]]
+        np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(found.greedy, logp.argmax(-1) == text[-count:])
+
+
+def test_no_requests_give_no_scores(models):
+    _, config, params = models
+    assert score(params, [], config=config) == []
+
+
+def test_totals_are_summed_in_float64():
+    third = np.float32(1 / 3)
+    scored = scoring.Scored(np.full(1000, third), np.array([True] * 999 + [False]))
+    assert scored.total == pytest.approx(1000 * float(third), rel=1e-15)
+    assert not scored.all_greedy
+    assert scored._replace(greedy=scored.greedy[:-1]).all_greedy
+
+
+def test_progress_counts_the_requests_of_each_batch(models, rng):
+    _, config, params = models
+    requests = [(rng.integers(0, 61, 5), 1)] * 7
+    counts = []
+    score(params, requests, config=config, batch_size=3, progress=counts.append)
+    assert counts == [3, 3, 1]
+
+
+def test_groups_keep_their_requests_together(models, rng):
+    _, config, params = models
+    requests = [after(rng.integers(0, 61, 4), rng.integers(0, 61, n)) for n in (1, 2, 3, 4)]
+    apart = score(params, requests, config=config)
+    groups = [requests[:1], [], requests[1:]]
+    together = score_groups(params, groups, config=config)
+    assert [len(group) for group in together] == [1, 0, 3]
+    assert [one.total for group in together for one in group] == [one.total for one in apart]
 
 
 def test_greedy_says_what_greedy_generation_would_choose(models, rng):
     _, config, params = models
     prompt = rng.integers(1, 61, (1, 5))
-    made = gpt2_jax.generate(params, prompt, config=config, max_new_tokens=6, stop_ids=())
-    text = np.concatenate([prompt[0], made.ids[0]])
+    generated = gpt2_jax.generate(params, prompt, config=config, max_new_tokens=6, stop_ids=())
+    text = np.concatenate([prompt[0], generated.ids[0]])
     other = text.copy()
     other[-1] = (other[-1] + 1) % 61
     same, changed = score(params, [(text, 6), (other, 6)], config=config)
-    assert same.greedy.all() and changed.greedy.tolist() == [True] * 5 + [False]
-    np.testing.assert_allclose(same.logprobs, made.logprobs[0], rtol=1e-6)
+    assert same.greedy.all()
+    assert changed.greedy.tolist() == [True] * 5 + [False]
+    np.testing.assert_allclose(same.logprobs, generated.logprobs[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,93 +136,129 @@ def test_greedy_says_what_greedy_generation_would_choose(models, rng):
 def test_perplexity_follows_hfs_guide(models, rng, count, window, stride):
     model, config, params = models
     ids = rng.integers(0, 61, count)
-    total, scored, before = 0.0, 0, 0
-    for start in range(
-        0, count, stride
-    ):  # the loop of the guide, its last windows weighted by what they score
+    total = 0.0
+    n_scored = 0
+    previous_end = 0
+    # The loop of the guide, its last windows weighted by what they score.
+    for start in range(0, count, stride):
         end = min(start + window, count)
         labels = torch.tensor(ids[start:end])[None].clone()
-        labels[:, : -(end - before)] = -100
+        labels[:, : -(end - previous_end)] = -100
         with torch.no_grad():
             logits = model(torch.tensor(ids[start:end])[None]).logits
         losses = torch.nn.functional.cross_entropy(
             logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100
         )
-        total, scored = total + losses.item(), scored + (labels[0, 1:] != -100).sum().item()
-        before = end
+        total += losses.item()
+        n_scored += (labels[0, 1:] != -100).sum().item()
+        previous_end = end
         if end == count:
             break
-    found = perplexity(params, ids, config=config, window=window, stride=stride)
-    assert found.tokens == scored
-    np.testing.assert_allclose(found.perplexity, math.exp(total / scored), rtol=1e-12)
-    np.testing.assert_allclose(found.nll, total, rtol=1e-12)
+    likelihood = perplexity(params, ids, config=config, window=window, stride=stride)
+    assert likelihood.tokens == n_scored
+    np.testing.assert_allclose(likelihood.perplexity, math.exp(total / n_scored), rtol=1e-12)
+    np.testing.assert_allclose(likelihood.nll, total, rtol=1e-12)
+
+
+def test_a_list_and_an_array_of_ids_are_the_same_text(models, rng):
+    _, config, params = models
+    ids = rng.integers(0, 61, 30)
+    from_array = perplexity(params, ids, config=config, words=7, bytes=50)
+    assert perplexity(params, ids.tolist(), config=config, words=7, bytes=50) == from_array
 
 
 @pytest.mark.parametrize("window, stride", [(10, 3), (10, 9), (5, 1), (2, 1)])
 @pytest.mark.parametrize("count", [2, 5, 10, 11, 12, 57])
 def test_each_token_is_scored_once_with_enough_before_it(count, window, stride):
-    places = []
-    for start, end, scored in sliding_windows(count, window=window, stride=stride):
-        assert 1 <= end - start <= window and scored < end - start
-        assert start == 0 or end - start - scored >= min(window - stride, 1)
-        places += range(end - scored, end)
-    assert places == list(range(1, count))
+    scored_tokens = []
+    for start, end, n_scored in sliding_windows(count, window=window, stride=stride):
+        assert 1 <= end - start <= window
+        assert n_scored < end - start
+        assert start == 0 or end - start - n_scored >= min(window - stride, 1)
+        scored_tokens += range(end - n_scored, end)
+    assert scored_tokens == list(range(1, count))
 
 
 def test_without_overlap_the_first_of_each_window_is_not_scored():
     windows = list(sliding_windows(11, window=4, stride=4))
     assert windows == [(0, 4, 3), (4, 8, 3), (8, 11, 2)]
-    assert list(sliding_windows(9, window=4, stride=4))[-1] == (
-        4,
-        8,
-        3,
-    )  # the ninth alone has nothing before it
+    # The ninth alone has nothing before it.
+    assert list(sliding_windows(9, window=4, stride=4))[-1] == (4, 8, 3)
+
+
+def test_rolling_windows_by_hand():
+    windows = rolling_windows([1, 2, 3, 4, 5, 6, 7], prefix_id=PREFIX, window=3)
+    assert windows == [
+        ScoreRequest([PREFIX, 1, 2, 3], 3),
+        ScoreRequest([3, 4, 5, 6], 3),
+        ScoreRequest([4, 5, 6, 7], 1),  # as long as the others, though one token is left
+    ]
+    assert rolling_windows([], prefix_id=PREFIX, window=3) == []
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
+def test_rolling_windows_score_each_token_once_after_one_more(count):
+    ids = list(range(1, count + 1))
+    windows = rolling_windows(ids, prefix_id=PREFIX, window=256)
+    scored = [window[-n_scored:] for window, n_scored in windows]
+    assert sum(scored, []) == ids
+    assert all(len(window) <= 257 for window, _ in windows)
+    assert all(n_scored < len(window) for window, n_scored in windows)
 
 
 def test_quotients_by_hand():
-    found = Likelihood(nll=6.0, tokens=4, variance=0.64, words=3, bytes=12)
-    assert found.loss == 1.5 and found.stderr == 0.4
-    np.testing.assert_allclose(found.perplexity, math.exp(1.5))
-    np.testing.assert_allclose(
-        [found.word_perplexity, found.byte_perplexity], [math.exp(2), math.exp(0.5)]
-    )
-    np.testing.assert_allclose(found.bits_per_byte, 0.5 / math.log(2))
-    assert found._replace(words=None, bytes=None).word_perplexity is None
+    likelihood = Likelihood(nll=6.0, tokens=4, variance=0.64, words=3, bytes=12)
+    assert likelihood.loss == 1.5
+    assert likelihood.stderr == 0.4
+    np.testing.assert_allclose(likelihood.perplexity, math.exp(1.5))
+    np.testing.assert_allclose(likelihood.word_perplexity, math.exp(2))
+    np.testing.assert_allclose(likelihood.byte_perplexity, math.exp(0.5))
+    np.testing.assert_allclose(likelihood.bits_per_byte, 0.5 / math.log(2))
+    assert likelihood._replace(words=None).word_perplexity is None
+    assert likelihood._replace(bytes=None).bits_per_byte is None
 
 
 def test_choices_are_summed_and_averaged(models, rng):
     model, config, params = models
-    context, choices = rng.integers(0, 61, 6), [rng.integers(0, 61, length) for length in (1, 4, 3)]
-    found = score_choices(params, context, choices, config=config, bytes=[3, 8, 5])
-    for choice, size, one in zip(choices, (3, 8, 5), found, strict=True):
+    context = rng.integers(0, 61, 6)
+    choices = [rng.integers(0, 61, length) for length in (1, 4, 3)]
+    scored = score_choices(params, context, choices, config=config, bytes=[3, 8, 5])
+    for choice, size, found in zip(choices, (3, 8, 5), scored, strict=True):
         logp = reference(model, np.concatenate([context, choice]))
-        total = sum(logp[5 + i, id] for i, id in enumerate(choice))
-        np.testing.assert_allclose(one, [total, total / len(choice), total / size], rtol=1e-12)
-    assert math.isnan(score_choices(params, context, choices, config=config)[0].per_byte)
+        total = sum(logp[5 + i, token] for i, token in enumerate(choice))
+        np.testing.assert_allclose(found, [total, total / len(choice), total / size], rtol=1e-12)
+    without_bytes = score_choices(params, context, choices, config=config)
+    assert math.isnan(without_bytes[0].per_byte)
+
+
+def test_choices_need_as_many_bytes(models):
+    _, config, params = models
+    with pytest.raises(ValueError, match="one number for each of 2 choices, got 3"):
+        score_choices(params, [1, 2], [[3], [4]], config=config, bytes=[1, 1, 1])
 
 
 def test_lengths_share_what_they_compile(models, rng):
     _, config, params = models
-    evaluate._score.clear_cache()
+    scoring.score_batch.clear_cache()
     for length in (3, 9, 20, 24):
         score(params, [(rng.integers(0, 61, length), length - 1)] * 2, config=config, batch_size=4)
-    assert evaluate._score._cache_size() == 1
+    assert scoring.score_batch._cache_size() == 1
 
 
 @pytest.mark.parametrize(
-    "request_, message",
+    "bad_request, message",
     [
-        (([5], 1), "Request 1 must score from 1 to 0 of its 1 tokens"),
-        (([5, 6], 2), "from 1 to 1 of its 2 tokens.*got 2"),
+        (([5], 1), "Request 1 must have at least 2 tokens.*got 1"),
+        (([5, 6], 2), "Request 1 must score 1 to 1 of its 2 tokens.*got 2"),
         (([5, 6], 0), "got 0"),
-        (([5] * 40, 25), r"from 1 to 24 of its 40 tokens \(`n_positions` is 24\), got 25"),
+        (([5] * 40, 25), r"1 to 24 of its 40 tokens \(`n_positions` is 24\), got 25"),
         (([5, 61], 1), r"Request 1: `ids` must be in \[0, 61\).*got 61"),
     ],
 )
-def test_a_bad_request_is_named(models, request_, message):
+def test_a_bad_request_is_named(models, bad_request, message):
     _, config, params = models
     with pytest.raises(ValueError, match=message):
-        score(params, [([1, 2], 1), request_], config=config)
+        score(params, [([1, 2], 1), bad_request], config=config)
 
 
 @pytest.mark.parametrize(
@@ -189,5 +273,6 @@ def test_a_bad_request_is_named(models, request_, message):
 )
 def test_bad_windows_are_named(models, options, message):
     _, config, params = models
+    options = {"ids": [1, 2, 3]} | options
     with pytest.raises(ValueError, match=message):
-        perplexity(params, options.pop("ids", [1, 2, 3]), config=config, **options)
+        perplexity(params, config=config, **options)

@@ -1,10 +1,10 @@
-"""The tasks' readers and protocols, on small sets made by hand; `test_lm_eval.py` checks their figures."""
+"""The tasks' protocols, on small sets made by hand; `test_harness.py` has the harness's."""
 
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ import torch
 import transformers
 
 import gpt2_jax
-from gpt2_jax.evaluation import tasks
+from gpt2_jax.evaluation import readers, tasks
 from gpt2_jax.evaluation.tasks import Model, TaskError
+from tests.reference import DATA, ROOT
 
-ROOT = Path(__file__).parents[2]
-HELD_OUT = ROOT / "tests" / "data" / "held-out.txt"
+HELD_OUT = DATA / "held-out.txt"
 PAGE = " ".join(HELD_OUT.read_text(encoding="utf-8").split())
 
 
@@ -29,20 +29,20 @@ def model():
 
 @pytest.fixture(scope="module")
 def logprobs():
-    """A function from ids to the log-probability of each but the first, by HF's model."""
+    """A function from ids to HF's log-probability of each but the first, and if it is greedy."""
     hf = transformers.GPT2LMHeadModel.from_pretrained(
         gpt2_jax.resolve("demo"), attn_implementation="eager"
     ).float()
 
     @torch.no_grad()
-    def of(ids):
+    def logprobs_of(ids):
         ids = torch.tensor(ids)
         logp = torch.log_softmax(hf(ids[None, :-1]).logits[0], -1)
-        return logp[torch.arange(len(ids) - 1), ids[1:]].double().numpy(), logp.argmax(
-            -1
-        ).numpy() == ids[1:].numpy()
+        chosen = logp[torch.arange(len(ids) - 1), ids[1:]]
+        greedy = logp.argmax(-1) == ids[1:]
+        return chosen.double().numpy(), greedy.numpy()
 
-    return of
+    return logprobs_of
 
 
 def write(file, rows):
@@ -57,9 +57,8 @@ def test_perplexity_of_a_file(model, logprobs, tmp_path):
     ids = model.tokenizer.encode(text)
     assert len(ids) < 256  # one window: its sum is PyTorch's
     nll = -logprobs(ids)[0].sum()
-    found = {
-        figure.metric: figure for figure in tasks.perplexity_of_file(model, tmp_path / "a.txt")
-    }
+    figures = tasks.perplexity_of_file(model, tmp_path / "a.txt")
+    found = {figure.metric: figure for figure in figures}
     expected = {
         "perplexity": (math.exp(nll / (len(ids) - 1)), len(ids) - 1),
         "word perplexity": (math.exp(nll / len(text.split())), len(text.split())),
@@ -67,23 +66,26 @@ def test_perplexity_of_a_file(model, logprobs, tmp_path):
     }
     for metric, (value, count) in expected.items():
         np.testing.assert_allclose(found[metric].value, value, rtol=1e-5)
-        assert found[metric].count == count and found[metric].paper is None
+        assert found[metric].count == count
+        assert found[metric].paper is None
 
 
 def test_lambada_looks_at_the_last_word_or_at_its_last_token(model, logprobs, tmp_path):
     texts = [" ".join(PAGE.split()[i * 20 : i * 20 + 17 + i]) for i in range(6)]
     found = tasks.lambada(model, write(tmp_path / "l", [{"text": text} for text in texts]))
-    totals, whole, last = [], [], []
+    totals = []
+    whole = []
+    last = []
     for text in texts:
-        ids, context = model.tokenizer.encode(text), model.tokenizer.encode(text.rpartition(" ")[0])
+        ids = model.tokenizer.encode(text)
+        context = model.tokenizer.encode(text.rpartition(" ")[0])
         logp, greedy = logprobs(ids)
         totals.append(logp[len(context) - 1 :].sum())
         whole.append(greedy[len(context) - 1 :].all())
         last.append(greedy[-1])
     values = [figure.value for figure in found]
-    np.testing.assert_allclose(
-        values, [math.exp(-np.mean(totals)), np.mean(whole), np.mean(last)], rtol=1e-5
-    )
+    expected = [math.exp(-np.mean(totals)), np.mean(whole), np.mean(last)]
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
     limited = tasks.lambada(model._replace(limit=2), tmp_path / "l")
     np.testing.assert_allclose(limited[0].value, math.exp(-np.mean(totals[:2])), rtol=1e-5)
 
@@ -95,7 +97,8 @@ def test_hellaswag_as_llm_c_has_it(model, logprobs, tmp_path):
         {"ctx": parts[i], "endings": parts[i + 1 : i + 5], "label": i % 4} for i in range(0, 30, 5)
     ]
     found = tasks.hellaswag(model, write(tmp_path / "h", rows))
-    plain, normed = [], []
+    plain = []
+    normed = []
     for row in rows:
         context = model.tokenizer.encode(row["ctx"])
         ends = [model.tokenizer.encode(" " + ending) for ending in row["endings"]]
@@ -137,72 +140,78 @@ def test_enwik8_is_its_last_part(model, logprobs, tmp_path, monkeypatch):
     np.testing.assert_allclose(found.value, nll / len(text.encode()) / math.log(2), rtol=1e-5)
 
 
-def test_rolling_windows_score_each_token_once_after_one_more(model):
-    for count in (1, 255, 256, 257, 700):
-        ids = list(range(1, count + 1))
-        windows = tasks.rolling_windows(model, ids)
-        assert sum((window[-scored:] for window, scored in windows), []) == ids
-        assert all(len(window) <= 257 and scored < len(window) for window, scored in windows)
-
-
 def test_the_papers_figure_stands_beside_a_model_of_that_size(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        tasks.SIZES, (model.config.n_layer, model.config.n_embd), 2
-    )  # as if it were gpt2-large
+    shape = (model.config.n_layer, model.config.n_embd)
+    monkeypatch.setitem(tasks.PAPER_COLUMNS, shape, 2)  # as if it were gpt2-large
     file = write(tmp_path / "l", [{"text": "Once upon a time"}])
     assert [figure.paper for figure in tasks.lambada(model, file)] == [10.87, None, 0.6012]
     (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
     papers = {figure.metric: figure.paper for figure in tasks.wikitext(model, tmp_path / "w")}
-    assert papers.pop("word perplexity") == 19.93 and set(papers.values()) == {None}
+    assert papers.pop("word perplexity") == 19.93
+    assert set(papers.values()) == {None}
     (tmp_path / "e").write_text("once upon a time")
     assert tasks.text8(model, tmp_path / "e")[0].paper == 1.02
 
 
 @pytest.mark.parametrize(
-    "task, content, message",
-    [
-        ("perplexity", b" \n", "expected a text, got an empty one"),
-        ("perplexity", b"ab\xff", "invalid start byte at byte 2"),
-        ("perplexity", b"a", "at least 2 tokens"),
-        ("lambada", b"plain text", "line 1: expected a JSON object, got 'plain text'"),
-        ("lambada", b'{"txt": "a b"}', r"line 1: expected a field `text`, got \['txt'\]"),
-        ("lambada", b'{"text": "one"}', "line 1: expected several words, got 'one'"),
-        (
-            "hellaswag",
-            b'{"ctx": "a", "endings": ["b"], "label": 1}',
-            r"expected a label in \[0, 1\), got 1",
-        ),
-        ("hellaswag", b'{"endings": ["b"], "label": 0}', "line 1: expected a field `ctx`"),
-        ("wikitext", b"no headings here", "expected WikiText with headings"),
-        ("cbt", b"no number", "line 1: expected a numbered line"),
-        ("cbt", b"21 no gap\tking\t\tking|queen", "expected XXXXX and an answer"),
-    ],
+    "name, paper", [("cbtest_CN_test_2500ex.txt", 0.9345), ("cbtest_NE_x", 0.880), ("other", None)]
 )
-def test_a_wrong_format_is_named(model, tmp_path, task, content, message):
-    (tmp_path / "data").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+def test_the_papers_figure_for_cbt_goes_by_the_files_name(
+    model, tmp_path, monkeypatch, name, paper
+):
+    shape = (model.config.n_layer, model.config.n_embd)
+    monkeypatch.setitem(tasks.PAPER_COLUMNS, shape, 2)
+    (tmp_path / name).write_text("1 Once .\n2 The XXXXX ran .\tfox\t\tcat|fox")
+    (figure,) = tasks.cbt(model, tmp_path / name)
+    assert figure.paper == paper
+    assert math.isnan(figure.stderr)  # of a single question
+
+
+@pytest.mark.parametrize("task", ["perplexity", "lambada", "hellaswag", "wikitext", "cbt"])
+def test_every_task_names_a_file_of_another_format(model, tmp_path, task):
+    file = tmp_path / "data"
+    file.write_text(" \n")
+    with pytest.raises(TaskError, match="data: expected a text, got an empty one"):
+        tasks.TASKS[task](model, file)
+
+
+@pytest.mark.parametrize("task", ["perplexity", "enwik8", "text8"])
+def test_a_text_of_one_token_cannot_be_scored(model, tmp_path, task):
+    (tmp_path / "data").write_text("a")
+    with pytest.raises(ValueError, match="at least 2 tokens to be scored, got 1"):
         tasks.TASKS[task](model, tmp_path / "data")
 
 
-def test_data_comes_from_the_hub_in_its_published_format(tmp_path, monkeypatch):
-    import types
+def test_progress_reaches_its_total(model, tmp_path):
+    totals = {}
+    counts = {}
 
-    asked = []
+    def progress(title, total):
+        totals[title] = total
+        counts[title] = 0
 
-    def load_dataset(repository, name, split):
-        asked.append((repository, name, split))
-        return (
-            [{"text": ""}, {"text": " = Title = \n"}]
-            if "wikitext" in repository
-            else [{"text": "two words"}]
-        )
+        def update(n_more):
+            counts[title] += n_more
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert json.loads(tasks.fetch("lambada", tmp_path).read_text()) == {"text": "two words"}
-    assert tasks.fetch("wikitext", tmp_path).read_text() == "\n = Title = \n"
-    assert asked[0] == ("EleutherAI/lambada_openai", "default", "test")
-    with pytest.raises(TaskError, match="cbt is not on the hub in a known form"):
-        tasks.fetch("cbt", tmp_path)
+        return update
+
+    lines = [" = Title = ", PAGE, " = Another = ", PAGE[:300]]
+    (tmp_path / "w").write_text("\n".join(lines), encoding="utf-8")
+    tasks.wikitext(model._replace(progress=progress), tmp_path / "w")
+    assert counts == totals
+    assert min(totals.values()) > 1
+    assert totals.keys() == {"wikitext", "wikitext, pages"}
+
+
+def test_a_tokenizer_without_end_of_text_is_named(model, tmp_path):
+    without = types.SimpleNamespace(encode=model.tokenizer.encode, eot_id=None)
+    (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
+    with pytest.raises(ValueError, match=r"needs a tokenizer with the token <\|endoftext\|>"):
+        tasks.wikitext(model._replace(tokenizer=without), tmp_path / "w")
+
+
+def test_data_is_fetched_through_the_tasks():
+    assert tasks.fetch is readers.fetch
 
 
 def test_the_script_prints_figures_and_explains_mistakes(tmp_path):
@@ -225,5 +234,6 @@ def test_the_script_prints_figures_and_explains_mistakes(tmp_path):
     )
     assert 1 < rows[2]["value"] < 2.2
     wrong = run("--task", "perplexity", "--data", tmp_path / "none")
-    assert wrong.returncode == 2 and wrong.stderr.endswith("none: there is no such file.\n")
+    assert wrong.returncode == 2
+    assert wrong.stderr.endswith("none: there is no such file.\n")
     assert run("--task", "lambada", "cbt", "--data", HELD_OUT).stderr.count("\n") == 1
