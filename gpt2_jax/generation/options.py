@@ -147,8 +147,8 @@ def _renormalize(value: bool, context: Context) -> Any:
 
 
 # Rules, for every search. The order of transforms is HF's
-# (`GenerationMixin._get_logits_processor`): rules, then cuts for sampling alone. OpenAI's two follow
-# the one that they resemble.
+# (`GenerationMixin._get_logits_processor`): rules, then cuts for sampling alone. OpenAI's two
+# follow the one that they resemble.
 RULES = (
     Option(
         name="sequence_bias",

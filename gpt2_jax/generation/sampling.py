@@ -13,7 +13,7 @@ Axes: B rows, V vocabulary, S slots of the history.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -487,6 +487,7 @@ class Chain(Transform):
 # Samplers.
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What chooses the next token of each row: `Greedy`, `Categorical`, and those of `as_sampler`.
 
