@@ -222,7 +222,7 @@ def decode_each(tokenizer: Tokenizer, ids: list[int] | tuple[int, ...]) -> list[
     return [tokenizer.decode([token]) for token in ids]
 
 
-def first_tokens(tokenizer: Tokenizer, answers: tuple[str, str] | None) -> tuple[int, int] | None:
+def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, int] | None:
     """Returns the ids that two answers begin with.
 
     Raises:

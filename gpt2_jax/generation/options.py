@@ -81,7 +81,7 @@ def _cut(name: str) -> Maker:
     return make
 
 
-def _top_k(value: int, context: Context) -> Any:
+def _top_k(value: Any, context: Context) -> Any:
     # HF's `min_tokens_to_keep` acts on the number itself here, and so on ties as well.
     return _sampling().TopK(max(value, context.min_tokens_to_keep))
 
@@ -96,7 +96,7 @@ def _sequence_bias(value: Any, context: Context) -> Any:
     return _sampling().SequenceBias(sequences, biases)
 
 
-def _bad_words(value: Sequence[Sequence[int]], context: Context) -> Any:
+def _bad_words(value: Any, context: Context) -> Any:
     # As in HF's code: a stop id that stands alone is no bad word.
     stops = [[stop_id] for stop_id in context.stop_ids]
     words = [word for word in value if list(word) not in stops]
@@ -114,34 +114,34 @@ def _min_new_tokens(value: Any, context: Context) -> Any:
     return _sampling().Suppress(context.stop_ids, steps=value)
 
 
-def _forced_first(value: int, context: Context) -> Any:
+def _forced_first(value: Any, context: Context) -> Any:
     del context
     return _sampling().Force((value,), length=1)
 
 
-def _forced_last(value: int | Sequence[int], context: Context) -> Any:
+def _forced_last(value: Any, context: Context) -> Any:
     # HF's is the last of `max_length`, which for one prompt is the same token.
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
     return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
-def _decay(value: tuple[Any, Any], context: Context) -> Any:
+def _decay(value: Any, context: Context) -> Any:
     start, factor = value
     return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
 
 
-def _suppress(value: int | Sequence[int], context: Context) -> Any:
+def _suppress(value: Any, context: Context) -> Any:
     del context
     return _sampling().Suppress(as_ids(value))
 
 
-def _suppress_first(value: int | Sequence[int], context: Context) -> Any:
+def _suppress_first(value: Any, context: Context) -> Any:
     del context
     return _sampling().Suppress(as_ids(value), steps=1)
 
 
-def _renormalize(value: bool, context: Context) -> Any:
+def _renormalize(value: Any, context: Context) -> Any:
     del value, context
     return _sampling().Renormalize()
 

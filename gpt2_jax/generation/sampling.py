@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
@@ -110,7 +110,7 @@ class Temperature(Transform):
 class TopK(Transform):
     """Keeps the `k` largest logits and any tied with the last of them."""
 
-    k: int = struct.field(pytree_node=False)  # static: it shapes the program
+    k: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`k` of TopK", self.k)
@@ -118,7 +118,7 @@ class TopK(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
         # By value, not by the places of the `k` largest: ties with the last stay, as in HF's code.
-        return jnp.where(logits < kth_largest(logits, self.k), -jnp.inf, logits)
+        return jnp.where(logits < kth_largest(logits, int(self.k)), -jnp.inf, logits)
 
 
 @struct.dataclass
@@ -138,7 +138,8 @@ class TopP(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        removed = outside_nucleus(logits, _column(self.p), self.min_tokens_to_keep)
+        p = jnp.asarray(self.p).reshape(-1, 1)  # [1, 1] or [B, 1]
+        removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
 
 
@@ -312,7 +313,7 @@ class NoRepeatNGram(Transform):
     The first time may be in the prompt.
     """
 
-    n: int = struct.field(pytree_node=False)  # static: it shapes the program
+    n: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`n` of NoRepeatNGram", self.n)
@@ -616,7 +617,7 @@ def _check_count(name: str, number: Any) -> None:
 
 
 def _keep_likely(
-    logits: Logits, threshold: Float[Array, "#B #1"], min_tokens_to_keep: int
+    logits: Logits, threshold: Float[Array, ""] | Float[Array, "B 1"], min_tokens_to_keep: int
 ) -> Logits:
     """Removes tokens less likely than the threshold.
 
@@ -638,7 +639,8 @@ def _entropy(logprobs: Float[Array, "B V"]) -> Float[Array, "B 1"]:
     return -_expected(logprobs).sum(axis=-1, keepdims=True)
 
 
-def _column(number: PerRow) -> Array:
+def _column(number: PerRow) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
     """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`."""
     number = jnp.asarray(number)
+    # Not `[1, 1]`: a division by that rounds otherwise.
     return number[:, None] if number.ndim else number
