@@ -43,6 +43,7 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Converts, and says what was written."""
+    # Interrupted, nothing is left at the destination.
     with unwinding():
         written = conversion.convert(
             args.src,

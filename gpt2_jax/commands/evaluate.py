@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     """Measures, and prints each figure as soon as it is there."""
     tasks = list(TASKS) if "all" in args.task else args.task
     check_numbers(args, COUNTS)
-    check_files(args.data, tasks)
+    check_files(args.data, tasks)  # before a model is loaded for minutes of work
     model = load_model(args)
+    # The folder holds what is fetched from the hub; unwinding removes it.
     with unwinding(), tempfile.TemporaryDirectory() as folder:
         for number, task in enumerate(tasks):
             file = Path(args.data[number]) if args.data else fetch(task, Path(folder))
@@ -82,8 +83,13 @@ def check_files(files: Sequence[str], tasks: Sequence[str]) -> None:
 def load_model(args: argparse.Namespace) -> Model:
     """Returns what is to be measured, and how."""
 
-    def progress(title: str, total: int) -> Callable[[int], object]:
-        return tqdm(total=total, desc=title, disable=args.quiet).update
+    def progress(title: str, total: int) -> Callable[[int], None]:
+        bar = tqdm(total=total, desc=title, disable=args.quiet)
+
+        def advance(n_done: int) -> None:
+            bar.update(n_done)  # returns whether it has drawn itself, which is no one's business
+
+        return advance
 
     config, params, tokenizer = load_pretrained(
         args.from_pretrained,
@@ -104,6 +110,7 @@ def load_model(args: argparse.Namespace) -> Model:
 
 def print_figure(figure: Figure) -> None:
     """Prints a figure with what is needed to compare it."""
+    # The standard error with two digits: more would be noise of its own.
     stderr = "" if figure.stderr is None else f" +- {figure.stderr:.2g}"
     paper = "" if figure.paper is None else f"; the paper has {figure.paper:g}"
     print(f"{figure.task}, {figure.metric}: {figure.value:.4f}{stderr}{paper}")

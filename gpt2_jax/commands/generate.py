@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "id": {"type": int},
     "ids": {"type": int, "action": "append"},
     "runs": {"type": int, "action": "append", "nargs": "+"},
+    # A bias and its ids: `argparse` knows one type for all values of an option.
     "biases": {"type": float, "action": "append", "nargs": "+"},
     "decay": {"type": float, "nargs": 2},
     "flag": {"action": "store_true"},
@@ -106,6 +107,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     search = out.add_argument_group("search and speculation")
     for option in SEARCHES:
         _add_option(search, option)
+    # All others are None unless given: then those that would do nothing can be told.
     out.set_defaults(num_beams=1)
     _add_display(out)
     return out
@@ -135,6 +137,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="draw tokens at random; otherwise the likeliest is taken",
     )
+    # Draws first: they are what most users look for.
     for option in (*DRAWS, *RULES):
         _add_option(group, option)
     group.add_argument(
@@ -144,7 +147,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--num_samples",
-        "--num_return_sequences",
+        "--num_return_sequences",  # HF's name
         type=int,
         default=1,
         metavar="N",
@@ -211,6 +214,7 @@ def _add_display(out: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises `ValueError` for options that would do nothing or cannot be met."""
+    # Before anything is loaded: a mistake is answered at once.
     for option in OPTIONS.values():
         _check_option(option, args)
     check_numbers(args, NUMBERS)
@@ -229,6 +233,7 @@ def check_options(args: argparse.Namespace) -> None:
 def _check_option(option: Option, args: argparse.Namespace) -> None:
     """Raises `ValueError` if an option was given and lacks what it needs, or is out of range."""
     value = getattr(args, option.name)
+    # Not `not value`: a penalty of 0 was given, too. A flag that was not given is False.
     if value is None or value is False:
         return
     lacking = {
@@ -248,6 +253,7 @@ def _check_option(option: Option, args: argparse.Namespace) -> None:
 
 def _check_combinations(args: argparse.Namespace) -> None:
     """Raises `ValueError` for options that exclude each other."""
+    # Three searches; a conversation, which is none of them; and a way to go on past the context.
     exclusive = {
         "--num_beams": args.num_beams > 1,
         "--assistant_model": args.assistant_model,
@@ -275,6 +281,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and prints the continuations."""
     check_options(args)
     prompts = [] if args.interactive else read_prompts(args)
+    # Drawn here, and not left to chance in the library, so that it can be reported.
     seed = secrets.randbits(32) if args.seed is None else args.seed
     report = reporter(args.quiet)
     started = time.perf_counter()
@@ -305,12 +312,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         example = 'gpt2-jax "Once upon a time"'
         raise ValueError(f"No prompt: give one, as in  {example}, or pipe text in.")
     try:
+        # Not as text: the locale's encoding need not be UTF-8.
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start}"
         raise ValueError(f"Standard input must be UTF-8, but {where}.") from error
     if not args.lines:
-        return [text.removesuffix("\n")]
+        return [text.removesuffix("\n")]  # the one that `echo` adds
     prompts = [line for line in text.splitlines() if line]
     if not prompts:
         raise ValueError("Standard input holds no line with a prompt.")
@@ -325,7 +333,8 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     """
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        # Where XDG's base directories have it.
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(cache_home) / "gpt2_jax" / "xla"
         if is_writable(folder):
@@ -339,6 +348,7 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
         return
     platform = "cuda" if args.device == "gpu" else args.device
     jax.config.update("jax_platforms", platform)
+    # JAX looks for devices when it is first asked for one.
     try:
         jax.devices()
     except RuntimeError as error:
@@ -395,6 +405,8 @@ def stream(session: Session, prompts: list[str]) -> None:
     """Prints continuations: a single one as it grows, others when they are finished."""
     args = session.args
     begun = time.perf_counter()
+    # Its arguments are checked here, before the prompt is printed; the work begins with the first
+    # of its pieces.
     growing = gpt2_jax.stream_text(
         session.model.params,
         session.model.tokenizer,
@@ -428,7 +440,7 @@ def stream(session: Session, prompts: list[str]) -> None:
                 print_rows(rows, session)
     ended = time.perf_counter()
     n_tokens = sum(len(row.ids) for row in rows)
-    n_later = n_tokens - len(rows)
+    n_later = n_tokens - len(rows)  # the first of each row came with the prompt's pass
     first_token_at = first_token_at or ended
     rate = f", then {n_later / (ended - first_token_at):.1f} tokens/s" if n_later else ""
     session.report(f"{n_tokens} tokens; the first after {first_token_at - begun:.2f} s{rate}")
@@ -439,6 +451,7 @@ def search(session: Session, prompts: list[str]) -> None:
     args = session.args
     begun = time.perf_counter()
     tokenizer = session.model.tokenizer
+    # Outside of `unwinding`, as nothing is begun yet.
     ids, lengths = gpt2_jax.encode_batch(tokenizer, prompts, allow_special=args.allow_special)
     find = find_beams if args.num_beams > 1 else speculate
     with unwinding():
@@ -449,6 +462,7 @@ def search(session: Session, prompts: list[str]) -> None:
             stop_ids = session.model.config.eos_token_ids
             row = Continuation(prompt, tokenizer, args.stop, stop_ids)
             new_ids = texts.ids[number, :length].tolist()
+            # Up to a stop text, of which a search knows nothing.
             row.push(new_ids, texts.logprobs[number, :length].tolist())
             row.finish()
             if texts.scores is not None:
@@ -493,6 +507,7 @@ def speculate(
     draft_config = draft_params = None
     if args.assistant_model:
         draft_config, draft_params = gpt2_jax.load(args.assistant_model, dtype=args.dtype)
+    # A model's guesses and the text's have a number each, and only one of the two guesses.
     n_guesses = args.num_assistant_tokens or args.prompt_lookup_num_tokens or DEFAULT_GUESSES
     made = gpt2_jax.speculate(
         session.model.params,
@@ -564,6 +579,7 @@ def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> 
     begun = time.perf_counter()
     n_tokens = 0
     addition = "\n" + text if conversation.ids else text
+    # The context keeps what has been written when a turn is broken off.
     try:
         with unwinding():
             reply = conversation.reply(addition, max_new_tokens=session.args.max_tokens)
@@ -584,6 +600,7 @@ def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> 
 def print_rows(rows: Sequence[Continuation], session: Session) -> None:
     """Prints finished continuations, as JSON lines or as text parted by rules."""
     args = session.args
+    # Each is flushed, so that whoever reads the lines sees them as they come.
     for number, row in enumerate(rows, start=1):
         if args.json:
             record = as_record(row, with_score=args.num_beams > 1)
@@ -619,7 +636,7 @@ def colour(row: Continuation, tokenizer: Tokenizer) -> str:
     least_logprob = 0.0
     for token, logprob in zip(row.ids, row.logprobs, strict=True):
         least_logprob = min(least_logprob, logprob)
-        decoded = decoder.push([token])
+        decoded = decoder.push([token])  # "" until a character is complete
         text = decoded[: len(row.text) - n_shown]  # a stop text may have cut it off
         if not text:
             continue

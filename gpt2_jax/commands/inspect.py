@@ -97,12 +97,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("The texts must not be empty.")
     model = load_pretrained(
         args.from_pretrained,
-        dtype="float32",
+        dtype="float32",  # figures are to show the model, not the rounding of its storage
         tokenizer_name=args.model_name,
         revision=args.revision,
     )
     view = choose_view(model, args)
     if args.out:
+        # A picture is whole or not there; what is in its place gives way, as with any plot.
         with unwinding(), replacing(Path(args.out), overwrite=True) as file:
             view.draw().savefig(file, dpi=DOTS_PER_INCH)
     if args.json:
@@ -120,6 +121,7 @@ def choose_view(model: Pretrained, args: argparse.Namespace) -> View:
         return patching(model, args)
     sites = args.site or "h.*.resid_post"
     axes = {site_axes(site, model.config) for site in find_sites(sites, model.config)}
+    # By axes, not by names, so that any site of the kind will do.
     if axes == {("B", "H", "T", "S")}:
         return patterns(model, args)
     if axes == {("B", "T", "D")}:
@@ -150,6 +152,7 @@ def patterns(model: Pretrained, args: argparse.Namespace) -> View:
     text = encode(model.tokenizer, args.prompt)
     view = views.view_patterns(model.params, text.ids, config=model.config, sites=args.site)
     first_site, *other_sites = view.sites
+    # Known only now: a pattern of names may match any number of layers.
     if other_sites and args.out:
         names = ", ".join(view.sites)
         raise ValueError(f"--out draws the heads of one layer, got the sites {names}.")
@@ -176,6 +179,7 @@ def patching(model: Pretrained, args: argparse.Namespace) -> View:
         first_tokens(model.tokenizer, args.answers),
         config=model.config,
     )
+    # Before the sweep, which takes long.
     first, second = decode_each(model.tokenizer, contrast.answers)
     if first == second:
         raise ValueError(f"Both texts go on with {first!r}: give two --answers to tell apart.")
@@ -218,7 +222,7 @@ def decode_each(tokenizer: Tokenizer, ids: list[int] | tuple[int, ...]) -> list[
     return [tokenizer.decode([token]) for token in ids]
 
 
-def first_tokens(tokenizer: Tokenizer, answers: tuple[str, str] | None) -> tuple[int, int] | None:
+def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, int] | None:
     """Returns the ids that two answers begin with.
 
     Raises:
@@ -229,4 +233,5 @@ def first_tokens(tokenizer: Tokenizer, answers: tuple[str, str] | None) -> tuple
     if not all(answers):
         raise ValueError("The --answers must not be empty.")
     first, second = answers
+    # An answer of several tokens is told by its first.
     return tokenizer.encode(first)[0], tokenizer.encode(second)[0]

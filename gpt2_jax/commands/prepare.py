@@ -55,6 +55,7 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares, and reports what was written."""
+    # Interrupted, nothing is left in the folder.
     with unwinding():
         meta = corpus.prepare(
             args.inputs,

@@ -83,6 +83,7 @@ def choose_start(args: argparse.Namespace) -> Start:
     given = {}
     for field in dataclasses.fields(Recipe):
         value = getattr(args, field.name)
+        # 0 and False were given, too.
         if value is not None:
             given[field.name] = value
     recipe = RECIPES[args.recipe or "gpt2"]
@@ -94,6 +95,7 @@ def choose_start(args: argparse.Namespace) -> Start:
             recipe = Recipe(**run["recipe"])
         from_pretrained = from_pretrained or run["from_pretrained"]
     fixed = [f"--{name}" for name in SHAPE if name in given]
+    # Rather than to pass it over: who asks for another shape wants another model.
     if from_pretrained and fixed:
         raise ValueError(f"{', '.join(fixed)}: {from_pretrained} brings its own.")
     return Start(dataclasses.replace(recipe, **given), from_pretrained)
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = reporter(args.quiet)
     recipe, from_pretrained = choose_start(args)
+    # Not `unwinding`: `fit` answers Ctrl-C itself, by saving a checkpoint.
     try:
         summary = fit(
             recipe,

@@ -9,6 +9,7 @@ from gpt2_jax.files import read_json_object
 from gpt2_jax.generation.options import OPTIONS, as_ids, sampler_from_options
 
 HF_TOP_K = 50  # what HF's `generate` cuts to when it samples, unless it is told otherwise
+
 # Keys of a `generation_config.json` that change no token ...
 IGNORED_KEYS = (
     "transformers_version",
@@ -59,6 +60,7 @@ def load_generation_config(
         message names it.
     """
     file = Path(folder) / "generation_config.json"
+    # `read_json_object` names the file itself.
     keys = read_json_object(file)
     try:
         return _arguments(keys, config, prompt_length)
@@ -88,6 +90,7 @@ def _arguments(
     do_sample = bool(left.pop("do_sample", None))
     if do_sample:
         left.setdefault("top_k", HF_TOP_K)
+    # What is left must be options; whatever is none is named there.
     arguments["sampler"] = sampler_from_options(
         left,
         do_sample=do_sample,
@@ -118,7 +121,7 @@ def _take_beams(left: dict[str, Any]) -> dict[str, Any]:
     idle = []
     for name in BEAM_ARGUMENTS:
         default = OPTIONS[name].neutral[0]
-        value = left.pop(name, None)
+        value = left.pop(name, None)  # None stands for HF's default
         values[name] = default if value is None else value
         if values[name] != default:
             idle.append(name)
@@ -137,6 +140,7 @@ def _take_max_new_tokens(left: dict[str, Any], prompt_length: int | None) -> int
     """
     max_length = left.pop("max_length", None)
     max_new_tokens = left.pop("max_new_tokens", None)
+    # As in HF's `generate`, the second counts where both are given.
     if max_new_tokens is not None or max_length is None:
         return max_new_tokens
     if prompt_length is None:

@@ -81,7 +81,8 @@ def _cut(name: str) -> Maker:
     return make
 
 
-def _top_k(value: int, context: Context) -> Any:
+def _top_k(value: Any, context: Context) -> Any:
+    # HF's `min_tokens_to_keep` acts on the number itself here, and so on ties as well.
     return _sampling().TopK(max(value, context.min_tokens_to_keep))
 
 
@@ -95,7 +96,7 @@ def _sequence_bias(value: Any, context: Context) -> Any:
     return _sampling().SequenceBias(sequences, biases)
 
 
-def _bad_words(value: Sequence[Sequence[int]], context: Context) -> Any:
+def _bad_words(value: Any, context: Context) -> Any:
     # As in HF's code: a stop id that stands alone is no bad word.
     stops = [[stop_id] for stop_id in context.stop_ids]
     words = [word for word in value if list(word) not in stops]
@@ -105,6 +106,7 @@ def _bad_words(value: Sequence[Sequence[int]], context: Context) -> Any:
 
 
 def _min_length(value: Any, context: Context) -> Any:
+    # HF counts the prompt in `min_length` and not in `min_new_tokens`.
     return _sampling().Suppress(context.stop_ids, length=value)
 
 
@@ -112,39 +114,41 @@ def _min_new_tokens(value: Any, context: Context) -> Any:
     return _sampling().Suppress(context.stop_ids, steps=value)
 
 
-def _forced_first(value: int, context: Context) -> Any:
+def _forced_first(value: Any, context: Context) -> Any:
     del context
     return _sampling().Force((value,), length=1)
 
 
-def _forced_last(value: int | Sequence[int], context: Context) -> Any:
+def _forced_last(value: Any, context: Context) -> Any:
+    # HF's is the last of `max_length`, which for one prompt is the same token.
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
     return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
-def _decay(value: tuple[Any, Any], context: Context) -> Any:
+def _decay(value: Any, context: Context) -> Any:
     start, factor = value
     return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
 
 
-def _suppress(value: int | Sequence[int], context: Context) -> Any:
+def _suppress(value: Any, context: Context) -> Any:
     del context
     return _sampling().Suppress(as_ids(value))
 
 
-def _suppress_first(value: int | Sequence[int], context: Context) -> Any:
+def _suppress_first(value: Any, context: Context) -> Any:
     del context
     return _sampling().Suppress(as_ids(value), steps=1)
 
 
-def _renormalize(value: bool, context: Context) -> Any:
+def _renormalize(value: Any, context: Context) -> Any:
     del value, context
     return _sampling().Renormalize()
 
 
-# The order of transforms is HF's (`GenerationMixin._get_logits_processor`): rules for every search,
-# then cuts for sampling alone. OpenAI's two follow the one that they resemble.
+# Rules, for every search. The order of transforms is HF's
+# (`GenerationMixin._get_logits_processor`): rules, then cuts for sampling alone. OpenAI's two
+# follow the one that they resemble.
 RULES = (
     Option(
         name="sequence_bias",
@@ -263,7 +267,7 @@ RULES = (
         help="never take this token",
         here="`Suppress(ids)`",
         make=_suppress,
-        neutral=([],),
+        neutral=([],),  # a file may spell out that nothing is suppressed
     ),
     Option(
         name="begin_suppress_tokens",
@@ -275,6 +279,7 @@ RULES = (
         neutral=([],),
     ),
 )
+# What shapes random draws. A range holds the neutral value as well, even where its class does not.
 DRAWS = (
     Option(
         name="temperature",
@@ -343,6 +348,7 @@ DRAWS = (
         neutral=(1.0,),
         needs="do_sample",
     ),
+    # HF's two cutoffs are probabilities; 0 cuts nothing.
     Option(
         name="epsilon_cutoff",
         kind="float",
@@ -366,6 +372,7 @@ DRAWS = (
         needs="do_sample",
     ),
 )
+# Arguments of searches. One of them is a transform that only beams notice.
 SEARCHES = (
     Option(
         name="num_beams",
@@ -388,7 +395,7 @@ SEARCHES = (
     ),
     Option(
         name="early_stopping",
-        kind="early_stopping",
+        kind="early_stopping",  # HF's three values: False, True and "never"
         metavar=None,
         help="when beams are done, see README (default: false)",
         here="`beam_search`",
@@ -485,11 +492,13 @@ def sampler_from_options(
       ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
     """
     chosen = _chosen(options)
+    # All of them before anything is made, so that messages have the user's names.
     _check_needs(chosen, do_sample, stop_ids)
     _check_ranges(chosen)
     _check_first_and_last(chosen)
     if vocab_size is not None:
         _check_ids(chosen, stop_ids, vocab_size)
+    # As in HF's code: a beam that ends must leave another one to go on.
     min_tokens_to_keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
     context = Context(tuple(stop_ids), max_new_tokens, min_tokens_to_keep)
     transforms = []
@@ -544,7 +553,9 @@ def changes_nothing(option: Option, value: Any) -> bool:
     """
     if value is None:
         return True
-    return not hasattr(value, "shape") and value in option.neutral
+    # numpy's and JAX's arrays, traced ones too, without importing either.
+    is_array = hasattr(value, "shape")
+    return not is_array and value in option.neutral
 
 
 def _check_needs(chosen: Mapping[str, Any], do_sample: bool, stop_ids: Sequence[int]) -> None:
@@ -576,6 +587,7 @@ def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         if name not in chosen:
             continue
+        # HF suppresses after it has forced, and so leaves no token at all.
         if suppressed.issuperset(as_ids(chosen[name])):
             named = f"`{name}` ({chosen[name]})"
             raise ValueError(f"{named} is in `suppress_tokens`, so no token would be left.")
@@ -587,7 +599,7 @@ def _check_ids(chosen: Mapping[str, Any], stop_ids: Sequence[int], vocab_size: i
     for name, value in chosen.items():
         ids = list(_ids_in(OPTIONS[name], value))
         if OPTIONS[name].needs == "stop_ids":
-            ids += stop_ids
+            ids += stop_ids  # its transform acts on these
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"`{name}` must hold {expected}, got {token}.")

@@ -128,6 +128,7 @@ def write(
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
+    # Byte for byte: no tokenizer of ours has read them.
     for name in hub.TOKENIZER_FILES:
         if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, target / name)
@@ -149,8 +150,10 @@ def compare(written: Path, source: Path | None) -> Difference:
 
     transformers.utils.logging.disable_progress_bar()
     config, params = read(written)
+    # Random ids, as any text will do: no logit is to differ.
     shape = (N_ROWS, min(LONGEST_ROW, config.n_positions))
     ids = np.random.default_rng(0).integers(config.vocab_size, size=shape)
+    # In float32 on both sides, so that what is compared is the weights, as they were stored.
     ours = np.asarray(apply(params, ids, config=config.replace(dtype="float32")))
     with tempfile.TemporaryDirectory() as scratch:
         folder = source or written
