@@ -210,6 +210,7 @@ def schedule(recipe: Recipe) -> optax.Schedule:
         recipe.learning_rate,
         steps=recipe.steps,
         warmup_steps=recipe.warmup_steps,
+        decay_steps=recipe.decay_steps or None,
         end=recipe.min_learning_rate,
     )
 
@@ -219,6 +220,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Returns a recipe's optimizer, each time the same object."""
     return make_optimizer(
         schedule(recipe),
+        kind=recipe.optimizer,
         b1=recipe.b1,
         b2=recipe.b2,
         weight_decay=recipe.weight_decay,

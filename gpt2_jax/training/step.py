@@ -268,6 +268,7 @@ def _make_batch(
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
+    kind: str = "adamw",
     b1: float = 0.9,
     b2: float = 0.95,  # GPT-3's (arXiv:2005.14165, appendix B); PyTorch's own default is 0.999
     eps: float = 1e-8,
@@ -277,16 +278,29 @@ def make_optimizer(
     """Returns GPT's AdamW: clipping by global norm, Adam, decay of matrices and embeddings alone.
 
     Defaults are nanoGPT's. `learning_rate` is a number or a schedule, such as `warmup_cosine`'s.
+
+    With `kind="muon"` the layers' matrices take Muon's steps (K. Jordan, 2024), scaled to the
+    length that Adam's usually have (arXiv:2502.16982), so that one learning rate serves both;
+    embeddings, biases and LayerNorms take Adam's, undecayed.
+
+    Raises:
+      ValueError: there is no such kind.
     """
     if max_grad_norm is None:
         clip = optax.identity()
     else:
         clip = optax.clip_by_global_norm(max_grad_norm)
-    adamw = optax.adamw(
-        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_decayed
-    )
+    if kind == "adamw":
+        update = optax.adamw(
+            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_decayed
+        )
+    elif kind == "muon":
+        adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
+        update = optax.partition({"adam": adam, "muon": _muon(learning_rate, weight_decay)}, _kinds)
+    else:
+        raise ValueError(f'`kind` must be "adamw" or "muon", got {kind!r}.')
     # Clipping comes first, as in nanoGPT: behind Adam it would bound the update, not the gradient.
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, update)
 
 
 def is_decayed(params: Params) -> Any:  # a tree of booleans
@@ -295,23 +309,92 @@ def is_decayed(params: Params) -> Any:  # a tree of booleans
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
 
+def _muon(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """Returns Muon for matrices: momentum, made orthogonal, then decay."""
+    # Not optax.contrib.muon, for which `c_attn` would be one matrix, and no three.
+    return optax.chain(
+        optax.trace(0.95, nesterov=True),
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(_orthogonal_update, updates)),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _kinds(params: Params) -> Any:  # a tree of strings
+    """Returns whose steps each leaf takes: Muon's are for the layers' kernels."""
+
+    def kind(path: tuple[Any, ...], leaf: Array) -> str:
+        del leaf
+        return "muon" if path[-1].key == "kernel" else "adam"
+
+    return jax.tree.map_with_path(kind, params)
+
+
+def _orthogonal_update(path: tuple[Any, ...], update: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    """Returns the direction of a kernel's update, with entries of about 0.2 in the mean square."""
+    # Queries, keys and values are three matrices that stand side by side.
+    n_matrices = 3 if path[-2].key == "c_attn" else 1
+    directions = []
+    for matrix in jnp.split(update, n_matrices, axis=1):
+        scale = 0.2 * max(matrix.shape) ** 0.5  # arXiv:2502.16982, equation 4
+        directions.append(scale * orthogonalize(matrix))
+    return jnp.concatenate(directions, axis=1)
+
+
+def orthogonalize(matrix: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    """Returns about `U V^T` of a matrix `U S V^T`, with singular values between 0.7 and 1.2.
+
+    Muon's Newton-Schulz iteration with its coefficients: five times
+    `x <- (a + b x x^T + c (x x^T)^2) x`. The steps are multiplied up on the smaller side's square,
+    and reach the matrix once: fewer products than step by step.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
+    x = matrix / (jnp.linalg.norm(matrix) + 1e-7)
+    identity = jnp.eye(len(x), dtype=x.dtype)
+    gram = x @ x.T
+    whole = identity
+    for _ in range(5):
+        step = a * identity + b * gram + c * gram @ gram
+        gram = step @ gram @ step
+        whole = step @ whole
+    return whole @ x
+
+
 def warmup_cosine(
-    peak: float, *, steps: int, warmup_steps: int = 0, end: float = 0.0
+    peak: float,
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    end: float = 0.0,
 ) -> optax.Schedule:
     """Returns nanoGPT's schedule (`get_lr` in its `train.py`): a linear warmup, then half a cosine.
 
     With `step` updates made before, the warmup is `peak * (step + 1) / (warmup_steps + 1)`; the
-    cosine falls from `peak` at `warmup_steps` to `end` at `steps`, where the rate stays.
+    cosine falls from `peak` at `warmup_steps` to `end` at `steps`, where the rate stays. With
+    `decay_steps` it takes so many steps, the last ones, and the peak is held until then.
 
     Raises:
-      ValueError: `warmup_steps` is not less than `steps`.
+      ValueError: `warmup_steps` is not less than `steps`, or `decay_steps` does not fit in.
     """
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"`warmup_steps` must be in [0, {steps}) (`steps`), got {warmup_steps}.")
+    n_left = steps - warmup_steps
+    n_decay = n_left if decay_steps is None else decay_steps
+    if not 0 < n_decay <= n_left:
+        expected = f"[1, {n_left}] (`steps` less `warmup_steps`)"
+        raise ValueError(f"`decay_steps` must be in {expected}, got {decay_steps}.")
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    decay = optax.cosine_decay_schedule(peak, steps - warmup_steps, alpha=end / peak)
-    # The cosine begins where the warmup reaches the peak; `decay` counts its steps from there.
-    schedule = optax.join_schedules([warmup, decay], [warmup_steps])
+    held = optax.constant_schedule(peak)
+    decay = optax.cosine_decay_schedule(peak, n_decay, alpha=end / peak)
+    # Each counts its steps from where it begins.
+    schedule = optax.join_schedules([warmup, held, decay], [warmup_steps, steps - n_decay])
 
     def rate(step: Num[ArrayLike, ""]) -> ArrayLike:
         # As JAX's default float: of an int32, optax makes float32 even in a float64 model.

@@ -16,6 +16,7 @@ from gpt2_jax.training.step import (
     init_state,
     make_optimizer,
     next_token_loss,
+    orthogonalize,
     train_step,
     warmup_cosine,
 )
@@ -203,6 +204,51 @@ def test_the_schedule_by_hand():
         [rate(step) for step in (0, 1, 2, 3, 4, 5, 9, 14, 99)], expected, atol=1e-7
     )
     assert warmup_cosine(1.0, steps=1)(0) == 1.0
+
+
+def test_the_schedule_holds_its_peak_until_the_decay():
+    rate = warmup_cosine(1.0, steps=20, warmup_steps=4, decay_steps=10, end=0.1)
+    expected = [0.2, 1.0, 1.0, 1.0, 0.1 + 0.45 * (1 + math.cos(math.pi / 10)), 0.55, 0.1]
+    found = [rate(step) for step in (0, 4, 7, 10, 11, 15, 20)]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    with pytest.raises(ValueError, match="`decay_steps` must be in"):
+        warmup_cosine(1.0, steps=20, warmup_steps=4, decay_steps=17)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
+def test_muon_keeps_the_directions_of_a_matrix_and_evens_out_its_strengths(shape):
+    matrix = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    core = u.T @ np.asarray(orthogonalize(matrix)) @ vt.T
+    strengths = np.diag(core)
+    np.testing.assert_allclose(core - np.diag(strengths), 0, atol=1e-9)
+    assert strengths.min() > 0.6
+    assert strengths.max() < 1.3
+
+
+def test_muon_steps_the_layers_matrices_and_adam_all_else(params, batch):
+    grads = jax.grad(lambda params: next_token_loss(params, batch, config=CONFIG)[0])(params)
+    updates = {}
+    for kind in ("muon", "adamw"):
+        tx = make_optimizer(1.0, kind=kind, weight_decay=0.0, max_grad_norm=None)
+        updates[kind], _ = tx.update(grads, tx.init(params), params)
+    attn = grads["h"]["0"]["attn"]
+    for name, n_matrices in (("c_attn", 3), ("c_proj", 1)):
+        found = np.split(
+            np.asarray(updates["muon"]["h"]["0"]["attn"][name]["kernel"]), n_matrices, 1
+        )
+        grad = np.split(np.asarray(attn[name]["kernel"]), n_matrices, 1)
+        for update, matrix in zip(found, grad, strict=True):
+            # The first step of Nesterov momentum is 1 + 0.95 times the gradient.
+            expected = -0.2 * max(matrix.shape) ** 0.5 * orthogonalize(1.95 * matrix)
+            np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9)
+    others = [
+        jax.tree.map_with_path(lambda path, x: 0 if path[-1].key == "kernel" else x, updates[kind])
+        for kind in ("muon", "adamw")
+    ]
+    chex.assert_trees_all_close(*others, atol=1e-12)
+    with pytest.raises(ValueError, match="`kind` must be"):
+        make_optimizer(1.0, kind="sgd")
 
 
 def test_dropout_comes_from_the_key_the_step_and_the_part(params, batch):
