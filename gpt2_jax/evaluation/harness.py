@@ -27,15 +27,11 @@ except ImportError as error:
         f'The harness is not installed: pip install "gpt2_jax[eval]" ({error}).'
     ) from None
 
-from gpt2_jax.config import GPT2Config
 from gpt2_jax.evaluation.score import ScoreRequest, after, rolling_windows, score, score_groups
 from gpt2_jax.generation.generate import Generation, stream
 from gpt2_jax.generation.options import WARPERS, sampler_from_options
-from gpt2_jax.model import Params, pad_rows
-from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.pretrained.loading import load_tokenizer
-from gpt2_jax.pretrained.weights import load
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.model import pad_rows
+from gpt2_jax.pretrained.loading import load_pretrained
 
 MAX_NEW_TOKENS = 256  # where a task does not say: as in the harness's `hf` model
 # The harness's names for how many tokens to generate; the first that is given counts.
@@ -96,7 +92,9 @@ class GPT2JaxLM(TemplateLM):
     ):
         super().__init__()
         del max_batch_size, device
-        model = _load(pretrained, dtype=dtype, tokenizer_name=tokenizer, revision=revision)
+        model = load_pretrained(
+            pretrained, dtype=dtype, tokenizer_name=tokenizer, revision=revision
+        )
         self.config = model.config
         self.params = model.params
         self.tokenizer = model.tokenizer
@@ -326,24 +324,6 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
     else:
         others = {name: value for name, value in others.items() if name not in WARPERS}
     return sampler_from_options(others, do_sample=do_sample, stop_ids=stop_ids)
-
-
-# Loading.
-
-
-class Loaded(NamedTuple):
-    """What belongs together in a checkpoint."""
-
-    config: GPT2Config
-    params: Params
-    tokenizer: Tokenizer
-
-
-def _load(name: str, *, dtype: str, tokenizer_name: str | None, revision: str | None) -> Loaded:
-    """Returns a checkpoint's config, params and tokenizer."""
-    folder = resolve(name, revision=revision)
-    config, params = load(folder, dtype=dtype)
-    return Loaded(config, params, load_tokenizer(folder, tokenizer_name))
 
 
 if __name__ == "__main__":
