@@ -8,7 +8,8 @@ from gpt2_jax.generation.beam import Beams, beam_search
 from gpt2_jax.generation.conversation import Conversation
 from gpt2_jax.generation.decode import Generation
 from gpt2_jax.generation.generate import generate, stream
-from gpt2_jax.generation.options import load_generation_config, sampler_from_options
+from gpt2_jax.generation.generation_config import load_generation_config
+from gpt2_jax.generation.options import sampler_from_options
 from gpt2_jax.generation.sampling import (
     Categorical,
     Chain,
@@ -28,20 +29,22 @@ from gpt2_jax.interpretability.circuits import (
     ov_circuit,
     qk_circuit,
 )
+from gpt2_jax.interpretability.patching import (
+    mean_ablation,
+    patch_each,
+    patching_sweep,
+    path_patch,
+    resample_ablation,
+    zero_ablation,
+)
 from gpt2_jax.interpretability.reading import (
     LogitAttribution,
     attention_patterns,
     attribution,
     direct_logit_attribution,
     logit_lens,
-    mean_ablation,
-    patch_each,
-    patching_sweep,
-    path_patch,
-    resample_ablation,
     steering_vector,
     stream_logits,
-    zero_ablation,
 )
 from gpt2_jax.interpretability.taps import (
     SITES,

@@ -95,8 +95,11 @@ def hidden_states(
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
-) -> Float[Array, "B T D"]:
-    """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors."""
+) -> Float[Array, "rows T D"]:
+    """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
+
+    There are as many rows as in `ids`, unless a tap makes the batch grow.
+    """
     ids = check_ids(ids, config, longest=config.n_positions)
     check_side(padding_side)
     if padding_side == "left" and lengths is None:
@@ -247,7 +250,7 @@ def forward(
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
-) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
     # Linen refuses params that no module takes; a separate head is `unembed`'s.
     body = {name: leaf for name, leaf in params.items() if name != "lm_head"}

@@ -4,7 +4,7 @@ Knows nothing of what it is for; scoring, prefill and decoding are the caller's.
 
 Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP
   width, V vocabulary;
-I and O, the input and the output of a dense layer.
+I and O, the input and the output of a dense layer; `rows`, B unless a tap makes the batch grow.
 
 Precision, in one place: matrix products and activations run in `config.dtype` with
 `config.precision`; LayerNorm statistics, attention scores, softmax and logits are in
@@ -324,7 +324,7 @@ class Block(nn.Module):
         shared: Pass,
         tap: Tap,
         key: Array | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+    ) -> tuple[Float[Array, "rows T D"], LayerCache]:
         config = self.config
         attn_key, mlp_key = split_key(key, 2)
         x = tap("resid_pre", x)
@@ -353,7 +353,7 @@ class Blocks(nn.Module):
         tap: Tap,
         key: Array | None,
         remat: bool,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         presents = []
         for i, block_key in enumerate(split_key(key, self.config.n_layer)):
             layer_tap = prefixed(tap, str(i))
@@ -386,7 +386,7 @@ class GPT2(nn.Module):
         tap: Tap = no_tap,
         dropout_key: Array | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
         tokens = tap("wte.out", self.embed("wte", config.vocab_size)(ids))  # [B, T, D]

@@ -1,8 +1,10 @@
-"""Measures this library beside its peers, in turn, on the same weights: `python scripts/benchmark.py decode`.
+"""Measures this library beside its peers, in turn, on the same weights: `python
+scripts/benchmark.py decode`.
 
-Each contender is a process of its own (`contenders.py`) that prepares, warms up and then waits. A round lets one after
-the other work once, alone; speeds are medians over the rounds, and a ratio is the median of the rounds' ratios, so
-that a slow minute of the machine slows all contenders alike. What they compute is compared first.
+Each contender is a process of its own (`contenders.py`) that prepares, warms up and then waits. A
+round lets one after the other work once, alone; speeds are medians over the rounds, and a ratio is
+the median of the rounds' ratios, so that a slow minute of the machine slows all contenders alike.
+What they compute is compared first.
 """
 
 import argparse
@@ -61,7 +63,9 @@ class Contender:
         self.ready = self._answer()
 
     def once(self) -> dict[str, Any]:
-        """Works once; returns `seconds`, `amount`, `numbers` and `peak`, the most memory so far in MiB."""
+        """Works once; returns `seconds`, `amount`, `numbers` and `peak`, the most memory so far in
+        MiB.
+        """
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self._answer()
@@ -82,7 +86,8 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
     """Lets the contenders work in turn; returns their speeds and the ratios of ours to each.
 
     Raises:
-      RuntimeError: what they computed differs, by more than `tolerance` relative to the largest number.
+      RuntimeError: what they computed differs, by more than `tolerance` relative to the largest
+        number.
     """
     contenders = {name: Contender(work, name, spec) for name in names}
     machine = Contender("limits", "limits", spec)
@@ -127,23 +132,27 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
 def show(
     title: str, unit: str, result: dict[str, Any], *, flops: float = 0, bytes: float = 0
 ) -> None:
-    """Prints a table. `flops` and `bytes` are what one unit needs at least, for the share of the machine's limit."""
+    """Prints a table. `flops` and `bytes` are what one unit needs at least, for the share of the
+    machine's limit.
+    """
     compute, memory = result["limits"]["gflops"] * 1e9, result["limits"]["gbytes"] * 1e9
     print(f"\n{title}  (this machine: {compute / 1e9:.0f} GFLOP/s, {memory / 1e9:.0f} GB/s)")
     print(
-        f"{'':24} {unit:>10} {'from':>10} {'to':>10} {'ours is':>9} {'of the limit':>13} {'peak MiB':>9}"
+        f"{'':24} {unit:>10} {'from':>10} {'to':>10} {'ours is':>9} {'of the limit':>13}"
+        f" {'peak MiB':>9}"
     )
     for name, row in result.items():
         if name != "limits":
             speeds = " ".join(f"{row[key]:10,.4g}" for key in ("speed", "slowest", "fastest"))
             share = row["speed"] * max(flops / compute, bytes / memory)
             print(
-                f"{name:24} {speeds} {row['ours_is']:8.2f}x {f'{share:.0%}' if share else '':>13} {row['peak']:9.0f}"
+                f"{name:24} {speeds} {row['ours_is']:8.2f}x {f'{share:.0%}' if share else '':>13}"
+                f" {row['peak']:9.0f}"
             )
 
 
 def make_checkpoint(model: str, folder: Path) -> str:
-    """Writes a model of random weights, as HF would, in a process of its own; returns its folder."""
+    """Writes a model of random weights, as HF would, in its own process; returns the folder."""
     target = folder / model
     if not target.exists():
         code = (
@@ -215,7 +224,7 @@ def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bench_sample(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Drawn tokens in float32, which differ from one to the other: their number alone is compared."""
+    """Drawn tokens in float32, which differ between peers: their number alone is compared."""
     return decoding(args, folder, DECODE[:2], SAMPLE)
 
 
@@ -267,7 +276,9 @@ def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Activation patching at every layer and position of a prompt, in float32; the tokens are those of all runs."""
+    """Activation patching at every layer and position of a prompt, in float32; the tokens are those
+    of all runs.
+    """
     results = {}
     for model in args.models or ["gpt2"]:
         length = min(32, MODELS[model].get("n_positions", 1024))

@@ -1,7 +1,8 @@
-"""What races in `benchmark.py`: each contender gets ready, works once to be compared, and then waits for its turns.
+"""What races in `benchmark.py`: each contender gets ready, works once to be compared, and then
+waits for its turns.
 
-A process of its own per contender: `python scripts/contenders.py WORK NAME SPEC`, which answers each line of standard
-input with a line of JSON.
+A process of its own per contender: `python scripts/contenders.py WORK NAME SPEC`, which answers
+each line of standard input with a line of JSON.
 """
 
 import json
@@ -122,8 +123,8 @@ def hf_eval(spec: Spec) -> Once:
     return once
 
 
-# Decoding: tokens after prompts, the likeliest or, with `sample`, drawn. `after` takes away the time of the prompts
-# and the first token.
+# Decoding: tokens after prompts, the likeliest or, with `sample`, drawn. `after` takes away the
+# time of the prompts and the first token.
 
 
 def ours_decode(spec: Spec) -> Once:
@@ -423,7 +424,8 @@ def encoding(spec: Spec, encode: Callable[[str], list[int]]) -> Once:
     return once
 
 
-# The command line, from its start to its end; `folder` has the compiled programs of earlier runs, or nothing.
+# The command line, from its start to its end; `folder` has the compiled programs of earlier runs,
+# or nothing.
 
 
 def ours_cold(spec: Spec) -> Once:

@@ -1,6 +1,6 @@
-"""Generates text from a prompt: `python scripts/generate.py "Once upon a time" --from_pretrained demo`."""
+"""Generates text: `python scripts/generate.py "Once upon a time" --from_pretrained demo`."""
 
-from gpt2_jax.commands.generate import main
+from gpt2_jax_cli import main
 
 if __name__ == "__main__":
-    main()
+    main("generate")

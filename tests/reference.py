@@ -1,4 +1,6 @@
-"""What tests share: the repository's folders, a tiny model, PyTorch's version of it, and ours of that."""
+"""What tests share: the repository's folders, a tiny model, PyTorch's version of it, and ours of
+that.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,9 @@ TINY |= {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def hf_model(**options):
-    """A seeded HF model in float64 whose every parameter, biases and LayerNorms too, is far from trivial."""
+    """A seeded HF model in float64 whose every parameter, biases and LayerNorms too, is far from
+    trivial.
+    """
     torch.manual_seed(0)
     config = transformers.GPT2Config(**options)
     model = (

@@ -1,4 +1,6 @@
-"""Imports point one way: root modules know no cluster, clusters know the root, `commands` knows all."""
+"""Imports point one way: root modules know no cluster, clusters know the root, `commands` knows
+all.
+"""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The shapes and dtypes in the signatures are true: they are executed, in a process of their own."""
+"""The shapes and dtypes in the signatures are true: a process of their own executes them."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ key = jax.random.key(1)
 """
 WALK = """
 gpt2_jax.apply(params, ids, lengths, config=config, padding_side="left")
-gpt2_jax.apply(params, ids.tolist(), config=config, dropout_key=key, remat=True)
+gpt2_jax.apply(params, ids, config=config, dropout_key=key, remat=True)
 jax.jit(gpt2_jax.apply)(params, ids, config=config)
 logits, cache = gpt2_jax.prefill(params, ids, lengths, config=config, cache_len=12)
 gpt2_jax.decode_step(params, logits.argmax(-1), cache, config=config)
@@ -50,7 +50,8 @@ gpt2_jax.attention_patterns(params, ids, config=config)
 gpt2_jax.direct_logit_attribution(params, ids, ids, config=config)
 metric = lambda logits: logits[:, 3] - logits[:, 4]
 gpt2_jax.patching_sweep(params, ids, acts, metric, lengths, config=config, site="attn.z", over="TH")
-gpt2_jax.attribution(params, ids, metric, lengths, config=config, sites="h.*.mlp.out")
+total = lambda logits: metric(logits).sum()
+gpt2_jax.attribution(params, ids, total, lengths, config=config, sites="h.*.mlp.out")
 gpt2_jax.qk_circuit(params, 0, 1, config=config)
 gpt2_jax.fold_layer_norm(params, config=config)
 gpt2_jax.from_hf(gpt2_jax.to_hf(params), config)

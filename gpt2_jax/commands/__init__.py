@@ -1,1 +1,1 @@
-"""The commands: arguments and printing, nothing that computes."""
+"""The commands: arguments and printing around the library. `main.py` says what there is."""

@@ -29,7 +29,7 @@ except ImportError as error:
 
 from gpt2_jax.evaluation.score import ScoreRequest, after, rolling_windows, score, score_groups
 from gpt2_jax.generation.generate import Generation, stream
-from gpt2_jax.generation.options import WARPERS, sampler_from_options
+from gpt2_jax.generation.options import OPTIONS, sampler_from_options
 from gpt2_jax.model import pad_rows
 from gpt2_jax.pretrained.loading import load_pretrained
 
@@ -322,7 +322,8 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
         # Asked to sample without a temperature: the one that changes nothing.
         others["temperature"] = temperature or 1.0
     else:
-        others = {name: value for name, value in others.items() if name not in WARPERS}
+        needs_draws = {name for name, option in OPTIONS.items() if option.needs == "do_sample"}
+        others = {name: value for name, value in others.items() if name not in needs_draws}
     return sampler_from_options(others, do_sample=do_sample, stop_ids=stop_ids)
 
 

@@ -1,1 +1,1 @@
-"""From a model's logits to texts: samplers, the decoding loop, beams, speculation, conversations."""
+"""From a model's logits to texts: samplers, decoding, beams, speculation, conversations."""

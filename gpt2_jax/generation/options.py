@@ -1,15 +1,19 @@
-"""HF's generation options, by their names and in their order, as a sampler; and `generation_config.json`."""
+"""HF's generation options by their names: one table, and what is made of it.
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+From `OPTIONS` come the sampler of `sampler_from_options`, the options of the command line and the
+table in the documentation. Knows the transforms of `sampling` by name alone, and imports them where
+one is made: the table is read without JAX.
+"""
 
-import numpy as np
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation import sampling
-from gpt2_jax.generation.sampling import Categorical, Chain, Greedy
+from gpt2_jax.generation import ranges
+from gpt2_jax.generation.ranges import Range
+
+if TYPE_CHECKING:
+    from gpt2_jax.generation.sampling import Categorical, Greedy
 
 
 class Context(NamedTuple):
@@ -17,107 +21,446 @@ class Context(NamedTuple):
 
     stop_ids: tuple[int, ...]
     max_new_tokens: int | None
-    keep: int  # how many tokens a cut must leave
+    min_tokens_to_keep: int  # how many tokens a cut must leave
+
+
+Maker = Callable[[Any, Context], Any]  # an option's value -> a transform
 
 
 class Option(NamedTuple):
-    """How an option becomes a transform, and the values, besides None, that change nothing."""
+    """One option: what the command line, the sampler and the documentation need to know of it.
 
-    make: Callable[[Any, Context], Any]
-    neutral: tuple = ()
+    Attributes:
+      name: HF's, or OpenAI's.
+      kind: of its value: "int", "float", "id", "ids", "runs" of ids, "biases" of runs, "decay" (a
+        start and a factor), "flag", "early_stopping" or "model".
+      metavar: what its value is called in the help.
+      help: what it does, as a phrase.
+      here: what it is in this library, for the documentation.
+      make: makes its transform; None for an argument of a search.
+      range: of its value; None where it is no number.
+      neutral: the values, besides None, that change nothing. The first is HF's default.
+      needs: the option without which it does nothing: "do_sample", "stop_ids", "num_beams" or
+        "assistant_model".
+      hint: what else to say to a value out of range.
+      differs: from HF, for the documentation.
+    """
+
+    name: str
+    kind: str
+    metavar: str | tuple[str, ...] | None
+    help: str
+    here: str
+    make: Maker | None = None
+    range: Range | None = None
+    neutral: tuple[Any, ...] = ()
+    needs: str | None = None
+    hint: str = ""
+    differs: str = ""
 
 
-def _sequence_bias(value: Any, context: Context) -> sampling.SequenceBias:
-    pairs = list(value.items() if isinstance(value, Mapping) else value)
+# Makers. What most transforms take is the option's value, and cuts also how many tokens they leave.
+
+
+def _transform(name: str) -> Maker:
+    """Returns the maker of a class in `sampling` that takes the option's value."""
+
+    def make(value: Any, context: Context) -> Any:
+        del context
+        return getattr(_sampling(), name)(value)
+
+    return make
+
+
+def _cut(name: str) -> Maker:
+    """Returns the maker of a class in `sampling` that also takes how many tokens must stay."""
+
+    def make(value: Any, context: Context) -> Any:
+        return getattr(_sampling(), name)(value, context.min_tokens_to_keep)
+
+    return make
+
+
+def _top_k(value: Any, context: Context) -> Any:
+    # HF's `min_tokens_to_keep` acts on the number itself here, and so on ties as well.
+    return _sampling().TopK(max(value, context.min_tokens_to_keep))
+
+
+def _sequence_bias(value: Any, context: Context) -> Any:
+    import numpy as np
+
+    del context
+    pairs = _bias_pairs(value)
     sequences = tuple(tuple(sequence) for sequence, _ in pairs)
-    return sampling.SequenceBias(sequences, np.array([bias for _, bias in pairs], np.float32))
+    biases = np.array([bias for _, bias in pairs], np.float32)
+    return _sampling().SequenceBias(sequences, biases)
 
 
-def _bad_words(value: Sequence[Sequence[int]], context: Context) -> Any:
-    words = [
-        word for word in value if not (len(word) == 1 and word[0] in context.stop_ids)
-    ]  # as HF has it
-    return sampling.SequenceBias.ban(words) if words else Chain()
+def _bad_words(value: Any, context: Context) -> Any:
+    # As in HF's code: a stop id that stands alone is no bad word.
+    stops = [[stop_id] for stop_id in context.stop_ids]
+    words = [word for word in value if list(word) not in stops]
+    if not words:
+        return _sampling().Chain()
+    return _sampling().SequenceBias.ban(words)
 
 
-def _forced_last(value: int | Sequence[int], context: Context) -> sampling.Force:
+def _min_length(value: Any, context: Context) -> Any:
+    # HF counts the prompt in `min_length` and not in `min_new_tokens`.
+    return _sampling().Suppress(context.stop_ids, length=value)
+
+
+def _min_new_tokens(value: Any, context: Context) -> Any:
+    return _sampling().Suppress(context.stop_ids, steps=value)
+
+
+def _forced_first(value: Any, context: Context) -> Any:
+    del context
+    return _sampling().Force((value,), length=1)
+
+
+def _forced_last(value: Any, context: Context) -> Any:
+    # HF's is the last of `max_length`, which for one prompt is the same token.
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
-    return sampling.Force(_ids(value), step=context.max_new_tokens - 1)
+    return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
-def _ids_of(transform: Any) -> list[int]:
-    """Returns the ids that a transform acts on, where it was given any."""
-    if isinstance(transform, sampling.SequenceBias):
-        return [id for sequence in transform.sequences for id in sequence]
-    return list(getattr(transform, "ids", ()))
+def _decay(value: Any, context: Context) -> Any:
+    start, factor = value
+    return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
 
 
-def _ids(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+def _suppress(value: Any, context: Context) -> Any:
+    del context
+    return _sampling().Suppress(as_ids(value))
 
 
-PROCESSORS = {  # for every search, in HF's order; the two of OpenAI's follow the one that they resemble
-    "sequence_bias": Option(_sequence_bias),
-    "repetition_penalty": Option(lambda value, _: sampling.RepetitionPenalty(value), (1.0,)),
-    "frequency_penalty": Option(lambda value, _: sampling.FrequencyPenalty(value), (0.0,)),
-    "presence_penalty": Option(lambda value, _: sampling.PresencePenalty(value), (0.0,)),
-    "no_repeat_ngram_size": Option(lambda value, _: sampling.NoRepeatNGram(value), (0,)),
-    "bad_words_ids": Option(_bad_words),
-    "min_length": Option(
-        lambda value, context: sampling.Suppress(context.stop_ids, length=value), (0,)
+def _suppress_first(value: Any, context: Context) -> Any:
+    del context
+    return _sampling().Suppress(as_ids(value), steps=1)
+
+
+def _renormalize(value: Any, context: Context) -> Any:
+    del value, context
+    return _sampling().Renormalize()
+
+
+# Rules, for every search. The order of transforms is HF's
+# (`GenerationMixin._get_logits_processor`): rules, then cuts for sampling alone. OpenAI's two
+# follow the one that they resemble.
+RULES = (
+    Option(
+        name="sequence_bias",
+        kind="biases",
+        metavar=("BIAS", "ID"),
+        help="add BIAS to the logit that completes this run of tokens",
+        here="`SequenceBias`",
+        make=_sequence_bias,
+        differs="padding is no context",
     ),
-    "min_new_tokens": Option(
-        lambda value, context: sampling.Suppress(context.stop_ids, steps=value), (0,)
+    Option(
+        name="repetition_penalty",
+        kind="float",
+        metavar="R",
+        help="above 1, makes tokens that have come, in the prompt too, less likely",
+        here="`RepetitionPenalty`",
+        make=_transform("RepetitionPenalty"),
+        range=ranges.POSITIVE,
+        neutral=(1.0,),
     ),
-    "forced_bos_token_id": Option(lambda value, _: sampling.Force((value,), length=1)),
-    "forced_eos_token_id": Option(_forced_last),
-    "exponential_decay_length_penalty": Option(
-        lambda value, context: sampling.ExponentialDecayLength(context.stop_ids, *value)
+    Option(
+        name="frequency_penalty",
+        kind="float",
+        metavar="F",
+        help="lowers a token's logit by F for each time that it was generated",
+        here="`FrequencyPenalty`",
+        make=_transform("FrequencyPenalty"),
+        range=ranges.FINITE,
+        neutral=(0.0,),
+        differs="OpenAI's",
     ),
-    "suppress_tokens": Option(lambda value, _: sampling.Suppress(_ids(value)), ([],)),
-    "begin_suppress_tokens": Option(
-        lambda value, _: sampling.Suppress(_ids(value), steps=1), ([],)
+    Option(
+        name="presence_penalty",
+        kind="float",
+        metavar="F",
+        help="lowers the logit of tokens that were generated by F",
+        here="`PresencePenalty`",
+        make=_transform("PresencePenalty"),
+        range=ranges.FINITE,
+        neutral=(0.0,),
+        differs="OpenAI's",
     ),
-}
-WARPERS = {  # for sampling alone, in HF's order
-    "temperature": Option(lambda value, _: sampling.Temperature(value), (1.0,)),
-    "top_h": Option(lambda value, _: sampling.TopH(value)),
-    "top_k": Option(lambda value, context: sampling.TopK(max(value, context.keep)), (0,)),
-    "top_p": Option(lambda value, context: sampling.TopP(value, context.keep), (1.0,)),
-    "min_p": Option(lambda value, context: sampling.MinP(value, context.keep)),
-    "typical_p": Option(lambda value, context: sampling.Typical(value, context.keep), (1.0,)),
-    "epsilon_cutoff": Option(lambda value, context: sampling.Epsilon(value, context.keep), (0.0,)),
-    "eta_cutoff": Option(lambda value, context: sampling.Eta(value, context.keep), (0.0,)),
-}
-LAST = {"renormalize_logits": Option(lambda value, _: sampling.Renormalize(), (False,))}
-BEAMS = {
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-}  # arguments of `beam_search`, HF's defaults
-NEEDS_STOP_IDS = ("min_length", "min_new_tokens", "exponential_decay_length_penalty")
-
-# Keys of a `generation_config.json` that change no token, and others with the one value that is supported.
-SILENT = (
-    "transformers_version",
-    "_from_model_config",
-    "use_cache",
-    "cache_implementation",
-    "bos_token_id",
+    Option(
+        name="no_repeat_ngram_size",
+        kind="int",
+        metavar="N",
+        help="never repeat a run of N tokens",
+        here="`NoRepeatNGram`",
+        make=_transform("NoRepeatNGram"),
+        range=ranges.AT_LEAST_0,
+        neutral=(0,),
+        differs="padding is no token",
+    ),
+    Option(
+        name="bad_words_ids",
+        kind="runs",
+        metavar="ID",
+        help="never write this run",
+        here="`SequenceBias.ban`",
+        make=_bad_words,
+        differs="padding is no context",
+    ),
+    Option(
+        name="min_length",
+        kind="int",
+        metavar="N",
+        help="do not end before N tokens, those of the prompt included",
+        here="`Suppress(stop_ids, length=)`",
+        make=_min_length,
+        range=ranges.AT_LEAST_0,
+        neutral=(0,),
+        needs="stop_ids",
+        differs="padding does not count",
+    ),
+    Option(
+        name="min_new_tokens",
+        kind="int",
+        metavar="N",
+        help="do not end before N new tokens",
+        here="`Suppress(stop_ids, steps=)`",
+        make=_min_new_tokens,
+        range=ranges.AT_LEAST_0,
+        neutral=(0,),
+        needs="stop_ids",
+    ),
+    Option(
+        name="forced_bos_token_id",
+        kind="id",
+        metavar="ID",
+        help="after a prompt of one token, take this one",
+        here="`Force(ids, length=1)`",
+        make=_forced_first,
+    ),
+    Option(
+        name="forced_eos_token_id",
+        kind="id",
+        metavar="ID",
+        help="make this the last of --max_tokens tokens",
+        here="`Force(ids, step=)`",
+        make=_forced_last,
+        differs="the last of `max_new_tokens`",
+    ),
+    Option(
+        name="exponential_decay_length_penalty",
+        kind="decay",
+        metavar=("START", "FACTOR"),
+        help="after START new tokens, make the end more likely, by FACTOR for each",
+        here="`ExponentialDecayLength`",
+        make=_decay,
+        needs="stop_ids",
+    ),
+    Option(
+        name="suppress_tokens",
+        kind="ids",
+        metavar="ID",
+        help="never take this token",
+        here="`Suppress(ids)`",
+        make=_suppress,
+        neutral=([],),  # a file may spell out that nothing is suppressed
+    ),
+    Option(
+        name="begin_suppress_tokens",
+        kind="ids",
+        metavar="ID",
+        help="do not begin with this token",
+        here="`Suppress(ids, steps=1)`",
+        make=_suppress_first,
+        neutral=([],),
+    ),
 )
-ONLY = {
-    "num_beam_groups": 1,
-    "penalty_alpha": None,
-    "diversity_penalty": 0.0,
-    "guidance_scale": 1.0,
-    "remove_invalid_values": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-    "return_dict_in_generate": False,
-}
+# What shapes random draws. A range holds the neutral value as well, even where its class does not.
+DRAWS = (
+    Option(
+        name="temperature",
+        kind="float",
+        metavar="T",
+        help="below 1 is safer, above 1 is wilder",
+        here="`Temperature`",
+        make=_transform("Temperature"),
+        range=ranges.POSITIVE,
+        neutral=(1.0,),
+        needs="do_sample",
+        hint="without --do_sample it is 0",
+    ),
+    Option(
+        name="top_h",
+        kind="float",
+        metavar="H",
+        help="draw from the likeliest that hold H of the entropy",
+        here="`TopH`",
+        make=_transform("TopH"),
+        range=ranges.POSITIVE_FRACTION,
+        needs="do_sample",
+    ),
+    Option(
+        name="top_k",
+        kind="int",
+        metavar="K",
+        help="draw from the K likeliest tokens",
+        here="`TopK`",
+        make=_top_k,
+        range=ranges.AT_LEAST_1,
+        neutral=(0,),  # in HF's files; who types it has mistaken it for a number of tokens
+        needs="do_sample",
+        differs="none unless given; HF's default is 50",
+    ),
+    Option(
+        name="top_p",
+        kind="float",
+        metavar="P",
+        help="draw from the likeliest that hold P of the probability",
+        here="`TopP`",
+        make=_cut("TopP"),
+        range=ranges.FRACTION,
+        neutral=(1.0,),
+        needs="do_sample",
+        differs="ties in a fixed order",
+    ),
+    Option(
+        name="min_p",
+        kind="float",
+        metavar="P",
+        help="draw from those at least P times as likely as the first",
+        here="`MinP`",
+        make=_cut("MinP"),
+        range=ranges.FRACTION,
+        needs="do_sample",
+    ),
+    Option(
+        name="typical_p",
+        kind="float",
+        metavar="P",
+        help="draw from the most typical that hold P of the probability",
+        here="`Typical`",
+        make=_cut("Typical"),
+        range=ranges.POSITIVE_FRACTION,
+        neutral=(1.0,),
+        needs="do_sample",
+    ),
+    # HF's two cutoffs are probabilities; 0 cuts nothing.
+    Option(
+        name="epsilon_cutoff",
+        kind="float",
+        metavar="E",
+        help="draw from those of at least the probability E",
+        here="`Epsilon`",
+        make=_cut("Epsilon"),
+        range=ranges.FRACTION_BELOW_1,
+        neutral=(0.0,),
+        needs="do_sample",
+    ),
+    Option(
+        name="eta_cutoff",
+        kind="float",
+        metavar="E",
+        help="the same, with less than E where many tokens are likely",
+        here="`Eta`",
+        make=_cut("Eta"),
+        range=ranges.FRACTION_BELOW_1,
+        neutral=(0.0,),
+        needs="do_sample",
+    ),
+)
+# Arguments of searches. One of them is a transform that only beams notice.
+SEARCHES = (
+    Option(
+        name="num_beams",
+        kind="int",
+        metavar="N",
+        help="search with N beams (default: 1)",
+        here="`beam_search`",
+        range=ranges.AT_LEAST_1,
+        neutral=(1,),
+    ),
+    Option(
+        name="length_penalty",
+        kind="float",
+        metavar="P",
+        help="above 0, prefer longer beams (default: 1)",
+        here="`beam_search`",
+        range=ranges.FINITE,
+        neutral=(1.0,),
+        needs="num_beams",
+    ),
+    Option(
+        name="early_stopping",
+        kind="early_stopping",  # HF's three values: False, True and "never"
+        metavar=None,
+        help="when beams are done, see README (default: false)",
+        here="`beam_search`",
+        neutral=(False,),
+        needs="num_beams",
+    ),
+    Option(
+        name="renormalize_logits",
+        kind="flag",
+        metavar=None,
+        help="let options leave beams log-probabilities",
+        here="`Renormalize`",
+        make=_renormalize,
+        neutral=(False,),
+        needs="num_beams",
+    ),
+    Option(
+        name="assistant_model",
+        kind="model",
+        metavar="MODEL",
+        help="let a smaller model guess, for the same text sooner",
+        here="`draft_params=` of `speculate`",
+        differs="batches",
+    ),
+    Option(
+        name="num_assistant_tokens",
+        kind="int",
+        metavar="N",
+        help="its guesses at a time (default: 5)",
+        here="`num_draft_tokens=` of `speculate`",
+        range=ranges.AT_LEAST_1,
+        needs="assistant_model",
+        differs="a fixed number",
+    ),
+    Option(
+        name="prompt_lookup_num_tokens",
+        kind="int",
+        metavar="N",
+        help="guess N tokens from the text so far",
+        here="`speculate` without a draft model",
+        range=ranges.AT_LEAST_1,
+        differs="batches",
+    ),
+)
+OPTIONS = {option.name: option for option in (*RULES, *DRAWS, *SEARCHES)}
+
+# Options that the documentation has besides: HF's names, what they are here, how they differ.
+ELSEWHERE = (
+    ("max_matching_ngram_size", "`speculate` without a draft model", ""),
+    ("num_return_sequences", "of `generate`, `stream`, `beam_search`, `complete`", ""),
+    ("eos_token_id", "`stop_ids=`", ""),
+    (
+        "pad_token_id",
+        "`pad_id=`",
+        "for 0, HF's `beam_search` writes a stop id"
+        " ([#47286](https://github.com/huggingface/transformers/pull/47286))",
+    ),
+    ("stop_strings", "`stop=` of `complete`, `stream_text`", "the text ends before it"),
+    ("max_length", "`max_new_tokens=`", "past the context: `overflow=`"),
+    ("max_new_tokens", "`max_new_tokens=`", "past the context: `overflow=`"),
+    ("guidance_scale", "raises", ""),
+    ("diversity_penalty", "raises", ""),
+    ("penalty_alpha", "raises", ""),
+    ("watermarking_config", "raises", ""),
+)
 
 
 def sampler_from_options(
@@ -128,11 +471,13 @@ def sampler_from_options(
     max_new_tokens: int | None = None,
     vocab_size: int | None = None,
     num_beams: int = 1,
-) -> Greedy | Categorical:
-    """Returns the sampler that HF's `generate` is with these options, such as `{"top_k": 50, "temperature": 0.7}`.
+) -> "Greedy | Categorical":
+    """Returns the sampler that HF's `generate` is with these options.
 
-    Two names are OpenAI's: `frequency_penalty` and `presence_penalty`. An option that is None, or has the value that
-    changes nothing, is left out. Nothing is cut that is not asked for: HF's own default is `top_k=50`.
+    Options are such as `{"top_k": 50, "temperature": 0.7}`; two names are OpenAI's:
+    `frequency_penalty` and `presence_penalty`. An option that is None, or has the value that
+    changes nothing, is left out. Nothing is cut that is not asked for: HF's own default is
+    `top_k=50`.
 
     Args:
       options: HF's name of each option to its value.
@@ -140,119 +485,149 @@ def sampler_from_options(
       stop_ids: what ends a text, for the options that are about its length.
       max_new_tokens: for `forced_eos_token_id`.
       vocab_size: what ids must be less than, where it is given.
-      num_beams: from 2 on, for `beam_search`: then cuts leave one token more than there are stop ids, at least two.
+      num_beams: from 2 on, for `beam_search`: then cuts leave one token more than there are stop
+        ids, at least two.
 
     Raises:
       ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
     """
-    known = PROCESSORS | WARPERS | LAST
-    if unknown := sorted(options.keys() - known.keys()):
-        raise ValueError(
-            f"These options are not supported: {', '.join(unknown)}. There are {', '.join(known)}."
-        )
-    chosen = {
-        name: options[name]
-        for name in known
-        if options.get(name) is not None and options[name] not in known[name].neutral
-    }
-    if not do_sample and (idle := [name for name in chosen if name in WARPERS]):
-        raise ValueError(f"{', '.join(idle)} acts on random draws: set `do_sample`.")
-    if not stop_ids and (idle := [name for name in chosen if name in NEEDS_STOP_IDS]):
-        raise ValueError(f"{', '.join(idle)} acts on stop ids, and there are none.")
-    if {"forced_bos_token_id", "begin_suppress_tokens"} <= chosen.keys():
-        raise ValueError(
-            "`forced_bos_token_id` and `begin_suppress_tokens` are both about the first token: give one."
-        )
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        if name in chosen and set(_ids(chosen[name])) <= set(
-            _ids(chosen.get("suppress_tokens", ()))
-        ):
-            raise ValueError(
-                f"`{name}` ({chosen[name]}) is in `suppress_tokens`, so no token would be left."
-            )
-    keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
-    context = Context(tuple(stop_ids), max_new_tokens, keep)
-    transforms = {name: known[name].make(value, context) for name, value in chosen.items()}
-    for name, transform in transforms.items():
-        for id in _ids_of(transform):
-            if vocab_size is not None and not 0 <= id < vocab_size:
-                raise ValueError(
-                    f"`{name}` must hold ids in [0, {vocab_size}) (`vocab_size`), got {id}."
-                )
-    chain = Chain(tuple(transforms.values()))
-    return Categorical(chain) if do_sample else Greedy(chain)
+    chosen = _chosen(options)
+    # All of them before anything is made, so that messages have the user's names.
+    _check_needs(chosen, do_sample, stop_ids)
+    _check_ranges(chosen)
+    _check_first_and_last(chosen)
+    if vocab_size is not None:
+        _check_ids(chosen, stop_ids, vocab_size)
+    # As in HF's code: a beam that ends must leave another one to go on.
+    min_tokens_to_keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
+    context = Context(tuple(stop_ids), max_new_tokens, min_tokens_to_keep)
+    transforms = []
+    for name, value in chosen.items():
+        make = OPTIONS[name].make
+        assert make is not None, name  # `_chosen` takes no others
+        transforms.append(make(value, context))
+    sampling = _sampling()
+    chain = sampling.Chain(tuple(transforms))
+    return sampling.Categorical(chain) if do_sample else sampling.Greedy(chain)
 
 
-def load_generation_config(
-    folder: str | Path, *, config: GPT2Config, prompt_length: int | None = None
-) -> dict[str, Any]:
-    """Reads a checkpoint's `generation_config.json` into arguments: `generate(..., **arguments)`.
+def options_table() -> str:
+    """Returns the documentation's table of options, as Markdown."""
+    rows = [("option (HF's name)", "here", "differs from HF"), ("---", "---", "---")]
+    for option in OPTIONS.values():
+        rows.append((f"`{option.name}`", option.here, option.differs))
+    for name, here, differs in ELSEWHERE:
+        rows.append((f"`{name}`", here, differs))
+    lines = []
+    for row in rows:
+        cells = " | ".join(row).rstrip()
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
-    If `num_beams` is one of them, they are those of `beam_search`.
 
-    As in HF's `generate`, sampling is cut to the 50 likeliest tokens unless the file says otherwise.
-
-    Args:
-      folder: the checkpoint.
-      config: its configuration, for what the file leaves out.
-      prompt_length: of the prompts, padding included, where the file gives a `max_length`, which counts it.
-
-    Returns:
-      `sampler`, `stop_ids`, and, where the file has them, `pad_id`, `max_new_tokens`, `num_return_sequences`,
-      `num_beams`, `length_penalty` and `early_stopping`.
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that change something, in the order of their transforms.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not a JSON object, or an option is unknown, unsupported or out of range; the message names it.
+      ValueError: there is no transform for one.
     """
-    file = Path(folder) / "generation_config.json"
-    try:
-        options = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(options).__name__}.")
-    options = {name: value for name, value in options.items() if name not in SILENT}
-    for name, only in ONLY.items():
-        if (value := options.pop(name, None)) not in (None, only):
-            raise ValueError(
-                f"{file}: `{name}` must be {only!r}, the one value that is supported; got {value!r}."
-            )
-    stops = options.pop("eos_token_id", None)
-    out: dict[str, Any] = {"stop_ids": config.eos_token_ids if stops is None else _ids(stops)}
-    beams = {
-        name: default if (value := options.pop(name, None)) is None else value
-        for name, default in BEAMS.items()
-    }
-    if beams["num_beams"] != 1:
-        out |= beams
-    elif idle := [name for name, default in BEAMS.items() if beams[name] != default]:
-        raise ValueError(f"{file}: {', '.join(idle)} acts on beams: set `num_beams`.")
-    if (count := options.pop("num_return_sequences", None)) is not None:
-        out["num_return_sequences"] = count
-    if (pad := options.pop("pad_token_id", None)) is not None:
-        out["pad_id"] = pad
-    longest, new = options.pop("max_length", None), options.pop("max_new_tokens", None)
-    if new is None and longest is not None:
-        if prompt_length is None:
-            raise ValueError(
-                f"{file}: `max_length` counts the prompt, so `prompt_length` must be given."
-            )
-        new = longest - prompt_length
-    if new is not None:
-        out["max_new_tokens"] = new
-    do_sample = options.pop("do_sample", None) or False
-    if do_sample:
-        options.setdefault("top_k", 50)
-    try:
-        sampler = sampler_from_options(
-            options,
-            do_sample=do_sample,
-            stop_ids=out["stop_ids"],
-            max_new_tokens=new,
-            vocab_size=config.vocab_size,
-            num_beams=beams["num_beams"],
+    known = [option for option in OPTIONS.values() if option.make is not None]
+    names = [option.name for option in known]
+    unknown = sorted(options.keys() - set(names))
+    if unknown:
+        listed = ", ".join(unknown)
+        raise ValueError(
+            f"These options are not supported: {listed}. There are {', '.join(names)}."
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    return {"sampler": sampler, **out}
+    return {
+        option.name: options[option.name]
+        for option in known
+        if not changes_nothing(option, options.get(option.name))
+    }
+
+
+def changes_nothing(option: Option, value: Any) -> bool:
+    """Returns whether a value is None or neutral.
+
+    An array, with a number for each row, may be neutral in some rows: it is not compared.
+    """
+    if value is None:
+        return True
+    # numpy's and JAX's arrays, traced ones too, without importing either.
+    is_array = hasattr(value, "shape")
+    return not is_array and value in option.neutral
+
+
+def _check_needs(chosen: Mapping[str, Any], do_sample: bool, stop_ids: Sequence[int]) -> None:
+    """Raises `ValueError` for options that would do nothing."""
+    if not do_sample:
+        idle = [name for name in chosen if OPTIONS[name].needs == "do_sample"]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} acts on random draws: set `do_sample`.")
+    if not stop_ids:
+        idle = [name for name in chosen if OPTIONS[name].needs == "stop_ids"]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} acts on stop ids, and there are none.")
+
+
+def _check_ranges(chosen: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a number out of its option's range."""
+    for name, value in chosen.items():
+        expected = OPTIONS[name].range
+        if expected is not None:
+            _sampling().check_range(name, value, expected)
+
+
+def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where a token would be forced and removed at once."""
+    if "forced_bos_token_id" in chosen and "begin_suppress_tokens" in chosen:
+        both = "`forced_bos_token_id` and `begin_suppress_tokens`"
+        raise ValueError(f"{both} are both about the first token: give one.")
+    suppressed = set(as_ids(chosen.get("suppress_tokens", ())))
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if name not in chosen:
+            continue
+        # HF suppresses after it has forced, and so leaves no token at all.
+        if suppressed.issuperset(as_ids(chosen[name])):
+            named = f"`{name}` ({chosen[name]})"
+            raise ValueError(f"{named} is in `suppress_tokens`, so no token would be left.")
+
+
+def _check_ids(chosen: Mapping[str, Any], stop_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises `ValueError` for an id outside the vocabulary."""
+    expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
+    for name, value in chosen.items():
+        ids = list(_ids_in(OPTIONS[name], value))
+        if OPTIONS[name].needs == "stop_ids":
+            ids += stop_ids  # its transform acts on these
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"`{name}` must hold {expected}, got {token}.")
+
+
+def _ids_in(option: Option, value: Any) -> Iterable[int]:
+    """Returns every token id in an option's value."""
+    if option.kind in ("id", "ids"):
+        return as_ids(value)
+    if option.kind == "runs":
+        return [token for run in value for token in run]
+    if option.kind == "biases":
+        return [token for run, _ in _bias_pairs(value) for token in run]
+    return ()
+
+
+def as_ids(value: Any) -> tuple[int, ...]:
+    """Returns one id, or a sequence of ids, as a tuple."""
+    return (int(value),) if isinstance(value, Integral) else tuple(value)
+
+
+def _bias_pairs(value: Any) -> list[tuple[Sequence[int], float]]:
+    """Returns `sequence_bias` as pairs: HF has it as a mapping or as a list of pairs."""
+    return list(value.items() if isinstance(value, Mapping) else value)
+
+
+def _sampling() -> Any:
+    # Not at the top: the command line reads this table before anything imports JAX.
+    from gpt2_jax.generation import sampling
+
+    return sampling

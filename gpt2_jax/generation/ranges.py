@@ -41,3 +41,4 @@ AT_LEAST_1 = Range(low=1)
 FRACTION = Range(low=0, high=1)  # a share, or a probability
 INNER_FRACTION = Range(low=0, high=1, low_open=True, high_open=True)
 POSITIVE_FRACTION = Range(low=0, high=1, low_open=True)
+FRACTION_BELOW_1 = Range(low=0, high=1, high_open=True)

@@ -13,7 +13,7 @@ Axes: B rows, V vocabulary, S slots of the history.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
@@ -65,11 +65,13 @@ class History(NamedTuple):
         """Returns how often each token has come; on request, among the generated ones alone."""
         counted = self.valid
         if generated:
+            # By rank, not by slot: prompts differ in length, and gaps may stand anywhere.
             prompt_length = self.length - self.step
             counted &= jnp.cumsum(self.valid, axis=-1) > prompt_length[:, None]
         n_rows = len(self.ids)
         rows = jnp.arange(n_rows)[:, None]
         zeros = jnp.zeros((n_rows, vocab_size), jnp.int32)
+        # A gap holds some id as well, and adds 0 to its count.
         return zeros.at[rows, self.ids].add(counted)
 
 
@@ -108,14 +110,15 @@ class Temperature(Transform):
 class TopK(Transform):
     """Keeps the `k` largest logits and any tied with the last of them."""
 
-    k: int = struct.field(pytree_node=False)  # static: it shapes the program
+    k: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`k` of TopK", self.k)
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return jnp.where(logits < kth_largest(logits, self.k), -jnp.inf, logits)
+        # By value, not by the places of the `k` largest: ties with the last stay, as in HF's code.
+        return jnp.where(logits < kth_largest(logits, int(self.k)), -jnp.inf, logits)
 
 
 @struct.dataclass
@@ -135,7 +138,8 @@ class TopP(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        removed = outside_nucleus(logits, _column(self.p), self.min_tokens_to_keep)
+        p = jnp.asarray(self.p).reshape(-1, 1)  # [1, 1] or [B, 1]
+        removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
 
 
@@ -177,12 +181,13 @@ class Typical(Transform):
         del history
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         distance = jnp.abs(-logprobs - _entropy(logprobs))
-        order = jnp.argsort(distance, axis=-1)  # the most typical first
+        order = jnp.argsort(distance, axis=-1)  # [B, V], the most typical first
         in_order = jnp.take_along_axis(logprobs, order, axis=-1)
         held = jnp.cumsum(jnp.exp(in_order), axis=-1)
 
         # The token that reaches the mass is the last to stay, and with it all at its distance.
         n_before = (held < _column(self.mass)).sum(axis=-1, keepdims=True)
+        # Rounding may leave the sum of all below a mass near 1.
         last = jnp.minimum(n_before, logits.shape[-1] - 1)
         last = jnp.maximum(last, self.min_tokens_to_keep - 1)
         last_token = jnp.take_along_axis(order, last, axis=-1)
@@ -249,7 +254,7 @@ class TopH(Transform):
         parts = -_expected(jax.nn.log_softmax(largest, axis=-1))  # of the entropy, one a token
         budget = _column(self.top_h) * parts.sum(axis=-1, keepdims=True)
         stays = jnp.cumsum(parts, axis=-1) <= budget
-        stays = stays.at[..., 0].set(True)
+        stays = stays.at[..., 0].set(True)  # even if it alone exceeds the budget
         none = jnp.zeros(logits.shape, bool)
         kept = jnp.put_along_axis(none, tokens, stays, axis=-1, inplace=False)
         return jnp.where(kept, logits, -jnp.inf)
@@ -274,6 +279,7 @@ class RepetitionPenalty(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1])
         penalty = _column(self.penalty)
+        # Divided, a negative logit would rise.
         penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalised, logits)
 
@@ -282,7 +288,7 @@ class RepetitionPenalty(Transform):
 class FrequencyPenalty(Transform):
     """Subtracts `penalty` for each time that a token was generated (OpenAI's)."""
 
-    penalty: PerRow
+    penalty: PerRow  # of either sign
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
@@ -293,7 +299,7 @@ class FrequencyPenalty(Transform):
 class PresencePenalty(Transform):
     """Subtracts `penalty` from tokens that were generated, however often (OpenAI's)."""
 
-    penalty: PerRow
+    penalty: PerRow  # of either sign
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
@@ -307,7 +313,7 @@ class NoRepeatNGram(Transform):
     The first time may be in the prompt.
     """
 
-    n: int = struct.field(pytree_node=False)  # static: it shapes the program
+    n: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`n` of NoRepeatNGram", self.n)
@@ -316,11 +322,12 @@ class NoRepeatNGram(Transform):
         history = self.needs(history)
         n_rows, n_slots = history.ids.shape
         if self.n > n_slots:
-            return logits
+            return logits  # no text of this size holds a run
         ids = history.packed()
         length = history.length[:, None]
         n_runs = n_slots - self.n + 1  # how many could fit; run `i` begins at token `i`
-        repeats = jnp.arange(n_runs)[None] + self.n <= length  # bool[B, n_runs]
+        # bool[B, n_runs]; at first those that fit into the row, behind which stand -1s.
+        repeats = jnp.arange(n_runs)[None] + self.n <= length
         for offset in range(self.n - 1):
             # The row's last `n - 1` tokens, beside the first `n - 1` of every run.
             place = length - self.n + 1 + offset
@@ -363,12 +370,14 @@ class SequenceBias(Transform):
         ids = history.packed()
         length = history.length
         biases = jnp.asarray(self.biases)
+        # A loop that is unrolled: sequences differ in length, and are few.
         for sequence, bias in zip(self.sequences, biases, strict=True):
             *before, last = sequence
             n_before = len(before)
             places = length[:, None] - n_before + jnp.arange(n_before)[None]
             recent = jnp.take_along_axis(ids, places, axis=-1, mode="clip")
             same = recent == jnp.array(before, jnp.int32)[None]
+            # What "clip" reads in a row that is too short may look the same.
             met = same.all(axis=-1) & (length >= n_before)
             logits = logits.at[:, last].add(jnp.where(met, bias, 0.0))
         return logits
@@ -424,7 +433,7 @@ class Force(Transform):
             now = (history.length == jnp.asarray(self.length))[:, None]
         ids = jnp.asarray(self.ids, jnp.int32)
         nothing = jnp.full(logits.shape[-1], -jnp.inf, logits.dtype)
-        forced = nothing.at[ids].set(0.0)
+        forced = nothing.at[ids].set(0.0)  # HF's value; any finite one gives the same softmax
         return jnp.where(now, forced[None], logits)
 
 
@@ -442,7 +451,9 @@ class ExponentialDecayLength(Transform):
         lift = _column(jnp.asarray(self.factor, logits.dtype) ** excess - 1)
         stop = jnp.asarray(self.stop_ids, jnp.int32)
         stopping = logits[:, stop]
-        lifted = stopping + jnp.abs(stopping) * lift
+        lifted = (
+            stopping + jnp.abs(stopping) * lift
+        )  # by `abs`, as a negative logit is to rise, too
         # What is removed stays so: -inf + inf would be NaN.
         return logits.at[:, stop].set(jnp.where(jnp.isfinite(stopping), lifted, stopping))
 
@@ -477,6 +488,7 @@ class Chain(Transform):
 # Samplers.
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What chooses the next token of each row: `Greedy`, `Categorical`, and those of `as_sampler`.
 
@@ -518,6 +530,7 @@ class Categorical:
             raise ValueError("Categorical draws: `keys` must hold a key for each row, got None.")
         logits = self.transform(logits, history)
 
+        # Row by row, so that a row draws the same in any batch.
         def gumbel(key: Array) -> Float[Array, " V"]:
             return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
 
@@ -542,7 +555,7 @@ class FunctionSampler:
         if ids.shape != (n_rows,) or not jnp.issubdtype(ids.dtype, jnp.integer):
             got = f"{ids.dtype} of shape {list(ids.shape)}"
             raise ValueError(f"`sampler` must return integers of shape [{n_rows}], got {got}.")
-        return ids.astype(jnp.int32)
+        return ids.astype(jnp.int32)  # with `jax_enable_x64` a user's argmax is int64
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -572,6 +585,7 @@ def as_sampler(sampler: Any) -> Sampler:
     if not callable(sampler):
         expected = "a sampler or a function `(keys, logits, history) -> ids`"
         raise ValueError(f"`sampler` must be {expected}, got {sampler!r}.")
+    # What JAX takes for a leaf is no pytree.
     if not jax.tree_util.all_leaves([sampler]):
         return FunctionSampler(sampler)
     try:
@@ -603,13 +617,14 @@ def _check_count(name: str, number: Any) -> None:
 
 
 def _keep_likely(
-    logits: Logits, threshold: Float[Array, "#B #1"], min_tokens_to_keep: int
+    logits: Logits, threshold: Float[Array, ""] | Float[Array, "B 1"], min_tokens_to_keep: int
 ) -> Logits:
     """Removes tokens less likely than the threshold.
 
     The `min_tokens_to_keep` likeliest, and any tied with the last of them, always stay.
     """
     likely = jax.nn.softmax(logits, axis=-1) >= threshold
+    # By logits: probabilities may round to equal ones.
     likeliest = logits >= kth_largest(logits, min_tokens_to_keep)
     return jnp.where(likely | likeliest, logits, -jnp.inf)
 
@@ -624,7 +639,8 @@ def _entropy(logprobs: Float[Array, "B V"]) -> Float[Array, "B 1"]:
     return -_expected(logprobs).sum(axis=-1, keepdims=True)
 
 
-def _column(number: PerRow) -> Array:
+def _column(number: PerRow) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
     """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`."""
     number = jnp.asarray(number)
+    # Not `[1, 1]`: a division by that rounds otherwise.
     return number[:, None] if number.ndim else number

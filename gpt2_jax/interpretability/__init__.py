@@ -1,1 +1,1 @@
-"""Reading and changing what a model computes: sites, edits, lenses, patching, circuits, pictures."""
+"""Reading and changing what a model computes: sites, lenses, patching, circuits, pictures."""

@@ -1,105 +1,164 @@
-"""What can be read off the weights: each head's own, its QK and OV circuits, and equal models that are easier to read.
+"""What can be read off the weights: a head's circuits, and equal models that are easier to read.
 
-The names and the simplifications are those of Elhage et al., https://transformer-circuits.pub/2021/framework, and of
-TransformerLens. Functions that simplify take params and return the config and the params of an equal model.
+The names and the simplifications are those of Elhage et al.,
+https://transformer-circuits.pub/2021/framework, and of TransformerLens. Functions that simplify
+take params and return the config and the params of an equal model. Knows no text.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import Params
+from gpt2_jax.model import Params, head_matrix
+from gpt2_jax.modules import dense_kernel
 
 
 class HeadWeights(NamedTuple):
     """The kernels of a layer's heads."""
 
-    q: Array  # [H, D, K]
-    k: Array  # [H, D, K]
-    v: Array  # [H, D, K]
-    o: Array  # [H, K, D]
+    q: Float[Array, "H D K"]
+    k: Float[Array, "H D K"]
+    v: Float[Array, "H D K"]
+    o: Float[Array, "H K D"]
+
+
+# Circuits.
 
 
 def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeights:
     """Returns the kernels of a layer's heads, cut out of `c_attn` and `c_proj`."""
-    attn = params["h"][str(layer)]["attn"]
-    qkv = attn["c_attn"]["kernel"].reshape(config.n_embd, 3, config.n_head, config.head_dim)
-    q, k, v = jnp.moveaxis(qkv, (1, 2), (0, 1))  # [H, D, K] each
-    return HeadWeights(
-        q, k, v, attn["c_proj"]["kernel"].reshape(config.n_head, config.head_dim, config.n_embd)
-    )
+    block = params["h"][str(layer)]
+    attn = block["attn"]
+    n_head = config.n_head
+    width = config.head_dim
+    # The columns are all heads' queries, then all keys, then all values; each head's lie together.
+    qkv = dense_kernel(attn["c_attn"])  # [D, 3HK]
+    qkv = qkv.reshape(config.n_embd, 3, n_head, width)
+    qkv = jnp.moveaxis(qkv, (1, 2), (0, 1))  # [3, H, D, K]
+    out = dense_kernel(attn["c_proj"])  # [HK, D]
+    out = out.reshape(n_head, width, config.n_embd)
+    return HeadWeights(q=qkv[0], k=qkv[1], v=qkv[2], o=out)
 
 
-def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Array:
-    """Returns the bilinear form `[D, D]` by which a head scores: `q(x) @ k(y) = x @ qk @ y`, biases apart."""
+def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
+    """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart.
+
+    `x` and `y` come out of `ln_1`; the scores are this times what the config scales them by.
+    """
     weights = head_weights(params, layer, config=config)
-    return weights.q[head] @ weights.k[head].T
+    query = weights.q[head]
+    key = weights.k[head]
+    return query @ key.T
 
 
-def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Array:
-    """Returns the map `[D, D]` from what a head attends to, to what it writes: `x @ ov`, biases apart."""
+def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
+    """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart."""
     weights = head_weights(params, layer, config=config)
-    return weights.v[head] @ weights.o[head]
+    value = weights.v[head]
+    out = weights.o[head]
+    return value @ out
 
 
-def unembedding(params: Params, config: GPT2Config) -> Array:
-    """Returns the head's matrix, `[V, D]`."""
-    return params["wte" if config.tie_word_embeddings else "lm_head"]["embedding"]
+# Equal models.
 
 
 def untie(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns the same model with a head of its own, a copy of its embeddings unless it has one."""
-    return config.replace(tie_word_embeddings=False), params | {
-        "lm_head": {"embedding": unembedding(params, config)}
-    }
+    # What is folded into the head must not reach the embeddings, with which it is one matrix.
+    lm_head = {"embedding": head_matrix(params, config=config)}
+    untied = config.replace(tie_word_embeddings=False)
+    return untied, params | {"lm_head": lm_head}
 
 
 def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
-    """Returns an equal model whose LayerNorms only normalise: their weights and biases are in the layers that follow.
+    """Returns an equal model whose LayerNorms only normalise.
 
-    The head has no bias that could take up `ln_f`'s, so this one stays, divided by the weight. Weights of `ln_f` that
-    are 0 stay too.
+    Their weights and biases are in the layers that follow. The head has no bias that could take up
+    `ln_f`'s, so this one stays, divided by the weight. Weights of `ln_f` that are 0 stay too.
     """
     config, params = untie(params, config=config)
-    blocks = {}
-    for name, block in params["h"].items():
-        ln_1, c_attn = _fold(block["ln_1"], block["attn"]["c_attn"])
-        ln_2, c_fc = _fold(block["ln_2"], block["mlp"]["c_fc"])
-        blocks[name] = {"ln_1": ln_1, "attn": block["attn"] | {"c_attn": c_attn}}
-        blocks[name] |= {"ln_2": ln_2, "mlp": block["mlp"] | {"c_fc": c_fc}}
-    weight, bias = params["ln_f"]["scale"], params["ln_f"]["bias"]
-    by = jnp.where(weight == 0, 1, weight)
-    ln_f, head = (
-        {"scale": weight / by, "bias": bias / by},
-        {"embedding": unembedding(params, config) * by[None]},
-    )
-    return config, params | {"h": blocks, "ln_f": ln_f, "lm_head": head}
+    blocks = {name: _fold_block(block) for name, block in params["h"].items()}
+
+    norm = params["ln_f"]
+    weight = norm["scale"]
+    # Where the weight is 0 the head reads nothing, and 0 / 0 would be NaN.
+    divisor = jnp.where(weight == 0, 1, weight)
+    ln_f = {
+        "scale": weight / divisor,
+        "bias": norm["bias"] / divisor,
+    }
+    head = head_matrix(params, config=config)
+    lm_head = {"embedding": head * divisor[None]}
+    folded = {"h": blocks, "ln_f": ln_f, "lm_head": lm_head}
+    return config, params | folded
+
+
+def _fold_block(block: Params) -> Params:
+    """Returns a block whose LayerNorms only normalise."""
+    attn = block["attn"]
+    mlp = block["mlp"]
+    c_attn = _behind_plain_norm(attn["c_attn"], block["ln_1"])
+    c_fc = _behind_plain_norm(mlp["c_fc"], block["ln_2"])
+    return {
+        "ln_1": _plain_norm(block["ln_1"]),
+        "attn": attn | {"c_attn": c_attn},
+        "ln_2": _plain_norm(block["ln_2"]),
+        "mlp": mlp | {"c_fc": c_fc},
+    }
+
+
+def _plain_norm(norm: Params) -> Params:
+    """Returns a LayerNorm that only normalises."""
+    return {
+        "scale": jnp.ones_like(norm["scale"]),
+        "bias": jnp.zeros_like(norm["bias"]),
+    }
+
+
+def _behind_plain_norm(dense: Params, norm: Params) -> Params:
+    """Returns a layer that does what a LayerNorm's weight and bias did before it.
+
+    `(n * weight + bias) @ kernel = n @ (weight * kernel) + bias @ kernel`.
+    """
+    kernel = dense_kernel(dense)
+    weight = norm["scale"]
+    bias = norm["bias"]
+    return {
+        "kernel": weight[:, None] * kernel,
+        "bias": dense["bias"] + bias @ kernel,
+    }
 
 
 def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
-    """Returns an equal model that writes nothing along (1, 1, ..., 1), which every LayerNorm takes away."""
+    """Returns an equal model that writes nothing along (1, 1, ..., 1).
+
+    Every LayerNorm takes that direction away, so that nobody reads what is written along it.
+    """
     config, params = untie(params, config=config)
 
     def center(path: Any, leaf: Array) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        writes = name.startswith(("wte", "wpe")) or ".c_proj." in name
-        return leaf - leaf.mean(axis=-1, keepdims=True) if writes else leaf
+        embeds = name.startswith(("wte", "wpe"))
+        projects = ".c_proj." in name  # the kernel, whose last axis is D, and the bias
+        if embeds or projects:
+            return _centred(leaf, axis=-1)
+        return leaf
 
     return config, jax.tree_util.tree_map_with_path(center, params)
 
 
 def center_unembed(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary."""
+    # A number that is added to all logits alike is nothing to the softmax.
     config, params = untie(params, config=config)
-    head = params["lm_head"]["embedding"]
-    return config, params | {"lm_head": {"embedding": head - head.mean(axis=0, keepdims=True)}}
+    head = head_matrix(params, config=config)
+    lm_head = {"embedding": _centred(head, axis=0)}
+    return config, params | {"lm_head": lm_head}
 
 
-def _fold(norm: Params, dense: Params) -> tuple[Params, Params]:
-    """Returns a LayerNorm that only normalises, and the layer behind it that does the rest."""
-    kernel, weight, bias = dense["kernel"], norm["scale"], norm["bias"]
-    folded = {"kernel": kernel * weight[:, None], "bias": dense["bias"] + bias @ kernel}
-    return {"scale": jnp.ones_like(weight), "bias": jnp.zeros_like(bias)}, folded
+def _centred(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    mean = x.mean(axis=axis, keepdims=True)
+    return x - mean

@@ -1,76 +1,144 @@
-"""Pictures of what a model does, as matplotlib figures (`pip install ".[plot]"`). Knows arrays and labels, no models.
+"""Pictures of what a model does, as matplotlib figures. Knows arrays and labels, no models.
 
-Figures are drawn without a display: `figure.savefig("picture.png")`.
+Needs `pip install "gpt2_jax[plot]"`; matplotlib is imported when the first figure is made. Figures
+are drawn without a display: `figure.savefig("picture.png")`.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
-INCH = 0.32  # the side of a cell
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+CELL = 0.32  # inches, the side of a cell: a label of FONT_SIZE beside each just fits
+FONT_SIZE = 7  # points
+MOST_COLUMNS = 4  # of squares in a row
 
 
-def plot_patterns(patterns: Any, tokens: Sequence[str], title: str = "") -> Any:
-    """Returns a figure of attention patterns, `[H, T, S]`: a square for each head, rows attending to columns."""
-    heads = len(patterns)
-    columns = min(4, heads)
-    rows = math.ceil(heads / columns)
-    side = max(2.4, INCH * len(tokens))
-    figure = _figure(columns * (side + 0.6), rows * (side + 1.2), title)
-    for head, pattern in enumerate(np.asarray(patterns, np.float32)):
-        axes = figure.add_subplot(rows, columns, head + 1, title=f"head {head}")
-        axes.imshow(pattern, cmap="Blues", vmin=0, vmax=1)
+def plot_patterns(
+    patterns: Float[ArrayLike, "H T T"], tokens: Sequence[str], title: str = ""
+) -> "matplotlib.figure.Figure":
+    """Returns a figure of attention patterns: a square for each head, rows attending to columns."""
+    patterns = np.asarray(patterns, np.float32)
+    n_heads = len(patterns)
+    # XL has 25 heads: in rows of four they stay legible.
+    n_columns = min(MOST_COLUMNS, n_heads)
+    n_rows = math.ceil(n_heads / n_columns)
+    side = max(2.4, CELL * len(tokens))  # inches; a short text is not a stamp
+    # Beside a square stand its tokens; below it too, and its title above.
+    width = n_columns * (side + 0.6)
+    height = n_rows * (side + 1.2)
+    figure = _figure(width, height, title)
+    for head in range(n_heads):
+        axes = figure.add_subplot(n_rows, n_columns, head + 1)
+        axes.set_title(f"head {head}")
+        axes.imshow(patterns[head], cmap="Blues", vmin=0, vmax=1)
         _label(axes, tokens, tokens)
     return figure
 
 
 def plot_lens(
-    best: Any, probabilities: Any, tokens: Sequence[str], names: Sequence[str], title: str = ""
-) -> Any:
-    """Returns a figure of a logit lens: by each stream, the likeliest token after each, shaded by its probability.
+    best: Sequence[Sequence[str]],
+    probabilities: Float[ArrayLike, "N T"],
+    tokens: Sequence[str],
+    names: Sequence[str],
+    title: str = "",
+) -> "matplotlib.figure.Figure":
+    """Returns a figure of a logit lens: by each stream, the likeliest token after each.
 
     Args:
       best: the likeliest tokens as text, `[N, T]`.
-      probabilities: theirs, `[N, T]`.
+      probabilities: theirs, by which the cells are shaded.
       tokens: the `T` tokens of the text.
       names: of the `N` streams; the first is drawn at the bottom.
     """
-    figure = _figure(2 + 0.8 * len(tokens), 1.5 + INCH * len(names), title)
-    axes = figure.add_subplot()
     shades = np.asarray(probabilities, np.float32)
-    image = axes.imshow(shades, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
-    for row, column in np.ndindex(np.shape(best)):
-        color = "white" if shades[row, column] > 0.5 else "black"
-        place = {"ha": "center", "va": "center", "fontsize": 7, "parse_math": False}
-        axes.text(column, row, visible(best[row][column]), color=color, **place)
+    # A cell holds a word: it is wider than high.
+    width = 2 + 0.8 * len(tokens)
+    height = 1.5 + CELL * len(names)
+    figure = _figure(width, height, title)
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        shades,
+        cmap="Blues",
+        vmin=0,  # not the least one: shades of two pictures mean the same
+        vmax=1,
+        origin="lower",  # the stream flows upwards, as it is drawn in papers
+        aspect="auto",
+    )
+    for row, words in enumerate(best):
+        for column, word in enumerate(words):
+            is_dark = shades[row, column] > 0.5
+            axes.text(
+                column,
+                row,
+                visible(word),
+                color="white" if is_dark else "black",
+                ha="center",
+                va="center",
+                fontsize=FONT_SIZE,
+                parse_math=False,  # a token may be "$"
+            )
     _label(axes, tokens, names)
     figure.colorbar(image, label="probability")
     return figure
 
 
-def plot_sweep(values: Any, labels: Sequence[str], title: str = "", quantity: str = "") -> Any:
-    """Returns a heat map of changes, `[L, N]`: layers upwards, what was patched to the right; blue is more."""
+def plot_sweep(
+    values: Float[ArrayLike, "L N"],
+    labels: Sequence[str],
+    title: str = "",
+    quantity: str = "",
+) -> "matplotlib.figure.Figure":
+    """Returns a heat map of changes: layers upwards, what was patched to the right; blue is more.
+
+    Args:
+      values: the changes. White is 0, and the largest, up or down, is the darkest.
+      labels: of the `N` columns.
+      title: stands above.
+      quantity: what the values are, beside the scale.
+    """
     values = np.asarray(values, np.float32)
-    figure = _figure(2.5 + INCH * len(labels), 1.8 + INCH * len(values), title)
-    axes = figure.add_subplot(ylabel="layer")
+    n_layers = len(values)
+    width = 2.5 + CELL * len(labels)
+    height = 1.8 + CELL * n_layers
+    figure = _figure(width, height, title)
+    axes = figure.add_subplot()
+    axes.set_ylabel("layer")
+    # Never 0: where nothing changes the map is white, not an error.
     largest = np.abs(values).max(initial=1e-9)
     image = axes.imshow(
-        values, cmap="RdBu", vmin=-largest, vmax=largest, origin="lower", aspect="auto"
+        values,
+        cmap="RdBu",
+        vmin=-largest,
+        vmax=largest,
+        origin="lower",
+        aspect="auto",
     )
-    _label(axes, labels, [str(i) for i in range(len(values))])
+    layers = [str(layer) for layer in range(n_layers)]
+    _label(axes, labels, layers)
     figure.colorbar(image, label=quantity)
     return figure
 
 
 def visible(token: str) -> str:
-    """Returns a token with its line breaks and leading space in view."""
-    token = token.replace("\n", "\\n").replace("\t", "\\t")
-    return "·" + token[1:] if token.startswith(" ") else token
+    """Returns a token with its line breaks, tabs and leading space in view."""
+    token = token.replace("\n", "\\n")
+    token = token.replace("\t", "\\t")
+    if token.startswith(" "):
+        return "·" + token[1:]
+    return token
 
 
-def _figure(width: float, height: float, title: str) -> Any:
+def _figure(width: float, height: float, title: str) -> "matplotlib.figure.Figure":
+    """Returns an empty figure, sizes in inches."""
+    # Not `pyplot`, which would look for a display and keep every figure alive.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -79,9 +147,18 @@ def _figure(width: float, height: float, title: str) -> Any:
     return figure
 
 
-def _label(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
-    style = {"fontsize": 7, "parse_math": False}
+def _label(axes: "matplotlib.axes.Axes", columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Writes a label below each column and beside each row."""
     axes.set_xticks(
-        range(len(columns)), [visible(label) for label in columns], rotation=90, **style
+        range(len(columns)),
+        [visible(label) for label in columns],
+        rotation=90,
+        fontsize=FONT_SIZE,
+        parse_math=False,
     )
-    axes.set_yticks(range(len(rows)), [visible(label) for label in rows], **style)
+    axes.set_yticks(
+        range(len(rows)),
+        [visible(label) for label in rows],
+        fontsize=FONT_SIZE,
+        parse_math=False,
+    )

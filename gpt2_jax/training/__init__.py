@@ -1,1 +1,1 @@
-"""From texts to a trained model: token files, batches, the training step, recipes, checkpoints, whole runs."""
+"""From texts to a trained model: token files, batches, the step, recipes, checkpoints, runs."""

@@ -1,7 +1,7 @@
-"""The checkpoints of a training run: the whole `TrainState`, and what else a run needs to go on as if never stopped.
+"""The checkpoints of a run: its `TrainState`, and what else it needs to go on as if never stopped.
 
-Knows states and folders; nothing of models or loops. `orbax-checkpoint` does the work: it writes in the background,
-and a checkpoint that was not finished does not exist.
+Knows states and folders; nothing of models or loops. `orbax-checkpoint` does the work: it writes in
+the background, and a checkpoint that was not finished does not exist.
 """
 
 from pathlib import Path
@@ -23,40 +23,43 @@ except ImportError as error:
 
 
 class Checkpoints:
-    """Checkpoints in a folder, by step, of which the latest `keep` and the one of the least loss stay.
+    """Checkpoints in a folder, by step, of which the latest `n_latest` and the best one stay.
 
-    A context manager: leaving it waits for what is still being written.
+    The best is the one of the least loss on the validation set. A context manager: leaving it waits
+    for what is still being written.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
-        best = BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(n=keep), best]),
-            cleanup_tmp_directories=True,
+    def __init__(self, folder: str | Path, *, n_latest: int = 2):
+        # `reverse`: the least loss is the best. What was not measured is no candidate.
+        best = BestN(
+            get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder = Path(folder).expanduser().resolve()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(n=n_latest), best]),
+            cleanup_tmp_directories=True,  # what a killed run left half written
+        )
+        self.folder = Path(folder).expanduser().resolve()  # orbax refuses relative paths
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=("state", "meta")
         )
 
     def save(self, state: TrainState, meta: dict[str, Any], *, loss: float | None = None) -> None:
-        """Writes `state` and `meta` (anything JSON can hold) in the background.
+        """Writes a state, and what goes with it, in the background.
 
         Args:
           state: is copied first, so that the next step may donate it.
-          meta: comes back from `restore`.
-          loss: on the validation set, if it was measured; the checkpoint of the least loss is kept.
+          meta: anything that JSON can hold; comes back from `meta`.
+          loss: on the validation set, if it was measured; the checkpoint of the least one is kept.
         """
+        # A copy on the device, which is fast; to the disk it goes while the next steps run.
+        copied = jax.tree.map(jnp.copy, state)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
-            meta=ocp.args.JsonSave(meta | {"loss": loss}),
+            state=ocp.args.StandardSave(copied),
+            meta=ocp.args.JsonSave(meta | {"loss": loss}),  # for `best`, of any later process
         )
-        self._manager.save(
-            int(state.step),
-            args=items,
-            metrics=None if loss is None else {"loss": loss},
-            force=True,
-        )
+        metrics = None if loss is None else {"loss": loss}  # by which orbax keeps the best
+        # `force`: orbax has rules of its own for which steps are worth saving. The caller decides.
+        self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
 
     def steps(self) -> list[int]:
         """Returns the steps that can be restored, the earliest first."""
@@ -68,15 +71,20 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the step of the least loss; without any loss, the latest step."""
-        losses = {step: self.meta(step)["loss"] for step in self.steps()}
-        measured = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(measured, key=measured.get) if measured else self.latest()
+        # Not orbax's `best_step`: without its option `best_fn`, that is the latest.
+        losses: dict[int, float] = {}
+        for step in self.steps():
+            loss = self.meta(step)["loss"]
+            if loss is not None:
+                losses[step] = loss
+        if not losses:
+            return self.latest()
+        return min(losses, key=lambda step: losses[step])
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state of a step, and its `loss`."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["meta"]
 
     def restore(self, like: TrainState, step: int) -> TrainState:
         """Returns the state of a step.
@@ -89,29 +97,31 @@ class Checkpoints:
           CheckpointError: there is no such checkpoint, it is damaged, or its shapes are others.
         """
         if step not in self.steps():
+            got = self.steps() or "none"
             raise CheckpointError(
-                f"{self.folder}: expected a checkpoint of step {step}, got {self.steps() or 'none'}."
+                f"{self.folder}: expected a checkpoint of step {step}, got {got}."
             )
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         try:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
             restored = self._manager.restore(step, args=items)["state"]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # other shapes; damaged or missing files
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be read: {error}"
             ) from error
-        return jax.tree.map(jnp.copy, restored)  # memory of its own, which a step may take over
+        # Memory of its own, which a step that donates its state may take over.
+        return jax.tree.map(jnp.copy, restored)
 
     def wait(self) -> None:
         """Returns when everything is written."""
         self._manager.wait_until_finished()
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._manager.close()
 
 
-def _loss(metrics: dict[str, float]) -> float:
+def _loss_of(metrics: dict[str, float]) -> float:
     return metrics["loss"]

@@ -1,29 +1,61 @@
-"""Text to token files: reads documents, divides them, makes a vocabulary where one is asked for, encodes in parallel.
+"""A corpus in a folder: written from texts with the vocabulary that is asked for; opened for a run.
 
-Knows texts, tokenizers and files; `data.py` reads what is written here.
+Alone knows what lies in such a folder: `train.bin` and `val.bin` as `data.py` reads them, a
+`meta.json` that describes them, and the files of a tokenizer. Nothing of models or training.
 """
 
 import contextlib
 import multiprocessing
 import os
-import re
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from gpt2_jax.files import replacing, write_json
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
-from gpt2_jax.training.data import DataError
+from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
+from gpt2_jax.training.texts import Parts, documents, read_texts, spans, split
 
-CHUNK = 2**20  # characters that one worker encodes at a time
-WORTH_WORKERS = 32 * CHUNK  # fewer characters are encoded sooner than workers start
-SAFE_CUT = re.compile(r"\S(?=[ \n])")  # no piece of the tokenizer's pattern goes on from there
+MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
+GPT2_VOCAB_SIZE = 50257
+SMALLEST_BPE = 257  # the bytes and the end of a text
+
+
+class Corpus(NamedTuple):
+    """What `prepare`, or nanoGPT's `prepare.py`, left in a folder."""
+
+    train: Integer[np.ndarray, " N"]  # ids
+    val: Integer[np.ndarray, " M"] | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    bytes_per_token: float | None  # of the validation text, where it is known
+    identity: dict[str, Any]  # tells this data from other data
+
+
+class Encoding(NamedTuple):
+    """How documents become ids on disk."""
+
+    tokenizer: Tokenizer
+    separator: list[int]  # what is written after each document
+    dtype: np.dtype
+    n_workers: int
+
+
+class Piece(NamedTuple):
+    """A part of a text, encoded."""
+
+    ids: list[int]
+    n_characters: int
+    ends_text: bool  # whether it is the last one of its text
+
+
+# Writing.
 
 
 def prepare(
@@ -38,158 +70,199 @@ def prepare(
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes a folder with `train.bin`, `val.bin`, `meta.json` and the tokenizer's files, all of it or nothing.
+    """Writes a folder with `train.bin`, `val.bin`, `meta.json` and the tokenizer, all or nothing.
 
-    The end of a text is marked after each document, if there are several and the vocabulary has a token for it. So one
-    text with `val_fraction=0.1` becomes the very files of nanoGPT's `data/shakespeare` and `data/shakespeare_char`.
+    The end of a text is marked after each document, if there are several and the vocabulary has a
+    token for it. So one text with `val_fraction=0.1` becomes the very files of nanoGPT's
+    `data/shakespeare` and `data/shakespeare_char`.
 
     Args:
-      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input. A line `<|endoftext|>` parts the
-        documents of a file.
+      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input. A line
+        `<|endoftext|>` parts the documents of a file.
       out: the folder to write.
-      tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the training part; or the
-        folder, hub id or "demo" of a model, whose tokenizer it is.
+      tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the
+        training part; or the folder, hub id or "demo" of a model, whose tokenizer it is.
       vocab_size: tokens of a "bpe".
-      val_fraction: how much of each file is for validation: its last documents or, of a single document, its last
-        characters. 0 writes no `val.bin`.
+      val_fraction: how much of each file is for validation: its last documents or, of a single
+        document, its last characters. 0 writes no `val.bin`.
       unwrap: joins the lines of each paragraph, as printed books need it.
       workers: processes; by default one for each core.
       overwrite: replaces the files of an `out` that is not empty.
       progress: shows a bar on standard error.
 
     Returns:
-      The contents of `meta.json`: `dtype`, `vocab_size`, `eot_id`; of `train` and `val` each the number of `tokens`,
-      UTF-8 `bytes` and `documents`; and the arguments.
+      The contents of `meta.json`: `dtype`, `vocab_size`, `eot_id`; of `train` and `val` each the
+      number of `tokens`, UTF-8 `bytes` and `documents`; and the arguments.
 
     Raises:
-      DataError: an input is missing, empty or not UTF-8, or an argument makes no sense.
+      DataError: an input is missing, empty or not UTF-8, or an argument is out of range.
       CheckpointError: `out` is in use, or there is no such tokenizer.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"`val_fraction` must be in [0, 1), got {val_fraction}.")
-    if (tokenizer == "bpe") != (vocab_size is not None):
-        raise DataError(
-            f'`vocab_size` is for the tokenizer "bpe", which needs it; got {vocab_size} for "{tokenizer}".'
-        )
-    if workers is not None and workers < 1:
-        raise DataError(f"`workers` must be at least 1, got {workers}.")
+    _check_arguments(tokenizer, vocab_size, val_fraction, workers)
     names = [str(name) for name in inputs]
     with replacing(out, overwrite=overwrite) as folder:
         files = [documents(text, unwrap) for text in read_texts(names)]
-        several = sum(map(len, files)) > 1
-        train, val = split(files, val_fraction)
-        del files  # a text that was cut is held once
-        if not train:
+        n_documents = sum(len(texts) for texts in files)
+        parts = split(files, val_fraction)
+        del files  # a document that was cut in two is held once from here on
+        if not parts.train:
             raise DataError("There is nothing to train on: expected at least one text.")
-        made = make_tokenizer(tokenizer, train, train + val, vocab_size)
-        mark = [made.eot_id] if made.eot_id is not None and several else []
-        dtype = np.dtype("uint16" if made.vocab_size <= 2**16 else "uint32")
+        made = make_tokenizer(tokenizer, parts, vocab_size)
+        encoding = _make_encoding(made, n_documents, workers or os.cpu_count() or 1)
+
         folder.mkdir()
-        meta = {"dtype": dtype.name, "vocab_size": made.vocab_size, "eot_id": made.eot_id}
-        for name, texts in {"train": train, "val": val}.items():
-            if texts:
-                pieces = encode(made, texts, workers or os.cpu_count() or 1)
-                bar = tqdm(
-                    total=sum(map(len, texts)),
-                    desc=name,
-                    unit="char",
-                    unit_scale=True,
-                    disable=not progress,
-                )
-                with (folder / f"{name}.bin").open("wb") as file, bar:
-                    for ids, characters, is_last in pieces:
-                        file.write(np.array(ids + mark * is_last, dtype).tobytes())
-                        bar.update(characters)
-                    tokens = file.tell() // dtype.itemsize
-                octets = sum(len(text.encode()) for text in texts)
-                meta[name] = {"tokens": tokens, "bytes": octets, "documents": len(texts)}
-        meta |= {"inputs": [Path(name).name for name in names], "tokenizer": str(tokenizer)}
-        meta |= {"val_fraction": val_fraction, "unwrap": unwrap}
+        meta: dict[str, Any] = {
+            "dtype": encoding.dtype.name,
+            "vocab_size": made.vocab_size,
+            "eot_id": made.eot_id,
+        }
+        meta["train"] = _write_part(folder / "train.bin", parts.train, encoding, progress)
+        if parts.val:
+            meta["val"] = _write_part(folder / "val.bin", parts.val, encoding, progress)
+        # Names without folders: what a corpus says of itself is the same on every machine.
+        meta["inputs"] = [Path(name).name for name in names]
+        meta["tokenizer"] = str(tokenizer)
+        meta["val_fraction"] = val_fraction
+        meta["unwrap"] = unwrap
         write_json(folder / "meta.json", meta)
         made.save(folder)
     return meta
 
 
-def read_texts(names: Iterable[str]) -> Iterator[str]:
-    """Yields the texts of files, of folders' `*.txt` and, for "-", of standard input; line ends stay as they are.
+def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[Piece]:
+    """Yields texts piece by piece, in order. Short ones are encoded here, without workers."""
+    pieces = list(spans(texts))  # bounds alone, no text is copied
+    # A generator: pieces are cut out as workers ask for them, since together they are the corpus.
+    cut_out = (piece.cut() for piece in pieces)
+    n_characters = sum(len(text) for text in texts)
+    with contextlib.ExitStack() as stack:
+        if n_workers == 1 or n_characters < MIN_CHARACTERS_FOR_WORKERS:
+            encoded = map(tokenizer.encode, cut_out)
+        else:
+            # Not forked: JAX, which `import gpt2_jax` brings, has threads, and a fork may hang.
+            context = multiprocessing.get_context("spawn")
+            tokenizer_parts = (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+            pool = stack.enter_context(context.Pool(n_workers, _start_worker, tokenizer_parts))
+            encoded = pool.imap(_encode_in_worker, cut_out)
+        for piece, ids in zip(pieces, encoded, strict=True):
+            ends_text = piece.end == len(piece.text)
+            yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
+
+
+def _check_arguments(
+    tokenizer: str | Path, vocab_size: int | None, val_fraction: float, workers: int | None
+) -> None:
+    """Raises `DataError` where an argument of `prepare` is out of range."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"`val_fraction` must be in [0, 1), got {val_fraction}.")
+    # Given for another tokenizer, it would be passed over without a word.
+    trains_bpe = tokenizer == "bpe"
+    if trains_bpe != (vocab_size is not None):
+        raise DataError(
+            '`vocab_size` is for the tokenizer "bpe", which needs it; '
+            f'got {vocab_size} for "{tokenizer}".'
+        )
+    if workers is not None and workers < 1:
+        raise DataError(f"`workers` must be at least 1, got {workers}.")
+
+
+def _make_encoding(tokenizer: Tokenizer, n_documents: int, n_workers: int) -> Encoding:
+    """Returns how documents are written with a tokenizer."""
+    separator = []
+    # A single text gets no mark, as in nanoGPT: nothing follows that it would be parted from.
+    if n_documents > 1 and tokenizer.eot_id is not None:
+        separator = [tokenizer.eot_id]
+    # `vocab_size` is the largest id plus one, so that 2^16 itself still fits.
+    fits_16_bits = tokenizer.vocab_size <= 2**16
+    dtype = np.dtype("uint16" if fits_16_bits else "uint32")
+    return Encoding(tokenizer, separator, dtype, n_workers)
+
+
+def _write_part(file: Path, texts: list[str], encoding: Encoding, progress: bool) -> dict[str, int]:
+    """Writes a token file; returns what `meta.json` says of it."""
+    n_tokens = 0
+    bar = tqdm(  # counts characters: how many tokens there will be, nobody knows before
+        total=sum(len(text) for text in texts),
+        desc=file.stem,
+        unit="char",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with file.open("wb") as opened, bar:
+        for piece in encode(encoding.tokenizer, texts, encoding.n_workers):
+            ids = piece.ids
+            if piece.ends_text:
+                ids = ids + encoding.separator
+            opened.write(np.array(ids, encoding.dtype).tobytes())
+            n_tokens += len(ids)
+            bar.update(piece.n_characters)
+    # Text by text: the corpus as bytes would be one more corpus in memory.
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return {"tokens": n_tokens, "bytes": n_bytes, "documents": len(texts)}
+
+
+# What a worker does. It gets the tokenizer once, when its process starts, not with each piece.
+
+
+def _start_worker(
+    vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: dict[str, int]
+) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer(vocab, merges, special_tokens)
+
+
+def _encode_in_worker(text: str) -> list[int]:
+    return _worker_tokenizer.encode(text)
+
+
+# Tokenizers.
+
+
+def make_tokenizer(kind: str | Path, parts: Parts, vocab_size: int | None) -> Tokenizer:
+    """Returns the tokenizer that `prepare` was asked for: "gpt2", "char", "bpe" or a model's.
 
     Raises:
-      DataError: there is no such file, or no text in a folder, or a text is empty or not UTF-8.
+      CheckpointError: there is no such model.
+      DataError, ImportError: as `train_bpe`.
+      FileNotFoundError: the model has no tokenizer.
     """
-    for name in names:
-        path = Path(name).expanduser()
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files or (name != "-" and not files[0].is_file()):
-            raise DataError(f"{name}: expected a text file, or a folder with *.txt.")
-        for file in files:
-            content = sys.stdin.buffer.read() if name == "-" else file.read_bytes()
-            try:
-                text = content.decode("utf-8").removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}: expected UTF-8, but {error.reason} at byte {error.start}."
-                ) from None
-            if not text.strip():
-                raise DataError(f"{file}: expected a text, got an empty one.")
-            yield text
-
-
-def documents(text: str, unwrap: bool) -> list[str]:
-    """Returns the documents of a text, which lines `<|endoftext|>` part, with their paragraphs unwrapped if asked."""
-    found = re.split(rf"^{re.escape(END_OF_TEXT)}[ \t]*(?:\r?\n|$)", text, flags=re.MULTILINE)
-    found = [document for document in found if document.strip()]
-    return [_unwrapped(document) for document in found] if unwrap else found
-
-
-def split(files: list[list[str]], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Returns the documents for training and for validation: see `prepare`."""
-    train, val = [], []
-    for texts in files:
-        if len(texts) == 1:
-            cut = int(len(texts[0]) * (1 - val_fraction))
-            texts = [texts[0][:cut], texts[0][cut:]]
-        cut = (
-            len(texts)
-            if val_fraction == 0
-            else min(max(int(len(texts) * (1 - val_fraction)), 1), len(texts) - 1)
-        )
-        train += texts[:cut]
-        val += texts[cut:]
-    return [text for text in train if text], [text for text in val if text]
-
-
-def make_tokenizer(
-    kind: str | Path, texts: list[str], everything: Iterable[str], vocab_size: int | None
-) -> Tokenizer:
-    """Returns the tokenizer that `prepare` was asked for; `texts` are for training one."""
     if kind == "gpt2":
         return Tokenizer.gpt2()
     if kind == "char":
-        return char_tokenizer(everything)
+        # Of both parts: validation must not meet a character without a token.
+        return char_tokenizer(parts.train + parts.val)
     if kind == "bpe":
-        return train_bpe(texts, vocab_size)
+        if vocab_size is None:
+            raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
+        return train_bpe(parts.train, vocab_size)
     return Tokenizer.load(resolve(kind))
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Returns a tokenizer with a token for each character of the texts, ids by code point.
 
-    It is a byte-level BPE like any other: the bytes of a character that has several are merged from the left. These
-    bytes and the beginnings of such characters get the ids after those of the characters.
+    It is a byte-level BPE like any other: the bytes of a character that has several are merged from
+    the left. These bytes and the beginnings of such characters get the ids after those of the
+    characters.
     """
-    chars = sorted(set().union(*texts))
-    spelled = [[byte_chars()[byte] for byte in char.encode()] for char in chars]
-    starts = [["".join(char[:end]) for end in range(1, len(char) + 1)] for char in spelled]
-    vocab = {start[-1]: id for id, start in enumerate(starts)}
-    for char, start in zip(spelled, starts, strict=True):
-        for token in (*char, *start):
-            vocab.setdefault(token, len(vocab))
-    merges = [
-        pair
-        for char, start in zip(spelled, starts, strict=True)
-        for pair in zip(start, char[1:], strict=False)
-    ]
-    return Tokenizer(vocab, dict.fromkeys(merges))
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    spellings = [_spelling(character) for character in sorted(characters)]
+
+    vocab: dict[str, int] = {}
+    for spelling in spellings:
+        vocab["".join(spelling)] = len(vocab)
+    merges: dict[tuple[str, str], None] = {}  # a set that keeps its order
+    for spelling in spellings:
+        for byte in spelling:
+            vocab.setdefault(byte, len(vocab))  # one byte alone may be a character, with its id
+        prefix = spelling[0]
+        for byte in spelling[1:]:
+            merges[prefix, byte] = None
+            prefix += byte
+            vocab.setdefault(prefix, len(vocab))
+    return Tokenizer(vocab, merges)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -199,9 +272,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       DataError: `vocab_size` is too small for the 256 bytes.
       ImportError: `tokenizers` is not installed.
     """
-    if vocab_size < 257:
+    if vocab_size < SMALLEST_BPE:
         raise DataError(
-            f"`vocab_size` must be at least 257, the bytes and {END_OF_TEXT}; got {vocab_size}."
+            f"`vocab_size` must be at least {SMALLEST_BPE}, the bytes and {END_OF_TEXT}; "
+            f"got {vocab_size}."
         )
     try:
         from tokenizers import ByteLevelBPETokenizer
@@ -210,59 +284,71 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             'Training a vocabulary needs `tokenizers`: pip install "gpt2_jax[train]".'
         ) from None
     trained = ByteLevelBPETokenizer()
-    pieces = (
-        text[start:end] for text in texts for start, end in _cuts(text)
-    )  # sooner done than long texts
+    # In pieces, which change no count of pairs: whole books would take the library longer.
+    pieces = (span.cut() for span in spans(texts))
     trained.train_from_iterator(
         pieces, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
     )
+    # By way of its files: they are what our tokenizer reads.
     with tempfile.TemporaryDirectory() as folder:
         trained.save_model(folder)
         return Tokenizer.load(folder)
 
 
-def encode(
-    tokenizer: Tokenizer, texts: list[str], workers: int
-) -> Iterator[tuple[list[int], int, bool]]:
-    """Yields texts piece by piece: the ids, the number of characters, and whether a text ends here."""
-    bounds = [(text, start, end) for text in texts for start, end in _cuts(text)]
-    pieces = (
-        text[start:end] for text, start, end in bounds
-    )  # as they are asked for: together they are the corpus
-    with contextlib.ExitStack() as stack:
-        if workers == 1 or sum(map(len, texts)) < WORTH_WORKERS:
-            encoded = map(tokenizer.encode, pieces)
-        else:
-            parts = tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens
-            pool = multiprocessing.get_context("spawn").Pool(
-                workers, _start_worker, parts
-            )  # a fork of JAX may hang
-            encoded = stack.enter_context(pool).imap(_work, pieces)
-        for (text, start, end), ids in zip(bounds, encoded, strict=True):
-            yield ids, end - start, end == len(text)
+def _spelling(character: str) -> list[str]:
+    """Returns the bytes of a character in the letters of a vocabulary file, one for each byte."""
+    return [byte_chars()[byte] for byte in character.encode()]
 
 
-def _cuts(text: str) -> Iterator[tuple[int, int]]:
-    """Yields the bounds of pieces of about `CHUNK` characters whose ids, put together, are those of the text."""
-    start = 0
-    while start < len(text):
-        cut = SAFE_CUT.search(text, start + CHUNK)
-        end = cut.end() if cut else len(text)
-        yield start, end
-        start = end
+# Opening.
 
 
-def _start_worker(vocab, merges, special_tokens):
-    global _tokenizer
-    _tokenizer = Tokenizer(vocab, merges, special_tokens)
+def open_corpus(folder: str | Path) -> Corpus:
+    """Opens a folder's `train.bin` and, where there are, its `val.bin`, `meta.json` and tokenizer.
 
-
-def _work(text: str) -> list[int]:
-    return _tokenizer.encode(text)
-
-
-def _unwrapped(text: str) -> str:
-    paragraphs = re.split(r"\n[ \t\r]*\n\s*", text.strip())
-    return "\n\n".join(
-        " ".join(line.strip() for line in paragraph.split("\n")) for paragraph in paragraphs
+    Raises:
+      DataError: there is no `train.bin`, or a file is damaged, too short, or holds ids outside the
+        vocabulary.
+    """
+    folder = Path(folder).expanduser()
+    meta = read_meta(folder)
+    # nanoGPT's files for GPT-2 come without a word on their vocabulary.
+    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
+    train_file = folder / "train.bin"
+    if not train_file.is_file():
+        raise DataError(
+            f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
+        )
+    train = open_tokens(train_file, vocab_size=vocab_size)
+    identity = {"train": fingerprint(train_file)}
+    val = None
+    val_file = folder / "val.bin"
+    if val_file.is_file():
+        val = open_tokens(val_file, vocab_size=vocab_size)
+        if len(val) < 2:
+            raise DataError(f"{val_file}: expected at least 2 ids, to predict one, got {len(val)}.")
+        identity["val"] = fingerprint(val_file)
+    return Corpus(
+        train=train,
+        val=val,
+        tokenizer=_tokenizer_in(folder, vocab_size),
+        vocab_size=vocab_size,
+        bytes_per_token=_bytes_per_token(meta),
+        identity=identity,
     )
+
+
+def _tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """Returns the tokenizer in a folder of token files; without one, GPT-2's if it may be that."""
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError:
+        return Tokenizer.gpt2() if vocab_size == GPT2_VOCAB_SIZE else None
+
+
+def _bytes_per_token(meta: dict[str, Any]) -> float | None:
+    """Returns how many bytes of UTF-8 a token of the validation text stands for, if known."""
+    val = meta.get("val", {})
+    if not val.get("tokens"):
+        return None
+    return val["bytes"] / val["tokens"]

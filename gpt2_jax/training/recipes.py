@@ -1,15 +1,20 @@
-"""What makes a training run what it is: one frozen dataclass, and presets. Knows nothing of arrays or files."""
+"""What makes a training run what it is: a frozen dataclass and presets. Knows no array or file."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from gpt2_jax.config import GPT2Config
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")  # what a pretrained model brings with it
+COUNTS = ("batch_size", "micro_batches", "steps", "eval_every", "save_every", "keep", "log_every")
 
 
 def option(default: Any, help: str, *, curve: bool = True) -> Any:
-    """Returns a field; `curve` says whether it changes the loss curve, so that a resumed run must not change it."""
+    """Returns a field with its default and the help that the command line shows.
+
+    `curve` says whether it shapes the loss curve, so that a resumed run must not change it.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "curve": curve})
 
 
@@ -18,7 +23,7 @@ class Recipe:
     """A training run, but for its data. The defaults are nanoGPT's for GPT-2 124M, on one device.
 
     Raises:
-      ValueError: a field is out of range.
+      ValueError: a field is of another type than its default, or out of range.
     """
 
     n_layer: int = option(12, "layers")
@@ -33,11 +38,13 @@ class Recipe:
     remat: bool = option(
         False, "recompute activations in the backward pass: less memory, more time"
     )
+    # Half a million tokens: nanoGPT's 12 windows, 5 accumulation steps, 8 GPUs.
     batch_size: int = option(480, "windows of an update")
     micro_batches: int = option(
         40, "parts of a batch that pass through the model one after the other"
     )
     steps: int = option(600_000, "updates")
+    # The end is a tenth of the peak, "per Chinchilla" (nanoGPT's `train.py`; arXiv:2203.15556).
     learning_rate: float = option(6e-4, "at its peak")
     min_learning_rate: float = option(6e-5, "at the end of the cosine")
     warmup_steps: int = option(2000, "updates before the peak")
@@ -46,35 +53,100 @@ class Recipe:
     b2: float = option(0.95, "Adam's decay of the square")
     max_grad_norm: float = option(1.0, "global norm that gradients are clipped to")
     seed: int = option(0, "of initial weights, batches and dropout")
+    # From here on, what a resumed run may change.
     eval_every: int = option(2000, "updates between losses on the validation set", curve=False)
     save_every: int = option(2000, "updates between checkpoints", curve=False)
     keep: int = option(2, "latest checkpoints to keep, besides the best", curve=False)
     log_every: int = option(10, "updates between lines of metrics", curve=False)
     sample_tokens: int = option(100, "tokens of text to make at each evaluation", curve=False)
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(f"`{field.name}` must be of type {kind.__name__}, got {value!r}.")
-        counts = (
-            "batch_size",
-            "micro_batches",
-            "steps",
-            "eval_every",
-            "save_every",
-            "keep",
-            "log_every",
+    def __post_init__(self):  # also after `dataclasses.replace`
+        self._check_types()
+        self._check_counts()
+        self._check_learning_rates()
+        self._check_optimizer()
+        self.adapt(GPT2Config())  # raises where the dropout's rate or the dtype is not one
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Returns the recipe that `dataclasses.asdict` gave, as a run's `run.json` holds it.
+
+        Raises:
+          ValueError: a name that is no field's, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            expected = ", ".join(sorted(known))
+            raise ValueError(f"Expected the fields of a recipe, {expected}; got {unknown}.")
+        return cls(**values)
+
+    def config(self, *, vocab_size: int, eot_id: int | None) -> GPT2Config:
+        """Returns the config of a new model.
+
+        Raises:
+          ValueError: as `GPT2Config`.
+        """
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=self.n_positions,
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            bos_token_id=eot_id,  # GPT-2 has one token for both ends of a text
+            eos_token_id=eot_id,
         )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        return self.adapt(config)
+
+    def adapt(self, config: GPT2Config) -> GPT2Config:
+        """Returns a config with this recipe's dropout and dtype."""
+        return config.replace(
+            dtype=self.dtype,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+        )
+
+    def window_length(self, config: GPT2Config) -> int:
+        """Returns how many tokens of a training window the model predicts.
+
+        Raises:
+          ValueError: the model has fewer positions.
+        """
+        length = self.length or config.n_positions
+        if length > config.n_positions:
+            raise ValueError(
+                f"`length` must be at most {config.n_positions} (`n_positions`), got {length}."
+            )
+        return length
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if kind is float and type(value) is int:
+                # A whole number is welcome where a fraction could stand: 0 for 0.0. The class is
+                # frozen, so that a plain assignment would raise.
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not kind:  # not `isinstance`: True would be a number of steps
+                raise ValueError(f"`{field.name}` must be of type {kind.__name__}, got {value!r}.")
+
+    def _check_counts(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("length", "weight_decay", "sample_tokens", "seed"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
         if self.batch_size % self.micro_batches:
             raise ValueError(
-                f"`batch_size` must be a multiple of `micro_batches`, got {self.batch_size} and {self.micro_batches}."
+                "`batch_size` must be a multiple of `micro_batches`, "
+                f"got {self.batch_size} and {self.micro_batches}."
             )
+
+    def _check_learning_rates(self) -> None:
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"`warmup_steps` must be in [0, {self.steps}) (`steps`), got {self.warmup_steps}."
@@ -84,35 +156,25 @@ class Recipe:
                 "`learning_rate` must be positive and `min_learning_rate` between 0 and it, "
                 f"got {self.learning_rate} and {self.min_learning_rate}."
             )
-        for name in ("length", "weight_decay", "sample_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+    def _check_optimizer(self) -> None:
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        if not self.max_grad_norm > 0:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+        if not self.max_grad_norm > 0:  # so written, it refuses NaN too
             raise ValueError(f"`max_grad_norm` must be positive, got {self.max_grad_norm}.")
-        self.adapt(GPT2Config())  # raises where a dropout or a dtype is none
 
-    def config(self, *, vocab_size: int, eot_id: int | None) -> GPT2Config:
-        """Returns the config of a new model.
 
-        Raises:
-          ValueError: as `GPT2Config`.
-        """
-        shape = {name: getattr(self, name) for name in SHAPE}
-        return self.adapt(
-            GPT2Config(vocab_size=vocab_size, bos_token_id=eot_id, eos_token_id=eot_id, **shape)
-        )
-
-    def adapt(self, config: GPT2Config) -> GPT2Config:
-        """Returns a config with this recipe's dropout and dtype."""
-        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
-        return config.replace(dtype=self.dtype, **rates)
+def changeable_fields() -> frozenset[str]:
+    """Returns the names of the fields that a resumed run may change: its curve stays as it was."""
+    fields = dataclasses.fields(Recipe)
+    return frozenset(field.name for field in fields if not field.metadata["curve"])
 
 
 RECIPES = {
-    # nanoGPT's recipe for a CPU, `config/train_shakespeare_char.py` with the changes that its README names.
+    # nanoGPT's recipe for a CPU: `config/train_shakespeare_char.py` with the changes that its
+    # README names.
     "shakespeare_char": Recipe(
         n_layer=4,
         n_head=4,
@@ -124,12 +186,13 @@ RECIPES = {
         learning_rate=1e-3,
         min_learning_rate=1e-4,
         warmup_steps=100,
-        b2=0.99,
+        b2=0.99,  # more than elsewhere, as an update sees few tokens
         eval_every=250,
         save_every=250,
         seed=1337,
     ),
-    # The model that ships with the package as "demo": 4.3 M parameters, an hour or two on two cores.
+    # The model that ships with the package as "demo": 4.3 M parameters, an hour or two on two
+    # cores.
     "storyteller": Recipe(
         n_layer=4,
         n_head=4,
@@ -158,6 +221,7 @@ RECIPES = {
         eval_every=100,
         save_every=100,
     ),
-    # nanoGPT's `config/train_gpt2.py`: 124M parameters, half a million tokens an update.
+    # nanoGPT's `config/train_gpt2.py`, the defaults: 124M parameters, half a million tokens an
+    # update.
     "gpt2": Recipe(dtype="bfloat16"),
 }

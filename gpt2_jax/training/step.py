@@ -1,18 +1,20 @@
-"""The training step: loss, optimizer, state, update. Knows the model; nothing of files, loops or schedules of saving.
+"""The training step: loss, optimizer, state, update. Knows the model; nothing of files or loops.
 
 It equals PyTorch's on HF's model, setting for setting:
 
 | here | PyTorch |
 |---|---|
-| `make_optimizer(lr, b1=, b2=, eps=, weight_decay=)` | `torch.optim.AdamW(lr=, betas=, eps=, weight_decay=)` |
-| weight decay on leaves of two axes | two parameter groups: `p.ndim >= 2`, and the rest with `weight_decay=0` |
-| `max_grad_norm` | `clip_grad_norm_(max_norm)`, which divides by `norm + 1e-6` where optax divides by `norm` |
+| `make_optimizer(lr, b1=, b2=, eps=, weight_decay=)` | `AdamW(lr=, betas=, eps=, weight_decay=)` |
+| decay of leaves of two axes | two groups: `p.ndim >= 2`, and the rest with `weight_decay=0` |
+| `max_grad_norm` | `clip_grad_norm_(max_norm)`; it divides by `norm + 1e-6`, optax by `norm` |
 | `warmup_cosine` | `LambdaLR` over the same formula; PyTorch's steps count from 0 likewise |
-| `micro_batches=n` | n calls of `backward()` on losses that are each a sum divided by the whole batch's weight |
+| `micro_batches=n` | n times `backward()`, of losses that are sums over the whole batch's weight |
 | `dropout_key` | `model.train()`: the same law, other draws |
+
+Axes are those of `modules.py`; here `T` counts one id more than the model reads, as the last one is
+only predicted.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,174 +22,286 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import apply, check_ids
+from gpt2_jax.modules import Params, wide_dtype
 
-Params = dict[str, Any]
-Metrics = dict[str, Array]
+Metrics = dict[str, Array]  # scalars by name
 
 
 class TrainState(NamedTuple):
     """What a step of training changes."""
 
-    step: Array  # int32[], updates made so far
+    step: Int[Array, ""]  # int32, how many updates were made
     params: Params  # float32 (float64 in a float64 model), whatever dtype the model computes in
     opt_state: Any  # optax's
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, which holds a copy of the params, as `train_step` donates its state.
+class _Batch(NamedTuple):
+    """What a step learns from, checked."""
 
-    Params of 16 bits become float32: small updates would vanish in them. `config.dtype` says what a step computes in.
+    ids: Int[Array, "B T"]
+    weights: Float[Array, "B T"]  # how much the prediction of each id counts; the first, never
+
+
+class _Program(NamedTuple):
+    """What shapes a step's program, beside the config. Static: each other value compiles anew."""
+
+    tx: optax.GradientTransformation  # equal to itself alone, so the caller keeps one object
+    micro_batches: int
+    remat: bool
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step.
+
+    It holds a copy of the params, as `train_step` donates its state. Params of 16 bits become
+    float32: small updates would vanish in them. `config.dtype` says what a step computes in.
     """
-    params = jax.tree.map(
-        lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params
-    )
-    return TrainState(jnp.int32(0), params, tx.init(params))
+
+    def widened_copy(leaf: Array | np.ndarray) -> Array:
+        # `jnp.array`, not `asarray`, which would share the memory of a leaf that is wide already.
+        return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+
+    params = jax.tree.map(widened_copy, params)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
 
 
 def next_token_loss(
     params: Params,
-    ids: Array,
+    ids: Int[ArrayLike, "B T"],
     *,
     config: GPT2Config,
-    weights: Array | None = None,
-    dropout_key: Array | None = None,
+    weights: Num[ArrayLike, "B T"] | None = None,
+    dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
-) -> tuple[Array, Metrics]:
-    """Returns the mean negative log-likelihood of each token after its predecessors, in nats, and metrics.
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns the mean negative log-likelihood of each token after those before it, and metrics.
 
-    The loss of HF's `GPT2LMHeadModel(ids, labels=ids)`; its `-100` labels are weights of 0 here.
+    The loss of HF's `GPT2LMHeadModel(ids, labels=ids)`, in nats; its `-100` labels are weights of 0
+    here. It does not compile itself: `jax.jit` and `jax.grad` are the caller's.
 
     Args:
       params: the parameters.
-      ids: `int[B, T]`, of which the model reads the first `T - 1` columns and predicts the last `T - 1`; so `T` is
-        at most `n_positions + 1`.
+      ids: token ids, of which the model reads the first `T - 1` columns and predicts the last
+        `T - 1`; so `T` is 2 to `n_positions + 1`.
       config: the model's configuration.
-      weights: `float[B, T]`, not negative: how much the prediction of each id counts. The first column is never
-        predicted and is ignored. Padding on the right, or the first token of a packed document, has weight 0.
+      weights: how much the prediction of each id counts, not negative. The first column is never
+        predicted and is ignored. Padding on the right, or the first token of a packed document, has
+        weight 0.
       dropout_key: turns dropout on.
       remat: recomputes each layer's activations in the backward pass instead of keeping them.
 
     Returns:
-      The loss, float32[] (float64 in a float64 model), 0 where all weights are 0; and a dict of `loss` and `weight`,
-      the sum of the weights: without them, the number of predictions.
+      The loss, float32 (float64 in a float64 model), 0 where all weights are 0; and a dict of
+      `loss` and `weight`, the sum of the weights: without them, the number of predictions.
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns, or `weights` another shape.
     """
-    ids, weights = _check_batch(ids, weights, config)
-    total = _loss_sum(params, ids, weights, config=config, dropout_key=dropout_key, remat=remat)
-    weight = weights[:, 1:].sum()
-    loss = total / _nonzero(weight)
+    batch = _make_batch(ids, weights, config)
+    weight = _predicted_weight(batch)
+    loss = _share_of_loss(
+        params, batch, dropout_key, whole_weight=weight, config=config, remat=remat
+    )
     return loss, {"loss": loss, "weight": weight}
 
 
 def train_step(
     state: TrainState,
-    ids: Array,
-    key: Array | None = None,
+    ids: Int[ArrayLike, "B T"],
+    key: PRNGKeyArray | None = None,
     *,
     config: GPT2Config,
     tx: optax.GradientTransformation,
-    weights: Array | None = None,
+    weights: Num[ArrayLike, "B T"] | None = None,
     micro_batches: int = 1,
     remat: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """Makes one update, compiled; `state` is donated, so use the one that comes back.
+    """Makes one update. Compiles itself; `state` is donated, so use the one that comes back.
 
     Args:
       state: what `init_state` or the last step returned.
-      ids: `int[B, T]`: see `next_token_loss`.
+      ids: token ids: see `next_token_loss`.
       key: turns dropout on. The step's number is folded in, so that one key serves a whole run.
       config: the model's configuration.
-      tx: any optax optimizer, such as `make_optimizer` returns.
-      weights: `float[B, T]`: see `next_token_loss`.
-      micro_batches: in how many parts the batch passes through the model, one after the other. The update is that of
-        the whole batch, the memory that of a part.
+      tx: any optax optimizer, such as `make_optimizer` returns. Each object compiles its own step.
+      weights: see `next_token_loss`.
+      micro_batches: in how many parts the batch passes through the model, one after the other. The
+        update is that of the whole batch, the memory that of a part.
       remat: see `next_token_loss`.
 
     Returns:
-      The next state, and a dict of `loss`, `weight` and `grad_norm` (the gradient's global norm before clipping), all
-      of the params before the update.
+      The next state, and a dict of `loss`, `weight` and `grad_norm` (the gradient's global norm
+      before clipping), all of the params before the update.
 
     Raises:
       ValueError: as `next_token_loss`; or `B` is not a multiple of `micro_batches`.
     """
-    ids, weights = _check_batch(ids, weights, config)
-    if micro_batches < 1 or ids.shape[0] % micro_batches:
+    # Everything is checked before the compiled step, which takes the state's memory away.
+    batch = _make_batch(ids, weights, config)
+    n_rows = batch.ids.shape[0]
+    if micro_batches < 1 or n_rows % micro_batches:
         raise ValueError(
-            f"The {ids.shape[0]} rows of `ids` must split into `micro_batches`, got {micro_batches}."
+            f"The {n_rows} rows of `ids` must split into `micro_batches`, got {micro_batches}."
         )
-    return _train_step(
-        state, ids, weights, key, config=config, tx=tx, micro_batches=micro_batches, remat=remat
-    )
+    program = _Program(tx, micro_batches, remat)
+    return _train_step(state, batch, key, config=config, program=program)
 
 
-@partial(
-    jax.jit, static_argnames=("config", "tx", "micro_batches", "remat"), donate_argnames="state"
-)
-def _train_step(state, ids, weights, key, *, config, tx, micro_batches, remat):
-    weight = weights[:, 1:].sum()
+# The step, compiled.
+
+
+# Donated: with Adam's two moments a state is three times the params, and two states would be six.
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _train_step(
+    state: TrainState,
+    batch: _Batch,
+    key: PRNGKeyArray | None,
+    *,
+    config: GPT2Config,
+    program: _Program,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after an update, and what `train_step` measures."""
+    weight = _predicted_weight(batch)
+    # The step is the state's own: a resumed run drops what it would have dropped without a stop.
     step_key = None if key is None else jax.random.fold_in(key, state.step)
+    loss, grads = _loss_and_grads(
+        state.params, batch, step_key, weight, config=config, program=program
+    )
+    # Before clipping, which is the optimizer's: the norm shows a step that clipping hides.
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = program.tx.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    return next_state, {"loss": loss, "weight": weight, "grad_norm": grad_norm}
 
-    @jax.value_and_grad
-    def share(params, ids, weights, dropout_key):
-        """A part's share of the loss of the whole batch."""
-        total = _loss_sum(params, ids, weights, config=config, dropout_key=dropout_key, remat=remat)
-        return total / _nonzero(weight)
 
-    def accumulate(total, part):
-        number, ids, weights = part
-        dropout_key = None if key is None else jax.random.fold_in(step_key, number)
-        return jax.tree.map(jnp.add, total, share(state.params, ids, weights, dropout_key)), None
+def _loss_and_grads(
+    params: Params,
+    batch: _Batch,
+    key: PRNGKeyArray | None,
+    weight: Float[Array, ""],
+    *,
+    config: GPT2Config,
+    program: _Program,
+) -> tuple[Float[Array, ""], Params]:
+    """Returns the loss of a batch and its gradient, in one pass or as the sum over its parts."""
+    share = partial(_share_of_loss, whole_weight=weight, config=config, remat=program.remat)
+    share_and_grads = jax.value_and_grad(share)
+    if program.micro_batches == 1:
+        return share_and_grads(params, batch, key)
 
-    if micro_batches == 1:
-        loss, grads = share(state.params, ids, weights, step_key)
-    else:
-        parts = [x.reshape(micro_batches, -1, x.shape[1]) for x in (ids, weights)]
-        zeros = jax.tree.map(jnp.zeros_like, (weight, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), *parts))
+    def add_part(total, numbered_part):  # one step of the scan
+        number, part = numbered_part
+        # Parts with one and the same key would all drop the same units.
+        part_key = None if key is None else jax.random.fold_in(key, number)
+        addend = share_and_grads(params, part, part_key)
+        return jax.tree.map(jnp.add, total, addend), None
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "weight": weight, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    n_parts = program.micro_batches
+    numbers = jnp.arange(n_parts)
+    parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, x.shape[1]), batch)  # [N, B / N, T]
+    zeros = jax.tree.map(jnp.zeros_like, (weight, params))  # of the loss and of the gradient
+    # A scan, not a Python loop: it is compiled once, and the activations of one part are alive.
+    total, _ = jax.lax.scan(add_part, zeros, (numbers, parts))
+    return total
+
+
+def _share_of_loss(
+    params: Params,
+    part: _Batch,
+    dropout_key: PRNGKeyArray | None,
+    *,
+    whole_weight: Float[Array, ""],
+    config: GPT2Config,
+    remat: bool,
+) -> Float[Array, ""]:
+    """Returns what a part of a batch adds to the loss of the whole.
+
+    The divisor is the weight of the whole batch: where parts weigh differently, the mean of their
+    means is another number.
+    """
+    read = part.ids[:, :-1]
+    predicted = part.ids[:, 1:]
+    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
+    logits = apply(params, read, config=config, dropout_key=dropout_key, remat=remat)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)  # [B, T - 1]
+    total = (losses * part.weights[:, 1:]).sum()
+    # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
+    divisor = jnp.where(whole_weight == 0, 1, whole_weight)
+    return total / divisor
+
+
+def _predicted_weight(batch: _Batch) -> Float[Array, ""]:
+    """Returns the sum of the weights that count: nothing predicts the first column."""
+    return batch.weights[:, 1:].sum()
+
+
+def _make_batch(
+    ids: Int[ArrayLike, "B T"], weights: Num[ArrayLike, "B T"] | None, config: GPT2Config
+) -> _Batch:
+    """Returns ids and weights as arrays that fit each other; raises `ValueError` if they do not."""
+    # One more than the model reads: the last id is only predicted.
+    ids = check_ids(ids, config, longest=config.n_positions + 1)
+    if ids.shape[1] < 2:
+        raise ValueError(
+            "`ids` must have at least 2 columns: one to read and one to predict, got 1."
+        )
+    # The dtype of the logits, whatever the weights came in: a mask of integers, say.
+    dtype = wide_dtype(config)
+    if weights is None:
+        return _Batch(ids, jnp.ones(ids.shape, dtype))
+    if jnp.shape(weights) != ids.shape:
+        expected = list(ids.shape)
+        got = list(jnp.shape(weights))
+        raise ValueError(f"`weights` must have the shape of `ids`, {expected}, got {got}.")
+    return _Batch(ids, jnp.asarray(weights, dtype))
+
+
+# The optimizer.
 
 
 def make_optimizer(
-    learning_rate: float | Callable[[Array], Array],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float = 0.9,
-    b2: float = 0.95,
+    b2: float = 0.95,  # GPT-3's (arXiv:2005.14165, appendix B); PyTorch's own default is 0.999
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns GPT's AdamW: clipping by global norm, then Adam, then decay of matrices and embeddings alone.
+    """Returns GPT's AdamW: clipping by global norm, Adam, decay of matrices and embeddings alone.
 
-    Defaults are nanoGPT's. `learning_rate` is a number or a schedule, such as `warmup_cosine` returns.
+    Defaults are nanoGPT's. `learning_rate` is a number or a schedule, such as `warmup_cosine`'s.
     """
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(
-        clip,
-        optax.adamw(
-            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_decayed
-        ),
+    if max_grad_norm is None:
+        clip = optax.identity()
+    else:
+        clip = optax.clip_by_global_norm(max_grad_norm)
+    adamw = optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_decayed
     )
+    # Clipping comes first, as in nanoGPT: behind Adam it would bound the update, not the gradient.
+    return optax.chain(clip, adamw)
 
 
-def is_decayed(params: Params) -> Any:
-    """Returns the tree of booleans that says which leaves decay: those of two axes; not biases, not LayerNorms."""
+def is_decayed(params: Params) -> Any:  # a tree of booleans
+    """Returns which leaves decay: those of two axes; biases and LayerNorms do not."""
+    # By axes, not by names: nanoGPT's rule (`configure_optimizers`), and right for any new layer.
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
 
 def warmup_cosine(
     peak: float, *, steps: int, warmup_steps: int = 0, end: float = 0.0
 ) -> optax.Schedule:
-    """Returns nanoGPT's schedule: `peak * (step + 1) / (warmup_steps + 1)`, then a half cosine to `end` at `steps`.
+    """Returns nanoGPT's schedule (`get_lr` in its `train.py`): a linear warmup, then half a cosine.
+
+    With `step` updates made before, the warmup is `peak * (step + 1) / (warmup_steps + 1)`; the
+    cosine falls from `peak` at `warmup_steps` to `end` at `steps`, where the rate stays.
 
     Raises:
       ValueError: `warmup_steps` is not less than `steps`.
@@ -196,35 +310,11 @@ def warmup_cosine(
         raise ValueError(f"`warmup_steps` must be in [0, {steps}) (`steps`), got {warmup_steps}.")
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     decay = optax.cosine_decay_schedule(peak, steps - warmup_steps, alpha=end / peak)
+    # The cosine begins where the warmup reaches the peak; `decay` counts its steps from there.
     schedule = optax.join_schedules([warmup, decay], [warmup_steps])
-    return lambda step: schedule(
-        jnp.asarray(step, float)
-    )  # of an int32, JAX makes float32 even in a float64 model
 
+    def rate(step: Num[ArrayLike, ""]) -> ArrayLike:
+        # As JAX's default float: of an int32, optax makes float32 even in a float64 model.
+        return schedule(jnp.asarray(step, float))
 
-def _loss_sum(params, ids, weights, *, config, dropout_key, remat) -> Array:
-    """Returns the weighted sum of the negative log-likelihoods."""
-    logits = apply(params, ids[:, :-1], config=config, dropout_key=dropout_key, remat=remat)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-    return (losses * weights[:, 1:]).sum()
-
-
-def _check_batch(ids: Array, weights: Array | None, config: GPT2Config) -> tuple[Array, Array]:
-    """Returns `ids` and float weights; raises `ValueError` if they do not fit."""
-    ids = check_ids(ids, config, longest=config.n_positions + 1)
-    if ids.shape[1] < 2:
-        raise ValueError(
-            "`ids` must have at least 2 columns: one to read and one to predict, got 1."
-        )
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
-    if weights is None:
-        return ids, np.ones(ids.shape, dtype)
-    if weights.shape != ids.shape:
-        raise ValueError(
-            f"`weights` must have the shape of `ids`, {list(ids.shape)}, got {list(weights.shape)}."
-        )
-    return ids, jnp.asarray(weights, dtype)
-
-
-def _nonzero(weight: Array) -> Array:
-    return jnp.where(weight == 0, 1, weight)
+    return rate

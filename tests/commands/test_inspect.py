@@ -1,9 +1,6 @@
-"""The pictures and numbers of `scripts/inspect_model.py`, on the model in the package."""
+"""The pictures and numbers of the command `inspect`, on the packaged model."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,85 +9,65 @@ from matplotlib.image import imread
 
 import gpt2_jax
 
-spec = importlib.util.spec_from_file_location(
-    "inspect_model", Path(__file__).parents[2] / "scripts" / "inspect_model.py"
-)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-GIRL, BOY = "The little girl took", "The little boy took"
+GIRL = "The little girl took"
+BOY = "The little boy took"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(
-            sys, "argv", ["inspect_model.py", *args, "--from_pretrained", "demo", "--quiet"]
-        )
-        status = script.main()
-        return status, capsys.readouterr()
+def look(command):
+    """Runs the command, without a bar."""
+
+    def run(*arguments):
+        return command("inspect", *arguments, "--quiet")
 
     return run
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """The demo model, its tokenizer, and a text's ids."""
-    config, params = gpt2_jax.load("demo", dtype="float32")
-    tokenizer = gpt2_jax.Tokenizer.load(gpt2_jax.resolve("demo"))
-    return config, params, tokenizer, np.array([tokenizer.encode(GIRL)])
+def numbers_of(done):
+    """What a run that went well has printed."""
+    assert done.code == 0, done.err
+    return json.loads(done.out)
 
 
-def test_the_lens_shows_the_models_own_prediction_last(run, demo, tmp_path):
-    config, params, tokenizer, ids = demo
-    status, printed = run(GIRL, "--json", "--out", str(tmp_path / "lens.png"))
-    found = json.loads(printed.out)
-    probabilities = jax.nn.softmax(
-        jax.jit(gpt2_jax.apply, static_argnames="config")(params, ids, config=config)[0]
-    )
-    assert status == 0 and found["sites"] == [f"h.{i}.resid_post" for i in range(4)]
-    assert found["best"][-1] == [
-        tokenizer.decode([i]) for i in np.asarray(probabilities.argmax(-1))
-    ]
+def test_the_lens_shows_the_models_own_prediction_last(look, demo, tmp_path):
+    found = numbers_of(look(GIRL, "--json", "--out", str(tmp_path / "lens.png")))
+    ids = np.array([demo.tokenizer.encode(GIRL)])
+    logits = jax.jit(gpt2_jax.apply)(demo.params, ids, config=demo.config)[0]
+    probabilities = jax.nn.softmax(logits)
+    best = np.asarray(probabilities.argmax(-1))
+    assert found["sites"] == [f"h.{i}.resid_post" for i in range(4)]
+    assert found["best"][-1] == [demo.tokenizer.decode([i]) for i in best]
     np.testing.assert_allclose(found["probabilities"][-1], probabilities.max(-1), rtol=1e-4)
     assert imread(tmp_path / "lens.png").std() > 0.05  # something is drawn
     assert [file.name for file in tmp_path.iterdir()] == ["lens.png"]
 
 
-def test_patterns_are_printed_by_head(run, tmp_path):
-    status, printed = run(
-        GIRL, "--site", "h.1.attn.pattern", "--json", "--out", str(tmp_path / "heads.svg")
-    )
-    pattern = np.array(json.loads(printed.out)["patterns"]["h.1.attn.pattern"])
-    assert status == 0 and pattern.shape == (4, 4, 4)
+def test_patterns_are_printed_by_head(look, tmp_path):
+    picture = tmp_path / "heads.svg"
+    found = numbers_of(look(GIRL, "--site", "h.1.attn.pattern", "--json", "--out", str(picture)))
+    pattern = np.array(found["patterns"]["h.1.attn.pattern"])
+    assert pattern.shape == (4, 4, 4)
     np.testing.assert_allclose(pattern.sum(-1), 1, rtol=1e-6)
     assert not pattern[:, *np.triu_indices(4, 1)].any()
-    assert "<svg" in (tmp_path / "heads.svg").read_text()
+    assert "<svg" in picture.read_text()
 
 
-def test_the_heat_map_ends_in_the_donors_value(run, tmp_path):
+def test_the_heat_map_ends_in_the_donors_value(look, tmp_path):
+    picture = tmp_path / "patching.png"
     options = ["--donor", BOY, "--answers", " her", " his", "--batch_size", "3"]
-    status, printed = run(GIRL, *options, "--json", "--out", str(tmp_path / "patching.png"))
-    found = json.loads(printed.out)
+    found = numbers_of(look(GIRL, *options, "--json", "--out", str(picture)))
     values = np.array(found["values"])
-    assert (
-        status == 0
-        and found["labels"] == ["The", " little", " girl", " took"]
-        and values.shape == (4, 4)
-    )
-    np.testing.assert_allclose(
-        values[:, :2], found["unpatched"], rtol=1e-5
-    )  # where the texts are the same
-    np.testing.assert_allclose(
-        values[0, 2], found["donor"], rtol=1e-5
-    )  # where all that differs is patched
-    assert (
-        found["unpatched"] > 0 > found["donor"]
-        and (tmp_path / "patching.png").stat().st_size > 1000
-    )
+    assert found["labels"] == ["The", " little", " girl", " took"]
+    assert values.shape == (4, 4)
+    # Where the texts are the same, and where all that differs is patched.
+    np.testing.assert_allclose(values[:, :2], found["unpatched"], rtol=1e-5)
+    np.testing.assert_allclose(values[0, 2], found["donor"], rtol=1e-5)
+    assert found["unpatched"] > 0 > found["donor"]
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "arguments, message",
     [
         ([GIRL], "Expected --out FILE, --json, or both."),
         (
@@ -99,6 +76,10 @@ def test_the_heat_map_ends_in_the_donors_value(run, tmp_path):
         ),
         ([GIRL, "--json", "--donor", BOY], "Both texts go on with ' the': give two --answers"),
         (
+            [GIRL, "--json", "--donor", BOY, "--answers", "", " his"],
+            "The --answers must not be empty.",
+        ),
+        (
             [GIRL, "--json", "--site", "h.9.resid_post"],
             "There is no site 'h.9.resid_post' in 4 layers.",
         ),
@@ -106,10 +87,16 @@ def test_the_heat_map_ends_in_the_donors_value(run, tmp_path):
             [GIRL, "--json", "--site", "h.1.attn.z"],
             "--site must be streams of width D or attention patterns",
         ),
+        (
+            [GIRL, "--out", "heads.png", "--site", "h.*.attn.pattern"],
+            "--out draws the heads of one layer, got the sites h.0.attn.pattern, ",
+        ),
         (["", "--json"], "The texts must not be empty."),
         ([GIRL, "--json", "--batch_size", "0"], "--batch_size must be at least 1, got 0."),
     ],
 )
-def test_mistakes_are_named(run, args, message):
-    status, printed = run(*args)
-    assert status == 2 and message in printed.err and not printed.out
+def test_mistakes_are_named(look, arguments, message):
+    done = look(*arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert done.out == ""

@@ -1,4 +1,4 @@
-"""Beam search against HF's `generate`, token for token; beam sampling against its own definition."""
+"""Beam search against HF's `generate`, token for token; beam sampling against its definition."""
 
 import itertools
 from functools import partial
@@ -27,7 +27,7 @@ def beam_search(*args, **options):
 
 @pytest.fixture(scope="module")
 def models():
-    """A float64 model of HF's, with weights large enough to write varied texts, and the same here."""
+    """A float64 model of HF's, its weights large enough for varied texts, and the same here."""
     torch.manual_seed(1)
     model = GPT2LMHeadModel(
         HFConfig(**TINY, bos_token_id=None, eos_token_id=None, attn_implementation="eager")
@@ -41,17 +41,25 @@ def models():
 
 
 def search_hf(model, ids, lengths, *, stops, pad, **options):
-    """HF's beams of left-padded prompts: texts [B * R, up to N] without the prompts, and scores [B * R]."""
+    """HF's beams of left-padded prompts: texts [B * R, up to N] without the prompts, and scores [B
+    * R].
+    """
     width = ids.shape[1]
     left = np.stack(
         [np.roll(row, width - length) for row, length in zip(ids, lengths, strict=True)]
     )
     mask = np.arange(width)[None] >= width - lengths[:, None]
     out = model.generate(
-        torch.tensor(np.where(mask, left, pad)), attention_mask=torch.tensor(mask).long(), max_new_tokens=N,
-        do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pad, return_dict_in_generate=True,
-        output_scores=True, **options,
-    )  # fmt: skip
+        torch.tensor(np.where(mask, left, pad)),
+        attention_mask=torch.tensor(mask).long(),
+        max_new_tokens=N,
+        do_sample=False,
+        eos_token_id=list(stops) or None,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
     return out.sequences[:, width:].numpy(), out.sequences_scores.numpy()
 
 
@@ -74,18 +82,35 @@ def test_texts_and_scores_equal_hfs(beams, early, penalty, stops, pad, models, r
     model, config, params = models
     ids, lengths = rng.integers(0, V, (6, 5)), np.array([5, 2, 5, 1, 4, 3])
     found = beam_search(
-        params, ids, lengths, config=config, max_new_tokens=N, num_beams=beams, early_stopping=early,
-        length_penalty=penalty, num_return_sequences=2, stop_ids=stops, pad_id=pad,
-    )  # fmt: skip
-    expected, scores = search_hf(
-        model, ids, lengths, stops=stops, pad=pad, num_beams=beams, early_stopping=early, length_penalty=penalty,
+        params,
+        ids,
+        lengths,
+        config=config,
+        max_new_tokens=N,
+        num_beams=beams,
+        early_stopping=early,
+        length_penalty=penalty,
         num_return_sequences=2,
-    )  # fmt: skip
+        stop_ids=stops,
+        pad_id=pad,
+    )
+    expected, scores = search_hf(
+        model,
+        ids,
+        lengths,
+        stops=stops,
+        pad=pad,
+        num_beams=beams,
+        early_stopping=early,
+        length_penalty=penalty,
+        num_return_sequences=2,
+    )
     texts, width = np.asarray(found.ids).reshape(12, N), expected.shape[1]
     ends = np.asarray(found.lengths).ravel()
     for text, length, theirs in zip(texts, ends, expected, strict=True):
         np.testing.assert_array_equal(text[:length], theirs[:length])
-        # Behind the end HF writes `pad_id`, or a stop id in the place of a `pad_id` of 0 (transformers#47286).
+        # Behind the end HF writes `pad_id`, or a stop id in the place of a `pad_id` of 0
+        # (transformers#47286).
         assert (text[length:] == pad).all() and (theirs[length:] == (pad or stops[0])).all()
     assert ends.max() == width
     np.testing.assert_allclose(np.ravel(found.scores), scores, rtol=1e-5)
@@ -150,9 +175,16 @@ def test_log_probabilities_are_the_models_own_and_add_up_to_the_score(models, rn
     _, config, params = models
     ids, lengths = rng.integers(0, V, (3, 4)), np.array([4, 2, 3])
     found = beam_search(
-        params, ids, lengths, config=config, max_new_tokens=N, num_beams=3, num_return_sequences=3, length_penalty=0.5,
+        params,
+        ids,
+        lengths,
+        config=config,
+        max_new_tokens=N,
+        num_beams=3,
+        num_return_sequences=3,
+        length_penalty=0.5,
         stop_ids=(4, 9),
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(found.scores, found.logprobs.sum(-1) / found.lengths**0.5, rtol=1e-5)
     assert (np.diff(found.scores) <= 0).all()
     own = np.zeros((3, 3, 4 + N), int)
@@ -175,9 +207,15 @@ def test_as_many_beams_as_texts_find_the_likeliest(models):
     small = np.arange(3)
     keep = sampler_from_options({"suppress_tokens": list(range(3, V))})
     found = beam_search(
-        params, [[5, 6]], config=config, max_new_tokens=3, num_beams=9, num_return_sequences=9, sampler=keep,
+        params,
+        [[5, 6]],
+        config=config,
+        max_new_tokens=3,
+        num_beams=9,
+        num_return_sequences=9,
+        sampler=keep,
         stop_ids=(),
-    )  # fmt: skip
+    )
     texts = np.array(list(itertools.product(small, repeat=3)))
     whole = np.concatenate([np.tile([5, 6], (27, 1)), texts], axis=1)
     own = np.asarray(token_logprobs(params, whole, config=config))[:, -3:].sum(axis=1)
@@ -201,9 +239,16 @@ def test_sampling_draws_beams_without_replacement_in_proportion(models):
     best = np.where(p[first] >= p[second], first, second)
     expected = np.bincount(best.ravel(), pairs.ravel(), V)
     found = beam_search(
-        params, np.tile(prompt, (draws, 1)), None, jax.random.key(3), config=config, max_new_tokens=1, num_beams=2,
-        sampler=sampler, stop_ids=(),
-    )  # fmt: skip
+        params,
+        np.tile(prompt, (draws, 1)),
+        None,
+        jax.random.key(3),
+        config=config,
+        max_new_tokens=1,
+        num_beams=2,
+        sampler=sampler,
+        stop_ids=(),
+    )
     seen = np.bincount(np.ravel(found.ids), minlength=V) / draws
     assert np.abs(seen - expected).max() < 4 * np.sqrt(0.25 / draws)
     assert np.abs(expected - p).max() > 8 * np.sqrt(

@@ -55,9 +55,14 @@ def test_a_rows_text_is_the_same_alone_and_in_a_batch(params, prompts):
     )
     for i in range(4):
         alone = generate(
-            params, ids[i : i + 1], lengths[i : i + 1], keys(4)[i : i + 1], config=TINY, max_new_tokens=12,
+            params,
+            ids[i : i + 1],
+            lengths[i : i + 1],
+            keys(4)[i : i + 1],
+            config=TINY,
+            max_new_tokens=12,
             sampler=SAMPLER,
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(alone.ids[0], together.ids[i])
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[i], atol=1e-5)
 
@@ -172,9 +177,16 @@ def test_new_numbers_prompts_and_seeds_compile_nothing_new(params, rng):
         width = 1 + (7 * i) % 28  # one bucket, and one cache
         sampler = Categorical(Chain((Temperature(0.5 + 0.1 * i), TopK(30), TopP(0.9 - 0.01 * i))))
         generate(
-            params, rng.integers(0, 61, (2, width)), None, jax.random.key(i), config=TINY, max_new_tokens=2 + i % 3,
-            sampler=sampler, stop_ids=(i,), pad_id=i,
-        )  # fmt: skip
+            params,
+            rng.integers(0, 61, (2, width)),
+            None,
+            jax.random.key(i),
+            config=TINY,
+            max_new_tokens=2 + i % 3,
+            sampler=sampler,
+            stop_ids=(i,),
+            pad_id=i,
+        )
     assert [program._cache_size() for program in programs] == [1, 1]
     generate(params, rng.integers(0, 61, (2, 33)), config=TINY, max_new_tokens=4)
     assert [program._cache_size() for program in programs] == [2, 2]

@@ -1,6 +1,8 @@
 """Every option against HF's own processors, and whole texts against HF's `generate`."""
 
 import json
+import subprocess
+import sys
 from functools import cache, partial
 
 import jax
@@ -16,15 +18,20 @@ from transformers.generation import logits_process as hf
 
 import gpt2_jax
 from gpt2_jax import GPT2Config, History, load_generation_config, sampler_from_options
+from gpt2_jax.generation.options import OPTIONS, options_table
 from gpt2_jax.generation.sampling import (
     Force,
     FrequencyPenalty,
     NoRepeatNGram,
     PresencePenalty,
+    RepetitionPenalty,
     SequenceBias,
     Suppress,
+    Temperature,
     TopH,
+    Typical,
 )
+from tests.reference import ROOT
 
 V, PROMPT, STOPS = 40, 3, (5, 9)
 WORDS = [[7], [5], [1, 2], [0, 1, 2], [3, 3, 3, 3, 3, 3, 3, 3]]
@@ -122,11 +129,10 @@ def transformed(transform, logits, history):
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_equal_hfs(name, rng, monkeypatch):
-    monkeypatch.setattr(
-        torch, "sort", partial(torch.sort, stable=True)
-    )  # HF leaves the order of ties open
+    # HF leaves the order of ties open.
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
     options, theirs = CASES[name]
-    sample = any(key in gpt2_jax.generation.options.WARPERS for key in options)
+    sample = any(OPTIONS[name].needs == "do_sample" for name in options)
     sampler = sampler_from_options(
         options, do_sample=sample, stop_ids=STOPS, max_new_tokens=6, vocab_size=V
     )
@@ -134,9 +140,8 @@ def test_scores_equal_hfs(name, rng, monkeypatch):
     changed = False
     for step in range(6):
         logits = logits_of(rng)
-        ids = rng.integers(
-            0, 5, (len(logits), prompt + step)
-        )  # few distinct ids, so that runs repeat
+        # Few distinct ids, so that runs repeat.
+        ids = rng.integers(0, 5, (len(logits), prompt + step))
         expected = torch.tensor(logits)
         for processor in theirs():
             expected = processor(torch.tensor(ids), expected)
@@ -147,10 +152,10 @@ def test_scores_equal_hfs(name, rng, monkeypatch):
 
 
 ids = st.integers(0, V - 1)
-# Values of HF's options, and for each whether it may stand beside the others. Shares are thirds, sevenths, ...: on a
-# border such as 0.5 the two sums could round to different sides.
+# Values of HF's options, and for each whether it may stand beside the others. Shares are fractions
+# of 97: on a border such as 0.5 the two sums could round to different sides.
 shares = st.integers(1, 96).map(lambda n: n / 97)
-OPTIONS = st.fixed_dictionaries(
+ANY_OPTIONS = st.fixed_dictionaries(
     {},
     optional={
         "sequence_bias": st.dictionaries(
@@ -189,7 +194,7 @@ def any_model():
 
 
 def chain_hf(options):
-    """The processors that HF makes of options, in its own order, for prompts of PROMPT tokens and 6 new ones."""
+    """HF's processors of options, in its own order, for prompts of PROMPT tokens and 6 new ones."""
     config = GenerationConfig(
         **{"top_k": 0} | options, do_sample=True, eos_token_id=list(STOPS), max_length=PROMPT + 6
     )
@@ -198,22 +203,20 @@ def chain_hf(options):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(options=OPTIONS, step=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
+@given(options=ANY_OPTIONS, step=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
 def test_any_options_together_are_hfs_chain(options, step, seed):
     assume(options.get("forced_eos_token_id") not in options.get("suppress_tokens", ()))
     rng = np.random.default_rng(seed)
-    logits = logits_of(rng)[
-        :-2
-    ]  # without the rows of which a few options together would leave no token
+    # Without the rows of which a few options together would leave no token.
+    logits = logits_of(rng)[:-2]
     ids = rng.integers(0, 5, (len(logits), PROMPT + step))
     sampler = sampler_from_options(
         options, do_sample=True, stop_ids=STOPS, max_new_tokens=6, vocab_size=V
     )
     found = sampler.transform(jnp.asarray(logits), scattered(ids, rng, step))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "sort", partial(torch.sort, stable=True)
-        )  # HF leaves the order of ties open
+        # HF leaves the order of ties open.
+        patch.setattr(torch, "sort", partial(torch.sort, stable=True))
         expected = chain_hf(options)(torch.tensor(ids), torch.tensor(logits))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -224,9 +227,12 @@ def test_top_h_equals_hfs(top_h, size, rng):
     logits = (rng.normal(size=(8, size)) * 2).astype(np.float32)
     expected = hf.TopHLogitsWarper(top_h)(None, torch.tensor(logits)).numpy()
     found = jax.jit(TopH(top_h))(logits)
-    # The sum of all parts equals the whole up to its last digit, so at 1 the least likely token may go either way.
-    assert (np.isfinite(found) != np.isfinite(expected)).sum() <= (8 if top_h == 1.0 else 0)
-    assert 0 < np.isfinite(found).sum() < found.size or top_h == 1.0
+    # The sum of all parts equals the whole up to its last digit, so at 1 the least likely token of
+    # each row may go either way.
+    differing = np.isfinite(found) != np.isfinite(expected)
+    assert differing.sum() <= (8 if top_h == 1.0 else 0)
+    assert np.isfinite(found).any()
+    assert top_h == 1.0 or not np.isfinite(found).all()
 
 
 def test_penalties_count_what_was_generated_as_openai_defines_them():
@@ -275,12 +281,8 @@ def models():
     return model, config, gpt2_jax.from_hf(model.state_dict(), config)
 
 
-ENDS = [
-    (STOPS, 0),
-    (STOPS, 9),
-    ((5,), 5),
-    ((), 0),
-]  # stop ids and the padding: not among them, or one of them
+# Stop ids and the padding: not among them, or one of them.
+ENDS = [(STOPS, 0), (STOPS, 9), ((5,), 5), ((), 0)]
 
 
 @pytest.mark.parametrize(
@@ -291,9 +293,7 @@ def test_greedy_texts_equal_hfs(name, stops, pad, models, rng):
     options = dict(GREEDY[name])
     if not stops:
         options = {
-            key: value
-            for key, value in options.items()
-            if key not in gpt2_jax.generation.options.NEEDS_STOP_IDS
+            name: value for name, value in options.items() if OPTIONS[name].needs != "stop_ids"
         }
     ids, lengths = rng.integers(1, V, (6, 5)), np.full(6, 5)
     if "no_repeat_ngram_size" not in options:  # which HF lets see the padding
@@ -301,9 +301,14 @@ def test_greedy_texts_equal_hfs(name, stops, pad, models, rng):
     left = np.stack([np.roll(row, 5 - length) for row, length in zip(ids, lengths, strict=True)])
     mask = np.arange(5)[None] >= 5 - lengths[:, None]
     expected = model.generate(
-        torch.tensor(np.where(mask, left, pad)), attention_mask=torch.tensor(mask).long(), max_new_tokens=12,
-        do_sample=False, eos_token_id=list(stops) or None, pad_token_id=pad, **options,
-    )[:, 5:].numpy()  # fmt: skip
+        torch.tensor(np.where(mask, left, pad)),
+        attention_mask=torch.tensor(mask).long(),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=list(stops) or None,
+        pad_token_id=pad,
+        **options,
+    )[:, 5:].numpy()
     sampler = sampler_from_options(options, stop_ids=stops, max_new_tokens=12, vocab_size=V)
     run = partial(
         gpt2_jax.generate, params, config=config, max_new_tokens=12, sampler=sampler, stop_ids=stops
@@ -338,22 +343,28 @@ def test_rules_that_look_back_see_a_row_alone_and_in_a_batch_alike(models, rng):
 def test_numbers_may_differ_from_row_to_row(rng):
     logits, ids = rng.normal(size=(2, V)), rng.integers(0, V, (2, 5))
     history = History(jnp.asarray(ids), jnp.ones((2, 5), bool), jnp.int32(2))
-    for make, values in (
-        (lambda x: sampler_from_options({"repetition_penalty": x}), (1.2, 3.0)),
-        (lambda x: sampler_from_options({"typical_p": x}, do_sample=True), (0.2, 0.9)),
-        (lambda x: sampler_from_options({"eta_cutoff": x}, do_sample=True), (0.01, 0.2)),
-        (lambda x: sampler_from_options({"min_new_tokens": x}, stop_ids=STOPS), (1, 4)),
-        (lambda x: sampler_from_options({"presence_penalty": x}), (0.5, -0.5)),
+    logits = jnp.asarray(logits)
+    for name, values in (
+        ("repetition_penalty", (1.0, 3.0)),  # the neutral value is one of them
+        ("typical_p", (0.2, 0.9)),
+        ("eta_cutoff", (0.01, 0.2)),
+        ("min_new_tokens", (1, 4)),
+        ("presence_penalty", (0.5, -0.5)),
     ):
-        both = type(make(values[0]).transform.transforms[0])
-        fields = vars(make(values[0]).transform.transforms[0])
-        name = next(
-            key for key, value in fields.items() if np.ndim(value) == 0 and value == values[0]
-        )
-        found = both(**(fields | {name: jnp.array(values)}))(jnp.asarray(logits), history)
+        sample = OPTIONS[name].needs == "do_sample"
+        make = partial(sampler_from_options, do_sample=sample, stop_ids=STOPS)
+        both = make({name: jnp.array(values)}).transform(logits, history)
         for row, value in enumerate(values):
-            alone = make(value).transform(jnp.asarray(logits), history)
-            np.testing.assert_allclose(found[row], alone[row])
+            alone = make({name: value}).transform(logits, history)
+            np.testing.assert_allclose(both[row], alone[row])
+
+
+def test_an_options_number_may_be_traced():
+    def scaled(temperature):
+        sampler = sampler_from_options({"temperature": temperature}, do_sample=True)
+        return sampler.transform(jnp.array([[1.0, 2.0]]), None)
+
+    np.testing.assert_allclose(jax.jit(scaled)(0.5), [[2.0, 4.0]])
 
 
 def test_a_checkpoints_generation_config_makes_hfs_processors(models, tmp_path):
@@ -367,11 +378,9 @@ def test_a_checkpoints_generation_config_makes_hfs_processors(models, tmp_path):
     GenerationConfig(**settings).save_pretrained(tmp_path)
     ids = np.arange(8).reshape(2, 4)
     arguments = load_generation_config(tmp_path, config=config, prompt_length=4)
-    assert (
-        arguments["max_new_tokens"] == 10
-        and arguments["stop_ids"] == (5, 9)
-        and arguments["pad_id"] == 0
-    )
+    assert arguments["max_new_tokens"] == 10
+    assert arguments["stop_ids"] == (5, 9)
+    assert arguments["pad_id"] == 0
     expected = model.generate(
         torch.tensor(ids),
         attention_mask=torch.ones(ids.shape),
@@ -408,10 +417,10 @@ def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
     file, config = tmp_path / "generation_config.json", GPT2Config()
     file.write_text(json.dumps({"do_sample": True, "temperature": 0.7, "_from_model_config": True}))
     arguments = load_generation_config(tmp_path, config=config)
-    assert arguments["sampler"] == sampler_from_options(
-        {"temperature": 0.7, "top_k": 50}, do_sample=True
-    )
-    assert arguments["stop_ids"] == (50256,) and "max_new_tokens" not in arguments
+    expected = sampler_from_options({"temperature": 0.7, "top_k": 50}, do_sample=True)
+    assert arguments["sampler"] == expected
+    assert arguments["stop_ids"] == (50256,)
+    assert "max_new_tokens" not in arguments
 
 
 @pytest.mark.parametrize(
@@ -430,7 +439,7 @@ def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
             r"`suppress_tokens` must hold ids in \[0, 50257\) \(`vocab_size`\), got 60000",
         ),
         ({"bad_words_ids": [[1, -2]]}, "`bad_words_ids` must hold ids in .* got -2"),
-        ([], "expected a JSON object, got list"),
+        ([], "expected an object, got list"),
     ],
 )
 def test_what_a_generation_config_asks_for_in_vain_is_named(content, message, tmp_path):
@@ -460,11 +469,29 @@ def test_what_a_generation_config_asks_for_in_vain_is_named(content, message, tm
         ),
         (
             lambda: sampler_from_options({"repetition_penalty": 0.0}),
-            "`penalty` must be greater than 0, got 0.0",
+            "`repetition_penalty` must be greater than 0, got 0.0",
         ),
         (
             lambda: sampler_from_options({"typical_p": 1.5}, do_sample=True),
-            r"`mass` must be in \(0, 1\), got 1.5",
+            r"`typical_p` must be in \(0, 1\], got 1.5",
+        ),
+        (lambda: Typical(1.0), r"`mass` must be in \(0, 1\), got 1.0"),
+        (lambda: RepetitionPenalty(0.0), "`penalty` must be greater than 0, got 0.0"),
+        (
+            lambda: sampler_from_options({"presence_penalty": float("nan")}),
+            "`presence_penalty` must be finite, got nan",
+        ),
+        (
+            lambda: sampler_from_options({"no_repeat_ngram_size": -1}),
+            "`no_repeat_ngram_size` must be at least 0, got -1",
+        ),
+        (
+            lambda: sampler_from_options({"min_length": 3}, stop_ids=(99,), vocab_size=V),
+            r"`min_length` must hold ids in \[0, 40\) \(`vocab_size`\), got 99",
+        ),
+        (
+            lambda: sampler_from_options({"num_beams": 3}),
+            "not supported: num_beams. There are sequence_bias",
         ),
         (
             lambda: sampler_from_options({"top_h": 0.0}, do_sample=True),
@@ -490,3 +517,35 @@ def test_neutral_values_leave_nothing_to_do():
     }
     assert sampler_from_options(neutral).transform.transforms == ()
     assert Suppress((1,))(jnp.zeros((1, 3))).tolist() == [[0.0, -np.inf, 0.0]]
+
+
+def test_cuts_for_beams_leave_a_token_more_than_there_are_stop_ids():
+    sampler = sampler_from_options({"top_k": 1}, do_sample=True, stop_ids=STOPS, num_beams=2)
+    assert sampler.transform.transforms[0].k == 3
+
+
+def test_the_order_of_options_given_is_of_no_matter():
+    options = {"top_p": 0.9, "temperature": 0.5, "repetition_penalty": 2.0}
+    sampler = sampler_from_options(options, do_sample=True)
+    kinds = [type(transform) for transform in sampler.transform.transforms]
+    assert kinds == [RepetitionPenalty, Temperature, gpt2_jax.TopP]
+
+
+def test_the_readmes_table_is_the_tables():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert options_table() in readme
+
+
+def test_the_table_is_read_without_jax():
+    # `gpt2_jax` itself imports JAX: a bare package in its place has the same modules.
+    code = f"""
+import sys, types
+sys.modules["jax"] = sys.modules["flax"] = None
+package = types.ModuleType("gpt2_jax")
+package.__path__ = [{str(ROOT / "gpt2_jax")!r}]
+sys.modules["gpt2_jax"] = package
+from gpt2_jax.generation.options import OPTIONS, options_table
+print(len(OPTIONS), len(options_table()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(len(OPTIONS)), str(len(options_table()))], done.stderr

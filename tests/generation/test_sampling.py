@@ -1,14 +1,28 @@
 from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import struct
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
+from gpt2_jax.generation.ranges import AT_LEAST_1, FINITE, POSITIVE, Range
+from gpt2_jax.generation.sampling import (
+    ExponentialDecayLength,
+    Force,
+    FrequencyPenalty,
+    NoRepeatNGram,
+    PresencePenalty,
+    RepetitionPenalty,
+    SequenceBias,
+    Suppress,
+    as_sampler,
+)
 from gpt2_jax.kernels import FEW, argmax, ascending
 
 CASES = {
@@ -50,7 +64,8 @@ def logits_with_ties(rng):
 
 @pytest.mark.parametrize("name", CASES)
 def test_transform_equals_hf_ties_included(name, rng, monkeypatch):
-    # HF's top-p leaves the order of ties to an unstable sort, so its own answer is arbitrary there; we fix it.
+    # HF's top-p leaves the order of ties to an unstable sort, so its own answer is arbitrary there:
+    # a stable sort fixes it.
     monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
     ours, theirs = CASES[name]
     logits = logits_with_ties(rng)
@@ -64,9 +79,8 @@ def test_top_p_of_what_top_k_leaves_of_a_large_vocabulary(k, p, rng, monkeypatch
     monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
     logits = rng.normal(size=(6, 700)).astype(np.float32) * 2
     logits[3:] = np.round(logits[3:])  # more than k tie
-    theirs = hf.TopPLogitsWarper(p)(
-        None, hf.TopKLogitsWarper(k)(None, torch.tensor(logits))
-    ).numpy()
+    of_top_k = hf.TopKLogitsWarper(k)(None, torch.tensor(logits))
+    theirs = hf.TopPLogitsWarper(p)(None, of_top_k).numpy()
     for rows in (slice(0, 3), slice(None)):
         ours = jax.jit(Chain((TopK(k), TopP(p))))(logits[rows])
         np.testing.assert_array_equal(ours, theirs[rows])
@@ -79,7 +93,7 @@ def test_top_k_keeps_ties_with_the_last():
 
 
 def test_top_p_of_one_is_the_identity(rng):
-    logits = logits_with_ties(rng)
+    logits = jnp.asarray(logits_with_ties(rng))
     np.testing.assert_array_equal(TopP(1.0)(logits), logits)
 
 
@@ -104,9 +118,8 @@ def test_argmax_equals_numpys(rng):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_sorting_as_integers_is_sorting(dtype, rng):
-    rows = jnp.asarray(
-        np.concatenate([logits_with_ties(rng), rng.normal(size=(2, 50)) * 1e30]), dtype
-    )
+    large = rng.normal(size=(2, 50)) * 1e30
+    rows = jnp.asarray(np.concatenate([logits_with_ties(rng), large]), dtype)
     rows = rows.at[0, :4].set(jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], dtype))
     np.testing.assert_array_equal(ascending(rows), np.sort(rows, axis=-1))
 
@@ -119,9 +132,8 @@ def test_top_k_does_not_sort_the_vocabulary():
 def test_draws_are_those_of_jax_random_categorical(rng):
     logits = jnp.asarray(logits_with_ties(rng))
     keys = jax.random.split(jax.random.key(5), len(logits))
-    np.testing.assert_array_equal(
-        Categorical()(keys, logits), jax.vmap(jax.random.categorical)(keys, logits)
-    )
+    expected = jax.vmap(jax.random.categorical)(keys, logits)
+    np.testing.assert_array_equal(Categorical()(keys, logits), expected)
 
 
 def test_top_1_sampling_is_greedy(rng):
@@ -145,6 +157,153 @@ def test_a_row_draws_the_same_alone(rng):
     together = Categorical()(keys, logits)
     alone = [int(Categorical()(keys[i : i + 1], logits[i : i + 1])[0]) for i in range(5)]
     assert together.tolist() == alone
+
+
+def test_the_count_of_a_cut_may_be_numpys():
+    logits = jnp.array([[3.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(TopK(np.int64(2))(logits), TopK(2)(logits))
+
+
+def largest_of_reversed(keys, logits, history):
+    """A plain function in a sampler's place."""
+    del keys, history
+    return logits[:, ::-1].argmax(-1)
+
+
+@struct.dataclass
+class OwnSampler:
+    """A user's sampler, complete."""
+
+    transform: Any
+    draws: ClassVar[bool] = False
+
+    def __call__(self, keys, logits, history=None):
+        return argmax(self.transform(logits, history))
+
+
+@struct.dataclass
+class HalfSampler:
+    """A user's sampler that says nothing of itself."""
+
+    bias: Any
+
+    def __call__(self, keys, logits, history=None):
+        return argmax(logits + self.bias)
+
+
+class Unhashable:
+    """What can be called, but be no static argument of a compiled program."""
+
+    __hash__ = None
+
+    def __call__(self, keys, logits, history=None):
+        return argmax(logits)
+
+
+def test_no_sampler_is_greedy():
+    assert as_sampler(None) == Greedy()
+    assert not as_sampler(None).draws
+
+
+@pytest.mark.parametrize("sampler", [Greedy(TopK(3)), Categorical(), OwnSampler(TopK(2))])
+def test_a_sampler_stays_what_it_is(sampler):
+    assert as_sampler(sampler) is sampler
+
+
+def test_samplers_say_whether_they_draw():
+    assert Categorical.draws
+    assert not Greedy.draws
+
+
+def test_a_function_becomes_a_sampler_that_may_draw():
+    sampler = as_sampler(largest_of_reversed)
+    ids = sampler(None, jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]))
+    assert ids.tolist() == [0, 2]
+    assert ids.dtype == jnp.int32
+    assert sampler.draws
+    assert sampler.transform is None
+
+
+def test_equal_functions_compile_once():
+    structure = jax.tree.structure(as_sampler(largest_of_reversed))
+    assert structure == jax.tree.structure(as_sampler(largest_of_reversed))
+    assert structure != jax.tree.structure(as_sampler(lambda *_: 0))
+
+
+def test_an_incomplete_sampler_counts_as_a_function_whose_numbers_are_leaves():
+    sampler = as_sampler(HalfSampler(jnp.array([[0.0, 5.0]])))
+    assert sampler.draws
+    assert len(jax.tree.leaves(sampler)) == 1
+    assert jax.jit(lambda s, x: s(None, x))(sampler, jnp.array([[1.0, 0.0]])).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "result, got",
+    [
+        (lambda keys, logits, history: logits, r"float\d+ of shape \[2, 3\]"),
+        (lambda keys, logits, history: 1, r"int\d+ of shape \[\]"),
+    ],
+)
+def test_a_function_must_return_an_id_for_each_row(result, got):
+    with pytest.raises(ValueError, match=rf"must return integers of shape \[2\], got {got}"):
+        as_sampler(result)(None, jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (TopK(3), r"TopK is a transform, not a sampler: use `Categorical\(TopK\(...\)\)`"),
+        (Chain(), r"Chain is a transform, not a sampler: use `Categorical\(Chain\(...\)\)`"),
+        (Greedy, r"must be an object, got the class Greedy: use `Greedy\(...\)`"),
+        ("greedy", "must be a sampler or a function .* got 'greedy'"),
+        (Unhashable(), "must be hashable or a pytree, Unhashable is neither"),
+    ],
+)
+def test_what_cannot_be_a_sampler_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        as_sampler(given)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RepetitionPenalty(1.5),
+        FrequencyPenalty(0.5),
+        PresencePenalty(0.5),
+        NoRepeatNGram(2),
+        SequenceBias.ban([[1]]),
+        Suppress((1,), steps=3),
+        Suppress((1,), length=3),
+        Force((1,), step=2),
+        ExponentialDecayLength((1,), 2, 1.5),
+    ],
+)
+def test_a_rule_that_looks_back_names_the_missing_history(rule):
+    name = type(rule).__name__
+    with pytest.raises(ValueError, match=f"{name} looks back: `history` must be a `History`"):
+        rule(jnp.zeros((1, 4)))
+
+
+def test_a_draw_names_the_missing_keys():
+    with pytest.raises(ValueError, match="Categorical draws: `keys` must hold a key for each row"):
+        Categorical()(None, jnp.zeros((1, 4)))
+
+
+def test_ranges_read_as_sentences():
+    below_one = Range(low=0, high=1, high_open=True)
+    assert [str(range) for range in (below_one, POSITIVE, AT_LEAST_1, FINITE)] == [
+        "in [0, 1)",
+        "greater than 0",
+        "at least 1",
+        "finite",
+    ]
+
+
+def test_ranges_hold_their_closed_bounds_alone():
+    values = np.array([-0.1, 0.0, 0.5, 1.0, np.nan, np.inf])
+    assert Range(0, 1).contains(values).tolist() == [False, True, True, True, False, False]
+    inside = Range(0, 1, low_open=True, high_open=True).contains(values)
+    assert inside.tolist() == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize(

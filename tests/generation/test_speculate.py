@@ -1,4 +1,6 @@
-"""Speculation is lossless: greedy texts are those of `generate`, and drawn ones have the model's own distribution."""
+"""Speculation is lossless: greedy texts are those of `generate`, and drawn ones have the model's
+own distribution.
+"""
 
 import itertools
 
@@ -77,7 +79,8 @@ def test_greedy_texts_are_those_of_generate(kind, stops, params, draft, prompts)
     np.testing.assert_array_equal(found.lengths, plain.lengths)
     np.testing.assert_allclose(found.logprobs, plain.logprobs, atol=2e-5)
     assert (found.accepted <= found.drafted).all() and 0 < found.accepted.sum()
-    # Each round but the first, the prompt's, makes what it accepts and one token more; the end may cut that one off.
+    # Each round but the first, the prompt's, makes what it accepts and one token more; the end may
+    # cut that one off.
     missing = found.rounds + found.accepted - found.lengths
     assert ((missing == 0) | (missing == 1)).all()
     if kind == "itself":
@@ -127,15 +130,16 @@ def test_lookup_guesses_what_followed_the_longest_match_nearest_the_start():
     params["wpe"]["embedding"] = jnp.eye(8)[2 + (places + 1) % 3]
     params["wte"]["embedding"] = jnp.eye(8)
     params["ln_f"]["scale"] = jnp.ones(8)
-    # What it reads is as strong as where it is: a token of id 0 or 1 adds nothing to the three that it chooses from.
+    # What it reads is as strong as where it is: a token of id 0 or 1 adds nothing to the three that
+    # it chooses from.
     params["wte"]["embedding"] *= 0.25
     found = speculate(
         params, [[0, 1]], config=config, max_new_tokens=12, num_draft_tokens=3, stop_ids=()
     )
     text = 2 + (np.arange(2, 14)) % 3
     np.testing.assert_array_equal(found.ids[0], text)
-    # Rounds: the prompt gives one token; the next three find nothing; with the first repetition guesses of up to three
-    # tokens begin, all of them right: 4, then 4 tokens to a round.
+    # Rounds: the prompt gives one token; the next three find nothing; with the first repetition
+    # guesses of up to three tokens begin, all of them right: 4, then 4 tokens to a round.
     assert found.accepted == found.drafted and found.rounds[0] + found.accepted[0] == 12
     assert found.rounds[0] == 4 + 2
 
@@ -153,7 +157,9 @@ DICE = GPT2Config(
 
 
 def texts_and_probabilities(params, prompt, transform, stop):
-    """Every text of NEW tokens, padded with 0 after its stop, and its probability by the definition."""
+    """Every text of NEW tokens, padded with 0 after its stop, and its probability by the
+    definition.
+    """
     texts = np.array(list(itertools.product(range(V), repeat=NEW)))
     whole = np.concatenate([np.tile(prompt, (len(texts), 1)), texts], axis=1)
     logits = gpt2_jax.apply(params, whole, config=DICE)
@@ -173,7 +179,7 @@ def texts_and_probabilities(params, prompt, transform, stop):
 def test_drawn_texts_have_the_models_distribution(kind):
     params, other = (
         jax.tree.map(lambda x: 9 * x, gpt2_jax.init(jax.random.key(seed), DICE)) for seed in (3, 4)
-    )  # fmt: skip
+    )
     prompt = np.array([0, 1, 2, 0, 1])
     rules = sampler_from_options(
         {"repetition_penalty": 1.3, "presence_penalty": 0.4}
@@ -183,9 +189,18 @@ def test_drawn_texts_have_the_models_distribution(kind):
     np.testing.assert_allclose(expected.sum(), 1, rtol=1e-6)
     options = {"draft_params": other, "draft_config": DICE} if kind == "draft" else {}
     found = speculate(
-        params, np.tile(prompt, (DRAWS, 1)), None, jax.random.key(5), config=DICE, max_new_tokens=NEW, sampler=sampler,
-        stop_ids=(2,), pad_id=0, num_draft_tokens=2, **options,
-    )  # fmt: skip
+        params,
+        np.tile(prompt, (DRAWS, 1)),
+        None,
+        jax.random.key(5),
+        config=DICE,
+        max_new_tokens=NEW,
+        sampler=sampler,
+        stop_ids=(2,),
+        pad_id=0,
+        num_draft_tokens=2,
+        **options,
+    )
     place = found.ids @ V ** np.arange(NEW)[::-1]  # of a text in `texts`
     seen = np.bincount(place, minlength=len(texts))
     possible = expected > 0

@@ -11,7 +11,6 @@ from gpt2_jax import (
     Tokenizer,
     complete,
     generate,
-    load_tokenizer,
     sampler_from_options,
     stream_text,
 )
@@ -22,20 +21,7 @@ PROMPTS = ["Once upon a time there was a king", "The wolf said"]
 @pytest.fixture(scope="module")
 def model():
     config, params = gpt2_jax.load("demo", dtype="float32")
-    return params, Tokenizer.load(hub.DEMO), config
-
-
-def test_a_tokenizer_is_the_one_that_is_named_or_the_folders_or_gpt2s(tmp_path):
-    sizes = [
-        load_tokenizer(*given).vocab_size
-        for given in ((hub.DEMO,), (hub.DEMO, "gpt2-xl"), (tmp_path,))
-    ]
-    assert sizes == [4096, 50257, 50257]
-    assert load_tokenizer(tmp_path, str(hub.DEMO)).vocab_size == 4096
-    with pytest.raises(
-        FileNotFoundError, match="expected vocab.json and merges.txt, or tokenizer.json"
-    ):
-        load_tokenizer(hub.DEMO, str(tmp_path))  # what is asked for by name is not replaced
+    return params, Tokenizer.load(gpt2_jax.resolve("demo")), config
 
 
 def test_texts_are_those_of_generate(model):

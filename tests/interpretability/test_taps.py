@@ -1,4 +1,4 @@
-"""Every site equals PyTorch's, in float64; taps cost what they ask for; edits compose with JAX's transformations."""
+"""Every site equals PyTorch's, in float64; taps cost what they want; edits compose with JAX."""
 
 import copy
 from functools import partial
@@ -12,12 +12,14 @@ import torch
 
 import gpt2_jax
 from gpt2_jax.generation.decode import advance
-from gpt2_jax.interpretability.reading import by_layer
 from gpt2_jax.interpretability.taps import (
     SITES,
     add,
+    at_last_token,
     axis_masks,
+    by_layer,
     capture,
+    find_site,
     find_sites,
     make_tap,
     patch,
@@ -27,10 +29,11 @@ from gpt2_jax.interpretability.taps import (
 )
 from gpt2_jax.modules import LayerNorm
 from gpt2_jax.pretrained.weights import to_hf
+from tests.interpretability.hooks import hooked, near
 from tests.reference import TINY, hf_model, ours
 
 ROWS, LENGTH, LAYER = 2, 7, 1
-capture_jit = jax.jit(capture, static_argnames=("config", "sites"))
+capture_jit = jax.jit(capture, static_argnames="sites")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def everything(tiny, ids):
 
 @pytest.fixture(scope="module")
 def seen_by_hooks(model, ids):
-    """What goes into and comes out of every module of HF's model, with its own hidden states and attentions."""
+    """What goes into and comes out of each module of HF's model, its hidden states, attentions."""
     ins, outs = {}, {}
 
     def keep(name, module, args, kwargs, out):
@@ -127,7 +130,7 @@ def test_every_site_equals_pytorch(tiny, model, everything, seen_by_hooks):
     assert set(acts) == set(expected) == set(site_names(tiny[0]))
     for site, x in acts.items():
         np.testing.assert_allclose(x, expected[site], rtol=0, atol=1e-10, err_msg=site)
-    np.testing.assert_allclose(acts["h.0.resid_post"], seen_by_hooks[2][1], rtol=0, atol=1e-10)
+    near(acts["h.0.resid_post"], seen_by_hooks[2][1])
     np.testing.assert_array_equal(acts["logits"], logits)
 
 
@@ -178,6 +181,13 @@ def test_a_site_that_does_not_exist_is_named_with_near_ones(tiny, ids):
         ValueError, match="`over` must be axes of h.0.attn.z in their order, of 'THK'; got 'HT'"
     ):
         axis_masks("h.0.attn.z", "HT", 5, config=config)
+
+
+def test_one_site_is_found_or_the_several_are_named(tiny):
+    config, _ = tiny
+    assert find_site("h.1.*.z", config) == "h.1.attn.z"
+    with pytest.raises(ValueError, match="one site, got 'h.1.attn.[?]', which is h.1.attn.q, h.1"):
+        find_site("h.1.attn.?", config)
 
 
 def test_patterns_find_sites_in_the_order_of_the_forward_pass(tiny):
@@ -246,46 +256,26 @@ def test_layer_norm_is_linens(rng):
             np.testing.assert_array_equal(ours, expected)
 
 
-def hook_edit(model, ids, name, change, pre=False):
-    """Logits of HF's model with a module's output (or first input) changed."""
-    module = model.get_submodule(f"transformer.{name}")
-
-    def after(module, args, out):
-        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-    def before(module, args):
-        return (change(args[0]), *args[1:])
-
-    handle = (
-        module.register_forward_pre_hook(before) if pre else module.register_forward_hook(after)
-    )
-    with torch.no_grad():
-        logits = model(torch.tensor(ids)).logits.numpy()
-    handle.remove()
-    return logits
-
-
 @pytest.mark.parametrize(
-    "site, name, pre",
+    "site, module",
     [
-        ("wte.out", "wte", False),
-        ("h.1.resid_pre", "h.1.ln_1", None),
-        ("h.0.ln_1.out", "h.0.ln_1", False),
-        ("h.1.attn.z", "h.1.attn.c_proj", True),
-        ("h.0.attn.out", "h.0.attn", False),
-        ("h.1.mlp.pre", "h.1.mlp.c_fc", False),
-        ("h.1.mlp.post", "h.1.mlp.c_proj", True),
-        ("h.0.mlp.out", "h.0.mlp", False),
-        ("h.0.resid_post", "h.0", False),
-        ("ln_f.out", "ln_f", False),
+        ("wte.out", "wte"),
+        ("h.1.resid_pre", "h.0"),
+        ("h.0.ln_1.out", "h.0.ln_1"),
+        ("h.1.attn.z", "h.1.attn.c_proj"),
+        ("h.0.attn.out", "h.0.attn"),
+        ("h.1.mlp.pre", "h.1.mlp.c_fc"),
+        ("h.1.mlp.post", "h.1.mlp.c_proj"),
+        ("h.0.mlp.out", "h.0.mlp"),
+        ("h.0.resid_post", "h.0"),
+        ("ln_f.out", "ln_f"),
     ],
 )
-def test_an_edit_does_what_a_pytorch_hook_does(tiny, model, ids, site, name, pre):
+def test_an_edit_does_what_a_pytorch_hook_does(tiny, model, ids, site, module):
     config, params = tiny
-    change = {None: ("h.0", False)}.get(pre, (name, pre))
-    expected = hook_edit(model, ids, change[0], lambda x: 1.5 * x.flip(0) - 0.25, change[1])
+    expected = hooked(model, ids, {module: lambda x: 1.5 * x.flip(0) - 0.25})
     logits = patch(params, ids, config=config, edits={site: lambda x: 1.5 * x[::-1] - 0.25})
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+    near(logits, expected)
     assert np.abs(logits - gpt2_jax.apply(params, ids, config=config)).max() > 1e-3
 
 
@@ -296,21 +286,15 @@ def test_equal_edits_at_different_sites_agree(tiny, ids, everything):
     pattern, v = acts["h.1.attn.pattern"][::-1], acts["h.1.attn.v"]
     mixed = np.einsum("bhts,bshk->bthk", pattern, v)
     through_pattern = run(edits={"h.1.attn.pattern": pattern})
-    np.testing.assert_allclose(
-        run(edits={"h.1.attn.z": mixed}), through_pattern, rtol=0, atol=1e-10
-    )
+    near(run(edits={"h.1.attn.z": mixed}), through_pattern)
     scores = np.log(np.maximum(pattern, 1e-300))
-    np.testing.assert_allclose(
-        run(edits={"h.1.attn.scores": scores}), through_pattern, rtol=0, atol=1e-10
-    )
+    near(run(edits={"h.1.attn.scores": scores}), through_pattern)
     less = acts["h.1.attn.out"] - acts["h.1.attn.result"][:, :, 2]
     one_head = run(edits={"h.1.attn.result": lambda x: x.at[:, :, 2].set(0)})
-    np.testing.assert_allclose(run(edits={"h.1.attn.out": less}), one_head, rtol=0, atol=1e-10)
+    near(run(edits={"h.1.attn.out": less}), one_head)
     bias = np.asarray(params["h"]["1"]["ln_2"]["bias"])
     halved = run(edits={"h.1.ln_2.out": (acts["h.1.ln_2.out"] - bias) / 2 + bias})
-    np.testing.assert_allclose(
-        run(edits={"h.1.ln_2.scale": lambda x: 2 * x}), halved, rtol=0, atol=1e-10
-    )
+    near(run(edits={"h.1.ln_2.scale": lambda x: 2 * x}), halved)
 
 
 def test_capture_sees_what_the_edits_made(tiny, ids):
@@ -328,7 +312,22 @@ def test_left_padded_rows_are_edited_as_right_padded_ones(tiny, ids):
     right = patch(params, ids, lengths, config=config, edits=edits)
     left_ids = np.stack([ids[0], np.roll(ids[1], 3)])
     left = patch(params, left_ids, lengths, config=config, edits=edits, padding_side="left")
-    np.testing.assert_allclose(left[1, 3:], right[1, :4], rtol=0, atol=1e-10)
+    near(left[1, 3:], right[1, :4])
+
+
+# Activations, once they are there.
+
+
+def test_layers_are_stacked_by_number():
+    acts = {f"h.{i}.attn.z": np.full(1, i) for i in (10, 2, 0, 9, 1)}
+    acts |= {"h.3.z": np.full(1, 7), "ln_f.out": np.zeros(1)}
+    np.testing.assert_array_equal(by_layer(acts, "attn.z")[:, 0], [0, 1, 2, 9, 10])
+
+
+def test_the_last_token_is_the_last_column_or_that_before_the_padding(everything):
+    x = jnp.asarray(everything[1]["h.0.attn.z"])
+    np.testing.assert_array_equal(at_last_token(x), x[:, 6])
+    np.testing.assert_array_equal(at_last_token(x, np.array([7, 3])), [x[0, 6], x[1, 2]])
 
 
 # Steering while sampling.
@@ -416,7 +415,7 @@ def test_the_jacobian_of_the_residual_stream_is_causal_and_equals_pytorchs(tiny,
         lambda x: model.transformer.h[1](x[None], attention_mask=mask)[0],
         torch.tensor(np.asarray(x)),
     )
-    np.testing.assert_allclose(jacobian, expected.numpy(), rtol=0, atol=1e-10)
+    near(jacobian, expected.numpy())
     assert not jacobian.transpose(0, 2, 1, 3)[np.triu_indices(LENGTH, 1)].any()
 
 
@@ -449,7 +448,7 @@ def test_vmap_over_stacked_params_is_an_ensemble(tiny, ids):
     logits, acts = jax.jit(jax.vmap(run))(stacked)
     for i, member in enumerate(members):
         one, seen = run(member)
-        np.testing.assert_allclose(logits[i], one, rtol=0, atol=1e-10)
+        near(logits[i], one)
         np.testing.assert_allclose(
             acts["h.1.attn.pattern"][i], seen["h.1.attn.pattern"], rtol=0, atol=1e-12
         )
@@ -460,7 +459,7 @@ def test_vmap_over_edits_equals_a_loop(tiny, ids, rng):
     vectors = rng.normal(size=(3, 1, 1, 24))
     run = jax.jit(lambda v: patch(params, ids, config=config, edits={"h.0.mlp.out": replace(v)}))
     for one, vector in zip(jax.jit(jax.vmap(run))(vectors), vectors, strict=True):
-        np.testing.assert_allclose(one, run(vector), rtol=0, atol=1e-10)
+        near(one, run(vector))
 
 
 def test_a_mask_over_the_params_freezes_the_rest(tiny, ids):

@@ -36,17 +36,24 @@ def test_what_comes_back_is_what_was_saved_bit_for_bit(tmp_path):
 
 
 def test_the_latest_and_the_best_stay(tmp_path):
-    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
-        assert (
-            checkpoints.latest() is None
-            and checkpoints.best() is None
-            and checkpoints.steps() == []
-        )
+    with Checkpoints(tmp_path / "c", n_latest=2) as checkpoints:
+        assert checkpoints.steps() == []
+        assert checkpoints.latest() is None
+        assert checkpoints.best() is None
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0), (6, None)):
             checkpoints.save(state(step), {}, loss=loss)
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
-        assert checkpoints.best() == 2 and checkpoints.latest() == 6
+        assert checkpoints.best() == 2
+        assert checkpoints.latest() == 6
+
+
+def test_without_a_loss_the_latest_is_the_best(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step), {})
+        checkpoints.wait()
+        assert checkpoints.best() == 2
 
 
 def test_the_next_step_may_donate_the_state_while_it_is_written(tmp_path):

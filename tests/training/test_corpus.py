@@ -1,25 +1,21 @@
-"""Text to token files: the ids are the tokenizer's, the parts are those asked for, and all or nothing is written."""
+"""Text to token files: the tokenizer's ids, the parts that were asked for, all or nothing."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpt2_jax import Tokenizer
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.tokenizer import splitter
-from gpt2_jax.training import corpus
-from gpt2_jax.training.corpus import char_tokenizer, encode, prepare, split
+from gpt2_jax.training import corpus, texts
+from gpt2_jax.training.corpus import Piece, char_tokenizer, encode, open_corpus, prepare
 from gpt2_jax.training.data import DataError
+from tests.reference import DATA, ROOT
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "tests" / "data" / "held-out.txt").read_text(encoding="utf-8")
+PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
 
 
 def read(folder, name):
@@ -37,7 +33,8 @@ def write(file, text):
 
 def test_one_text_is_cut_by_characters_and_gets_no_mark_as_in_nanogpt(tmp_path):
     meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out")
-    cut, gpt2 = int(len(PAGE) * 0.9), Tokenizer.gpt2()
+    cut = int(len(PAGE) * 0.9)
+    gpt2 = Tokenizer.gpt2()
     assert read(tmp_path / "out", "train") == gpt2.encode(PAGE[:cut])
     assert read(tmp_path / "out", "val") == gpt2.encode(PAGE[cut:])
     assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -67,25 +64,10 @@ def test_folders_are_read_in_order_and_each_file_is_divided(tmp_path):
     assert read(tmp_path / "out", "train") == read(tmp_path / "out", "val") == expected
 
 
-@pytest.mark.parametrize(
-    "counts, fraction, expected",
-    [
-        ([10], 0.0, (10, 0)),
-        ([10], 0.1, (9, 1)),
-        ([2], 0.01, (1, 1)),
-        ([3], 0.99, (1, 2)),
-        ([10, 4], 0.25, (7 + 3, 3 + 1)),
-    ],
-)
-def test_whole_documents_are_divided(counts, fraction, expected):
-    files = [[f"{file} {number}" for number in range(count)] for file, count in enumerate(counts)]
-    train, val = split(files, fraction)
-    assert (len(train), len(val)) == expected and sorted(train + val) == sorted(sum(files, []))
-
-
 def test_without_validation_there_is_no_file_of_it(tmp_path):
     meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", val_fraction=0)
-    assert "val" not in meta and not (tmp_path / "out" / "val.bin").exists()
+    assert "val" not in meta
+    assert not (tmp_path / "out" / "val.bin").exists()
     assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode(PAGE)
 
 
@@ -105,7 +87,8 @@ def test_characters_are_tokens_in_the_order_of_their_code_points(tmp_path):
     assert read(tmp_path / "out", "train") == [chars.index(char) for char in text]
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.decode(read(tmp_path / "out", "train")) == text
-    assert meta["vocab_size"] == tokenizer.vocab_size > len(chars) and meta["eot_id"] is None
+    assert meta["vocab_size"] == tokenizer.vocab_size > len(chars)
+    assert meta["eot_id"] is None
     assert char_tokenizer(["to be or not"]).vocab_size == len(set("to be or not"))
 
 
@@ -113,10 +96,11 @@ def test_a_trained_vocabulary_encodes_as_its_library_does(tmp_path):
     write(tmp_path / "a.txt", PAGE)
     meta = prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="bpe", vocab_size=400)
     files = [str(tmp_path / "out" / name) for name in ("vocab.json", "merges.txt")]
-    reference, cut = tokenizers.ByteLevelBPETokenizer(*files), int(len(PAGE) * 0.9)
+    reference = tokenizers.ByteLevelBPETokenizer(*files)
+    cut = int(len(PAGE) * 0.9)
     assert read(tmp_path / "out", "train") == reference.encode(PAGE[:cut]).ids
     assert read(tmp_path / "out", "val") == reference.encode(PAGE[cut:]).ids
-    assert meta["vocab_size"] == 400 and meta["eot_id"] == 0
+    assert (meta["vocab_size"], meta["eot_id"]) == (400, 0)
 
 
 def test_a_models_tokenizer_is_used(tmp_path):
@@ -132,39 +116,26 @@ def test_a_models_tokenizer_is_used(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_pieces_and_workers_change_no_id(monkeypatch, workers):
-    monkeypatch.setattr(corpus, "CHUNK", 40)
-    monkeypatch.setattr(corpus, "WORTH_WORKERS", 0)
+    monkeypatch.setattr(texts, "CHARACTERS_PER_PIECE", 40)
+    monkeypatch.setattr(corpus, "MIN_CHARACTERS_FOR_WORKERS", 0)
     hard = PAGE[:2000] + "\n \n  x 1 y's  we'll\t z " * 30 + "ß é 漢字 " * 20 + "Don't stop " * 10
-    texts = [hard, "", "short", hard[::-1]]
-    out = list(encode(Tokenizer.gpt2(), texts, workers))
-    ids, texts_ids = [], []
-    for piece, _, is_last in out:
-        ids += piece
-        if is_last:
-            texts_ids.append(ids)
+    whole = [hard, "", "short", hard[::-1]]
+    pieces = list(encode(Tokenizer.gpt2(), whole, workers))
+    assert len(pieces) > 50
+    ids = []
+    ids_of_texts = []
+    for piece in pieces:
+        ids += piece.ids
+        if piece.ends_text:
+            ids_of_texts.append(ids)
             ids = []
-    assert texts_ids == [Tokenizer.gpt2().encode(text) for text in texts if text] and len(out) > 50
-    assert sum(characters for _, characters, _ in out) == sum(map(len, texts))
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(st.sampled_from("ab1.' \n\t\r\x1c\x85\xa0\u2028\u3000\u0301漢é🦓"), min_size=4))
-def test_the_tokenizers_pattern_finds_the_same_wherever_a_text_may_be_cut(text):
-    cuts = [0, *(cut.end() for cut in corpus.SAFE_CUT.finditer(text)), len(text)]
-    parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-    assert sum((splitter(part).findall(part) for part in parts), []) == splitter(text).findall(text)
-
-
-@pytest.mark.parametrize("line", ["Привет как дела", "吾輩は猫である"])
-def test_texts_of_any_script_are_cut(monkeypatch, line):
-    monkeypatch.setattr(corpus, "CHUNK", 40)
-    pieces = [characters for _, characters, _ in encode(Tokenizer.gpt2(), [f"{line}\n" * 100], 1)]
-    assert len(pieces) > 10 and max(pieces) < 80
+    assert ids_of_texts == [Tokenizer.gpt2().encode(text) for text in whole if text]
+    assert sum(piece.n_characters for piece in pieces) == sum(len(text) for text in whole)
 
 
 def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
     def fails(*args):
-        yield [1], 1, False
+        yield Piece(ids=[1], n_characters=1, ends_text=False)
         raise OSError("disk full")
 
     monkeypatch.setattr(corpus, "encode", fails)
@@ -223,14 +194,40 @@ def test_the_script_reads_standard_input_and_explains_mistakes(tmp_path):
         )
 
     done = run("-", "--out", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.2")
-    assert done.returncode == 0 and b"val: " in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert b"val: " in done.stderr
     chars = sorted(set(PAGE))
     assert read(tmp_path / "out", "train") == [
         chars.index(char) for char in PAGE[: int(len(PAGE) * 0.8)]
     ]
     wrong = run(tmp_path / "none.txt", "--out", tmp_path / "other")
-    assert (
-        wrong.returncode == 2
-        and len(wrong.stderr.splitlines()) == 1
-        and b"none.txt: expected" in wrong.stderr
-    )
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.splitlines()) == 1
+    assert b"none.txt: expected" in wrong.stderr
+
+
+def test_what_was_prepared_is_opened(tmp_path):
+    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", tokenizer="char")
+    opened = open_corpus(tmp_path / "out")
+    assert opened.train.tolist() == read(tmp_path / "out", "train")
+    assert opened.val.tolist() == read(tmp_path / "out", "val")
+    assert opened.vocab_size == meta["vocab_size"]
+    assert opened.bytes_per_token == meta["val"]["bytes"] / meta["val"]["tokens"]
+    assert opened.tokenizer.vocab == Tokenizer.load(tmp_path / "out").vocab
+
+
+def test_nanogpts_folder_for_gpt2_is_opened_with_gpt2s_tokenizer(tmp_path):
+    np.array([50256, 1], np.uint16).tofile(tmp_path / "train.bin")
+    opened = open_corpus(tmp_path)
+    assert opened.vocab_size == 50257
+    assert opened.tokenizer is Tokenizer.gpt2()
+    assert (opened.val, opened.bytes_per_token) == (None, None)
+
+
+def test_a_folder_that_says_little_has_no_tokenizer(tmp_path):
+    (tmp_path / "meta.json").write_text('{"vocab_size": 65}')
+    np.array([64, 1], np.uint16).tofile(tmp_path / "train.bin")
+    assert open_corpus(tmp_path).tokenizer is None
+    np.array([64], np.uint16).tofile(tmp_path / "val.bin")
+    with pytest.raises(DataError, match="val.bin: expected at least 2 ids, to predict one, got 1"):
+        open_corpus(tmp_path)

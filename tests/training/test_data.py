@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2_jax.training import data
 from gpt2_jax.training.data import Batches, DataError, fingerprint, open_tokens, read_meta, windows
 
 
@@ -26,13 +27,35 @@ def test_meta_json_says_how_wide_the_ids_are(tmp_path):
     np.testing.assert_array_equal(
         open_tokens(tmp_path / "train.bin", vocab_size=70_001), [1, 70_000]
     )
-    for text in ("{", "[]", '{"dtype": "int8"}'):
-        (tmp_path / "meta.json").write_text(text)
-        with pytest.raises(DataError, match="meta.json: expected"):
-            read_meta(tmp_path)
-    (tmp_path / "meta.json").rename(tmp_path / "meta.pkl")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "expected JSON, got "),
+        ("[]", "expected an object, got list"),
+        ('{"dtype": "int8"}', 'expected the `dtype` "uint16" or "uint32", got \'int8\''),
+    ],
+)
+def test_a_damaged_meta_json_is_named(tmp_path, text, message):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(DataError, match=f"meta.json: {message}"):
+        read_meta(tmp_path)
+
+
+def test_a_pickle_is_not_opened_and_a_folder_without_meta_says_nothing(tmp_path):
+    assert read_meta(tmp_path) == {}
+    (tmp_path / "meta.pkl").write_bytes(b"no pickle at all")
     with pytest.raises(DataError, match="meta.pkl is not read, as a pickle can run any code"):
         read_meta(tmp_path)
+
+
+def test_bad_ids_are_found_wherever_the_check_divides_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IDS_PER_CHECK", 4)
+    np.array([0, 1, 2, 3, 4, 5, 9, 6, 8], np.uint16).tofile(tmp_path / "train.bin")
+    assert len(open_tokens(tmp_path / "train.bin", vocab_size=10)) == 9
+    with pytest.raises(DataError, match=r"\[0, 8\) \(`vocab_size`\), got 9 at 6"):
+        open_tokens(tmp_path / "train.bin", vocab_size=8)
 
 
 @pytest.mark.parametrize(
@@ -65,20 +88,22 @@ def test_an_epoch_predicts_each_id_at_most_once_and_leaves_little_out(
             Batches(tokens, batch_size=batch_size, length=length, seed=seed)
         return
     batches = Batches(tokens, batch_size=batch_size, length=length, seed=seed)
-    rows = np.concatenate([batches(cursor) for cursor in range(2 * batches.per_epoch)])
-    assert rows.shape == (2 * batches.per_epoch * batch_size, length + 1)
+    rows = np.concatenate([batches(cursor) for cursor in range(2 * batches.windows_per_epoch)])
+    assert rows.shape == (2 * batches.windows_per_epoch * batch_size, length + 1)
     np.testing.assert_array_equal(
         rows - rows[:, :1], np.tile(np.arange(length + 1), (len(rows), 1))
     )
-    for epoch in range(2):
-        targets = rows[epoch * batches.per_epoch : (epoch + 1) * batches.per_epoch, 1:].ravel()
-        assert len(set(targets)) == len(targets) and count - 1 - len(targets) < 2 * length
+    for epoch_rows in (rows[: batches.windows_per_epoch], rows[batches.windows_per_epoch :]):
+        targets = epoch_rows[: batches.windows_per_epoch, 1:].ravel()
+        assert len(set(targets)) == len(targets)
+        assert count - 1 - len(targets) < 2 * length
 
 
 def test_epochs_differ_in_order_and_phase():
     batches = Batches(np.arange(1000), batch_size=1, length=8, seed=0)
     epochs = np.array([[batches(124 * epoch + i)[0, 0] for i in range(124)] for epoch in range(6)])
-    assert batches.per_epoch == 124 and len({tuple(epoch) for epoch in epochs}) == 6
+    assert batches.windows_per_epoch == 124
+    assert len({tuple(epoch) for epoch in epochs}) == 6
     assert len({epoch[0] % 8 for epoch in epochs}) > 2
     assert not np.array_equal(np.sort(epochs[0]), epochs[0])
 
@@ -94,11 +119,16 @@ def test_a_batch_depends_on_seed_and_cursor_alone():
     for cursor in (39, 3, 17, 0):
         np.testing.assert_array_equal(make()(cursor), drawn[cursor])
         np.testing.assert_array_equal(first(cursor), drawn[cursor])
-    assert not np.array_equal(make(8)(0), drawn[0]) and drawn[0].dtype == np.int32
+    assert not np.array_equal(make(8)(0), drawn[0])
+    assert drawn[0].dtype == np.int32
+
+
+def test_a_batch_that_cannot_be_is_named():
+    first = Batches(np.arange(500), batch_size=3, length=10, seed=7)
     with pytest.raises(ValueError, match="`cursor` must not be negative, got -1"):
         first(-1)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 3"):
-        Batches(tokens, batch_size=0, length=3, seed=0)
+        Batches(np.arange(500), batch_size=0, length=3, seed=0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 50])
@@ -106,7 +136,8 @@ def test_windows_score_each_id_but_the_first_once(count):
     tokens = np.arange(100, 100 + count, dtype=np.uint16)
     scored = []
     for ids, weights in windows(tokens, batch_size=2, length=3):
-        assert ids.shape == weights.shape == (2, 4) and not weights[:, 0].any()
+        assert ids.shape == weights.shape == (2, 4)
+        assert not weights[:, 0].any()
         for row, weight in zip(ids, weights, strict=True):
             places = np.flatnonzero(weight)
             np.testing.assert_array_equal(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,13 @@ import transformers
 
 import gpt2_jax
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.training import run as run_module
 from gpt2_jax.training.data import DataError
-from gpt2_jax.training.recipes import RECIPES, Recipe
-from gpt2_jax.training.run import TrainingError, export, fit
+from gpt2_jax.training.recipes import Recipe
+from gpt2_jax.training.run import TrainingError, export, fit, read_run
+from tests.reference import ROOT
 
-ROOT = Path(__file__).parents[2]
-TINY = Recipe(
+SMALL = Recipe(
     n_layer=1,
     n_head=2,
     n_embd=16,
@@ -47,7 +47,7 @@ def quiet(text):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of token files as `prepare_data.py` makes them: a text of few letters, each a token."""
+    """A folder of token files, as `prepare` makes them, of few letters, each a token."""
     folder = tmp_path_factory.mktemp("corpus")
     text = ("the cat sat on the mat and the dog sat on the log " * 20).encode()
     letters = sorted(set(text.decode()))
@@ -76,8 +76,8 @@ def curve(run):
 def finished(corpus, tmp_path_factory):
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    summary = fit(TINY, corpus, out, say=quiet)
-    assert summary.finished and summary.step == 12
+    summary = fit(SMALL, corpus, out, say=quiet)
+    assert (summary.finished, summary.step) == (True, 12)
     return out
 
 
@@ -91,7 +91,7 @@ def test_a_run_learns_and_records_what_it_did(corpus, finished):
     )
     assert len(lines[-1]["sample"]) == 5
     run = json.loads((finished / "run.json").read_text())
-    assert run["recipe"] == dataclasses.asdict(TINY)
+    assert run["recipe"] == dataclasses.asdict(SMALL)
 
 
 def test_the_exported_model_is_transformers_and_ours_and_has_the_loss_that_was_reported(
@@ -105,9 +105,7 @@ def test_the_exported_model_is_transformers_and_ours_and_has_the_loss_that_was_r
         tmp_path / "hf", attn_implementation="eager"
     )
     total = 0.0
-    for start in range(
-        0, len(ids) - 1, 8
-    ):  # each id but the first once, from at most eight before it
+    for start in range(0, len(ids) - 1, 8):  # each id but the first, after at most eight others
         window = torch.tensor(ids[start : start + 9])[None]
         logits = model(window[:, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
@@ -127,7 +125,7 @@ def ids_of(corpus, text):
 
 def train(corpus, out, *options, **kwargs):
     """Starts `scripts/train.py` on the tiny recipe."""
-    fields = dataclasses.asdict(TINY)
+    fields = dataclasses.asdict(SMALL)
     flags = [f"--{name}={value}" for name, value in fields.items() if not isinstance(value, bool)]
     command = [
         sys.executable,
@@ -178,37 +176,31 @@ def test_ctrl_c_saves_and_stops(corpus, tmp_path):
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len(curve(run)) > 3, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (
-        process.returncode == 130
-        and "--resume goes on from there" in errors
-        and "Traceback" not in errors
-    )
-    assert [int(child.name) for child in (run / "checkpoints").glob("[0-9]*")] == [
-        curve(run)[-1]["step"]
-    ]
+    assert process.returncode == 130, errors
+    assert "--resume goes on from there" in errors
+    assert "Traceback" not in errors
+    saved = [int(child.name) for child in (run / "checkpoints").glob("[0-9]*")]
+    assert saved == [curve(run)[-1]["step"]]
 
 
-def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path):
-    import gpt2_jax.training.run as module
-
-    made = []
+def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path, monkeypatch):
+    train_step = run_module.train_step
+    steps = []
 
     def stop_after_five(*args, **kwargs):
-        made.append(1)
-        if len(made) > 5:
+        steps.append(1)
+        if len(steps) > 5:
             raise ValueError("as if the machine had stopped")
-        return original(*args, **kwargs)
+        return train_step(*args, **kwargs)
 
-    original, module.train_step = module.train_step, stop_after_five
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "train_step", stop_after_five)
         with pytest.raises(TrainingError, match="Step 6, batch 5: as if"):
-            fit(TINY, corpus, tmp_path / "run", say=quiet)
-    finally:
-        module.train_step = original
-    fit(TINY, corpus, tmp_path / "run", resume=True, say=quiet)
+            fit(SMALL, corpus, tmp_path / "run", say=quiet)
+    fit(SMALL, corpus, tmp_path / "run", resume=True, say=quiet)
     assert curve(tmp_path / "run") == curve(finished)
     before = curve(tmp_path / "run")
-    summary = fit(TINY, corpus, tmp_path / "run", resume=True, say=quiet)  # nothing is left to do
+    summary = fit(SMALL, corpus, tmp_path / "run", resume=True, say=quiet)  # nothing is left to do
     assert summary.finished and curve(tmp_path / "run") == before
 
 
@@ -217,17 +209,20 @@ def test_a_finished_run_is_not_overwritten(corpus, finished):
     with pytest.raises(
         CheckpointError, match="holds a run already: resume it, or give another folder"
     ):
-        fit(TINY, corpus, finished, say=quiet)
+        fit(SMALL, corpus, finished, say=quiet)
     assert curve(finished) == before
 
 
 def test_resuming_something_else_says_what_differs(corpus, finished, tmp_path):
-    other = dataclasses.replace(TINY, learning_rate=2e-2, seed=3, log_every=2)
+    other = dataclasses.replace(SMALL, learning_rate=2e-2, seed=3, log_every=2)
     with pytest.raises(CheckpointError) as error:
         fit(other, corpus, finished, resume=True, say=quiet)
     assert "recipe.learning_rate: 0.01 then, 0.02 now" in str(error.value)
-    assert "recipe.seed: 0 then, 3 now" in str(error.value) and "log_every" not in str(error.value)
+    assert "recipe.seed: 0 then, 3 now" in str(error.value)
+    assert "log_every" not in str(error.value)
 
+
+def test_resuming_with_other_data_says_so(corpus, finished, tmp_path):
     changed = tmp_path / "corpus"
     changed.mkdir()
     for file in corpus.iterdir():
@@ -236,13 +231,13 @@ def test_resuming_something_else_says_what_differs(corpus, finished, tmp_path):
     ids[10] = (ids[10] + 1) % 5
     ids.tofile(changed / "train.bin")
     with pytest.raises(CheckpointError, match=r"data.train.sha256: '\w+' then, '\w+' now"):
-        fit(TINY, changed, finished, resume=True, say=quiet)
+        fit(SMALL, changed, finished, resume=True, say=quiet)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(corpus, tmp_path):
     run = tmp_path / "run"
     wild = dataclasses.replace(
-        TINY, learning_rate=1e30, warmup_steps=8, min_learning_rate=0, save_every=1
+        SMALL, learning_rate=1e30, warmup_steps=8, min_learning_rate=0, save_every=1
     )
     with pytest.raises(TrainingError, match=r"Step \d+, batch \d+: the loss is (nan|inf)"):
         fit(wild, corpus, run, say=quiet)
@@ -253,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(corp
 def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
     export(finished, tmp_path / "base")
     gentle = dataclasses.replace(
-        TINY, length=4, steps=1, warmup_steps=0, learning_rate=1e-9, min_learning_rate=0
+        SMALL, length=4, steps=1, warmup_steps=0, learning_rate=1e-9, min_learning_rate=0
     )
     summary = fit(
         gentle, corpus, tmp_path / "tuned", from_pretrained=str(tmp_path / "base"), say=quiet
@@ -261,10 +256,8 @@ def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
     config, params = gpt2_jax.load(tmp_path / "base")
     export(tmp_path / "tuned", tmp_path / "out", dtype="float16")
     tuned_config, tuned = gpt2_jax.load(tmp_path / "out")
-    assert (tuned_config.n_layer, tuned_config.dtype) == (
-        config.n_layer,
-        "float16",
-    ) and summary.val_loss < 3
+    assert (tuned_config.n_layer, tuned_config.dtype) == (config.n_layer, "float16")
+    assert summary.val_loss < 3
     for name in ("wte", "wpe"):
         np.testing.assert_allclose(tuned[name]["embedding"], params[name]["embedding"], atol=1e-3)
     with pytest.raises(CheckpointError, match="from_pretrained: '.*base' then, None now"):
@@ -273,57 +266,54 @@ def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
 
 def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
     with pytest.raises(DataError, match="expected `train.bin`"):
-        fit(TINY, tmp_path, tmp_path / "run", say=quiet)
+        fit(SMALL, tmp_path, tmp_path / "run", say=quiet)
     with pytest.raises(DataError, match="Windows of 1024"):
-        fit(dataclasses.replace(TINY, n_positions=1024), corpus, tmp_path / "run", say=quiet)
+        fit(dataclasses.replace(SMALL, n_positions=1024), corpus, tmp_path / "run", say=quiet)
     with pytest.raises(DataError, match="another vocabulary than demo"):
-        fit(TINY, corpus, tmp_path / "run", from_pretrained="demo", say=quiet)
+        fit(SMALL, corpus, tmp_path / "run", from_pretrained="demo", say=quiet)
     with pytest.raises(ValueError, match=r"`length` must be at most 8 \(`n_positions`\), got 9"):
-        fit(dataclasses.replace(TINY, length=9), corpus, tmp_path / "run", say=quiet)
+        fit(dataclasses.replace(SMALL, length=9), corpus, tmp_path / "run", say=quiet)
     assert not (tmp_path / "run").exists()
     with pytest.raises(CheckpointError, match="holds no run"):
         export(tmp_path, tmp_path / "hf")
 
 
+def test_a_run_says_what_it_is(finished):
+    run = read_run(finished)
+    assert run.recipe == SMALL
+    assert run.config == SMALL.config(vocab_size=run.config.vocab_size, eot_id=None)
+    assert run.from_pretrained is None
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "text, message",
     [
-        ({"batch_size": 5}, "`batch_size` must be a multiple of `micro_batches`, got 5 and 2"),
-        ({"warmup_steps": 12}, r"`warmup_steps` must be in \[0, 12\)"),
-        ({"min_learning_rate": 1.0}, "got 0.01 and 1.0"),
-        ({"steps": 0}, "`steps` must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"pdrop` must be in \[0, 1\), got 1.0"),
-        ({"dtype": "int8"}, "`dtype` must be one of"),
-        ({"batch_size": 2.5}, "`batch_size` must be of type int, got 2.5"),
-        ({"b2": 1.0}, r"`b2` must be in \[0, 1\)"),
-        ({"max_grad_norm": 0}, "`max_grad_norm` must be positive"),
-        ({"seed": -1}, "`seed` must not be negative"),
+        ("{", "run.json: expected JSON, got "),
+        ("{}", "run.json: expected what `fit` writes, got 'recipe'"),
+        ('{"recipe": {"steps": 0}}', "run.json: expected what `fit` writes, got `steps` must be"),
+        ('{"recipe": 3}', "run.json: expected what `fit` writes, got "),
     ],
 )
-def test_a_recipe_checks_itself(change, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **change)
+def test_a_damaged_run_json_is_named(tmp_path, text, message):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_run(tmp_path)
 
 
-def test_named_recipes_are_the_published_ones():
-    published = RECIPES["shakespeare_char"]
-    config = published.config(vocab_size=65, eot_id=None)
-    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (4, 4, 128, 64)
-    assert (published.batch_size, published.steps, published.learning_rate, published.dropout) == (
-        12,
-        2000,
-        1e-3,
-        0,
-    )
-    assert (
-        RECIPES["gpt2"].batch_size * RECIPES["gpt2"].n_positions == 491_520
-    )  # nanoGPT's tokens of an update
+def test_without_validation_data_nothing_is_measured_and_the_latest_is_exported(corpus, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train.bin", "meta.json"):
+        (data / name).write_bytes((corpus / name).read_bytes())
+    summary = fit(SMALL, data, tmp_path / "run", say=quiet)
+    assert (summary.finished, summary.val_loss) == (True, None)
+    assert all("val_loss" not in line for line in curve(tmp_path / "run"))
+    assert export(tmp_path / "run", tmp_path / "hf") == 12
 
 
 def test_mistakes_on_the_command_line_are_one_line(corpus, tmp_path):
     process = train(corpus, tmp_path / "run", "--from_pretrained=demo")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.startswith(
-        "train.py: --n_layer, --n_head, --n_embd, --n_positions: "
-    )
+    assert process.returncode == 2
+    assert errors.startswith("train.py: --n_layer, --n_head, --n_embd, --n_positions: ")
     assert len(errors.splitlines()) == 1

@@ -1,0 +1,86 @@
+"""What the commands share: their names, the arguments that choose a model, reports, and Ctrl-C."""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+
+from gpt2_jax.generation.ranges import Range
+
+COMMANDS = {
+    "generate": "continue prompts; the default",
+    "train": "train on token files, from scratch or from pretrained weights",
+    "prepare": "turn texts into token files",
+    "evaluate": "measure a model by the protocols of the published figures",
+    "inspect": "draw what a model computes for a prompt",
+    "convert": "convert weights between HF's layout and one file of params",
+}
+
+Report = Callable[[str], None]  # takes a line for standard error
+
+
+class CommandFailed(Exception):
+    """A run cannot go on, through no mistake in its arguments."""
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the arguments that choose a model and its tokenizer."""
+    parser.add_argument(
+        "--from_pretrained",
+        default="gpt2",
+        metavar="MODEL",
+        help="a Hugging Face hub id (gpt2, gpt2-medium, distilgpt2, user/name, ...), a local "
+        "folder, or demo, the model in the package (default: gpt2)",
+    )
+    parser.add_argument(
+        "--model_name",
+        metavar="NAME",
+        help="whose tokenizer to use: a folder, hub id or GPT-2 size (default: the model's own)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+
+
+def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:
+    """Raises `ValueError` for a number out of its range; one that is not given is in order."""
+    for name, expected in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not expected.contains(value):
+            raise ValueError(f"--{name} must be {expected}, got {value}.")
+
+
+def reporter(quiet: bool) -> Report:
+    """Returns what reports a line on standard error, or nothing when `quiet`."""
+
+    def report(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    return report
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Lets Ctrl-C raise `KeyboardInterrupt` in the body, so that what it has begun is undone.
+
+    Elsewhere it ends the process at once: see `gpt2_jax_cli`. A second one does so here, too,
+    however long the first takes to unwind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    outside = signal.getsignal(signal.SIGINT)
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        del signal_number, frame
+        signal.signal(signal.SIGINT, outside)
+        raise KeyboardInterrupt
+
+    if outside is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, outside)

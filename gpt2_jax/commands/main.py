@@ -1,0 +1,62 @@
+"""Which command a command line means, and how it ends. Knows the commands by name alone.
+
+A command is a module beside this one with two functions: `parser(program)` returns the parser of
+its arguments, and `run(args)` does what they ask for. The exit codes, and the one line on standard
+error that explains each but the first, are decided here:
+
+* 0: done, or nobody reads the output any more, as behind `| head`;
+* 1: a run cannot go on (`CommandFailed`), such as training whose loss is not finite;
+* 2: a mistake of the user, which the library reports as a `ValueError`, `OSError` or `ImportError`;
+* 130: Ctrl-C, which `gpt2_jax_cli` answers, as it must be there before this module is.
+
+Any other exception is a defect here and ends in its traceback.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from gpt2_jax.commands.common import COMMANDS, CommandFailed
+
+DEFAULT = "generate"
+
+
+def run(arguments: Sequence[str], command: str | None = None, program: str = "gpt2-jax") -> int:
+    """Runs a command and returns the exit code.
+
+    Args:
+      arguments: of the command line. Where `command` is not given they may begin with its name;
+        otherwise it is `generate`, and so `gpt2-jax "train"` is a command and no prompt.
+      command: one of `COMMANDS`.
+      program: what messages and the help call the program.
+
+    Raises:
+      KeyboardInterrupt: a command was interrupted that had something to undo, and has undone it.
+    """
+    if command is None and arguments and arguments[0] in COMMANDS:
+        command = arguments[0]
+        arguments = arguments[1:]
+        program = f"{program} {command}"
+    try:
+        return _run(command or DEFAULT, arguments, program)
+    except BrokenPipeError:
+        return 0
+    except CommandFailed as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, arguments: Sequence[str], program: str) -> int:
+    """Runs a command and returns the exit code of what went well."""
+    module = importlib.import_module(f"gpt2_jax.commands.{command}")
+    try:
+        args = module.parser(program).parse_args(arguments)
+    except SystemExit as end:  # `argparse` has printed the help, with 0, or a mistake, with 2
+        return int(end.code or 0)
+    code = module.run(args)
+    if sys.stdout is not None:
+        sys.stdout.flush()  # here, where an error is still reported: a full disk, or a closed pipe
+    return code

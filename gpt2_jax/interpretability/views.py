@@ -1,0 +1,267 @@
+"""What there is to see in one text: a lens, attention patterns, a patching sweep.
+
+Knows ids and sites, no tokenizer, no files and no pictures: callers turn ids into words, and the
+numpy arrays that come back into figures. Unlike the rest of this folder these functions compile
+what they run, and take one text at a time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.interpretability.patching import patch_each
+from gpt2_jax.interpretability.reading import stream_logits
+from gpt2_jax.interpretability.taps import (
+    Acts,
+    axis_masks,
+    capture,
+    find_sites,
+    site_axes,
+)
+from gpt2_jax.model import Params, apply
+
+# Wraps batches of masks on their way, such as `tqdm`, to show how far a sweep is.
+Progress = Callable[[Iterable[Array]], Iterable[Array]]
+
+
+# Reading.
+
+
+class LensView(NamedTuple):
+    """The likeliest next token by each of N streams, after each of T tokens."""
+
+    sites: tuple[str, ...]  # of the streams, in the order of the forward pass
+    best: Int[np.ndarray, "N T"]  # token ids
+    probabilities: Float[np.ndarray, "N T"]  # theirs
+
+
+class PatternsView(NamedTuple):
+    """How much each token attends to each, by the heads of N layers."""
+
+    sites: tuple[str, ...]  # in the order of the forward pass
+    patterns: Float[np.ndarray, "N H T T"]  # rows attend to columns
+
+
+def view_lens(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    *,
+    config: GPT2Config,
+    sites: str | Sequence[str],
+) -> LensView:
+    """Returns what the streams at some sites say comes next: see `logit_lens`. Compiles itself.
+
+    Raises:
+      ValueError: as `capture`, or a site is not of the model's width.
+    """
+    names = find_sites(sites, config)
+    _check_axes(names, "B T D", config)
+
+    @jax.jit
+    def read(params: Params, ids: Int[ArrayLike, "1 T"]) -> tuple[Array, Array]:
+        _, acts = capture(params, ids, config=config, sites=names)
+        best = []
+        highest = []
+        # Stream by stream: the logits of all at once would be N * T * V numbers.
+        for name in names:
+            stream = acts[name][0]  # [T, D]
+            logits = stream_logits(params, stream, config=config)
+            probabilities = jax.nn.softmax(logits)
+            best.append(probabilities.argmax(axis=-1))
+            highest.append(probabilities.max(axis=-1))
+        return jnp.stack(best), jnp.stack(highest)
+
+    best, highest = jax.device_get(read(params, ids))
+    return LensView(sites=names, best=best, probabilities=highest)
+
+
+def view_patterns(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    *,
+    config: GPT2Config,
+    sites: str | Sequence[str],
+) -> PatternsView:
+    """Returns what the heads at some sites, as "h.2.attn.pattern", attend to. Compiles itself.
+
+    Raises:
+      ValueError: as `capture`, or a site is not one of each query and key.
+    """
+    names = find_sites(sites, config)
+    _check_axes(names, "B H T S", config)
+    acts = _capture_compiled(params, ids, config, names)
+    patterns = [np.asarray(acts[name][0]) for name in names]
+    return PatternsView(sites=names, patterns=np.stack(patterns))
+
+
+# Patching.
+
+
+class Contrast(NamedTuple):
+    """Two next tokens, and by how much the logit of the first exceeds that of the second."""
+
+    answers: tuple[int, int]  # token ids: the donor's, and the text's
+    unpatched: float  # after the text
+    donor: float  # after the donor
+
+
+class SweepPlan(NamedTuple):
+    """Where a patching sweep patches in every layer."""
+
+    site: str = "resid_pre"  # a site's name within its layer
+    over: str = "T"  # the axes to go over: see `axis_masks`
+    batch_size: int = 8  # indices along these axes in one pass, which bounds the memory
+
+
+class PatchingView(NamedTuple):
+    """A contrast while a donor's activations are patched in, by layer and index."""
+
+    values: Float[np.ndarray, "L N"]  # by how much the first logit exceeds the second
+    changes: Float[np.ndarray, "L N"]  # the same, less what it is unpatched
+
+
+def contrast(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    donor_ids: Int[ArrayLike, "1 T2"],
+    answers: tuple[int, int] | None = None,
+    *,
+    config: GPT2Config,
+) -> Contrast:
+    """Returns two answers and the difference of their logits after two texts. Compiles itself.
+
+    Without `answers` they are what the model predicts after the donor, and after the text, which
+    may be the same token: then there is nothing to tell apart.
+
+    Raises:
+      ValueError: as `apply`.
+    """
+    of_text = _next_logits(params, ids, config)
+    of_donor = _next_logits(params, donor_ids, config)
+    if answers is None:
+        answers = (int(of_donor.argmax()), int(of_text.argmax()))
+    return Contrast(
+        answers=answers,
+        unpatched=float(_difference(of_text, answers)),
+        donor=float(_difference(of_donor, answers)),
+    )
+
+
+def view_patching(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    donor_ids: Int[ArrayLike, "1 T2"],
+    contrasted: Contrast,
+    *,
+    config: GPT2Config,
+    plan: SweepPlan,
+    progress: Progress = iter,
+) -> PatchingView:
+    """Patches a donor's activations into a text, one index at a time, and measures a contrast.
+
+    Compiles itself: one program for full batches of indices, and one for a smaller last batch.
+
+    Args:
+      params, config: as for `apply`.
+      ids, donor_ids: two texts of as many tokens.
+      contrasted: what is measured: see `contrast`.
+      plan: where to patch.
+      progress: wraps the batches on their way.
+
+    Raises:
+      ValueError: as `patching_sweep`, or the texts differ in length.
+    """
+    n_tokens = np.shape(ids)[1]
+    _check_plan(plan, n_tokens, np.shape(donor_ids)[1])
+    masks = axis_masks(f"h.0.{plan.site}", plan.over, n_tokens, config=config)  # [N, ...]
+    donor_sites = find_sites(f"h.*.{plan.site}", config)
+    donors = _capture_compiled(params, donor_ids, config, donor_sites)
+
+    def metric(logits: Float[Array, "1 V"]) -> Float[Array, ""]:
+        return _difference(logits[0], contrasted.answers)
+
+    # A loop of calls, where `patching_sweep` is one: so that there is progress to show.
+    @jax.jit
+    def measure(
+        params: Params,
+        ids: Int[ArrayLike, "1 T"],
+        donors: Acts,
+        masks: Bool[Array, "N ..."],
+    ) -> Float[Array, "L N"]:
+        return patch_each(params, ids, donors, masks, metric, config=config, site=plan.site)
+
+    starts = range(0, len(masks), plan.batch_size)
+    batches = [masks[start : start + plan.batch_size] for start in starts]
+    measured = []
+    for batch in progress(batches):
+        measured.append(np.asarray(measure(params, ids, donors, batch)))
+    values = np.concatenate(measured, axis=1)
+    return PatchingView(values=values, changes=values - contrasted.unpatched)
+
+
+def _check_plan(plan: SweepPlan, n_tokens: int, n_donor_tokens: int) -> None:
+    """Raises `ValueError` unless a donor's tokens fit a text's, and batches hold something."""
+    if n_donor_tokens != n_tokens:
+        expected = f"the {n_tokens} tokens of `ids`"
+        raise ValueError(f"`donor_ids` must have {expected}, got {n_donor_tokens}.")
+    if plan.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {plan.batch_size}.")
+
+
+def sweep_labels(over: str, tokens: Sequence[str], *, n_heads: int, count: int) -> list[str]:
+    """Returns names for the `count` indices that a sweep goes over, given the text's tokens."""
+    heads = [f"head {head}" for head in range(n_heads)]
+    if over == "T":
+        return list(tokens)
+    if over == "H":
+        return heads
+    if over == "TH":
+        return [f"{token} {head}" for token in tokens for head in heads]
+    if over == "":
+        return ["all"]
+    return [str(index) for index in range(count)]
+
+
+# Common.
+
+
+def _capture_compiled(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    config: GPT2Config,
+    sites: tuple[str, ...],
+) -> Acts:
+    # Its logits are left out of the program's results, and so are not computed.
+    @jax.jit
+    def run(params: Params, ids: Int[ArrayLike, "1 T"]) -> Acts:
+        _, acts = capture(params, ids, config=config, sites=sites)
+        return acts
+
+    return run(params, ids)
+
+
+def _next_logits(
+    params: Params, ids: Int[ArrayLike, "1 T"], config: GPT2Config
+) -> Float[Array, " V"]:
+    """Returns the logits after a text's last token."""
+    logits = jax.jit(apply)(params, ids, config=config)
+    return logits[0, -1]
+
+
+def _difference(logits: Float[Array, " V"], answers: tuple[int, int]) -> Float[Array, ""]:
+    first, second = answers
+    return logits[first] - logits[second]
+
+
+def _check_axes(sites: Sequence[str], expected: str, config: GPT2Config) -> None:
+    """Raises `ValueError` unless the activations at all sites have these axes."""
+    for site in sites:
+        axes = " ".join(site_axes(site, config))
+        if axes != expected:
+            raise ValueError(f"`sites` must have the axes {expected}, got {axes} at {site}.")

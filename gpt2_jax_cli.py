@@ -1,0 +1,69 @@
+"""The first lines of every command: they answer Ctrl-C before anything slow is imported.
+
+A module of its own beside the package, because whoever imports a part of `gpt2_jax` imports all of
+it, and with it JAX, which takes seconds. What the commands do, and all their other messages and
+exit codes, stand in `gpt2_jax.commands`.
+"""
+
+import os
+import signal
+import sys
+
+
+def main(command: str | None = None, program: str = "gpt2-jax") -> None:
+    """Runs a command on the arguments of this process, and ends the process.
+
+    Ctrl-C ends it with one line and the exit code 130, from the first statement here to the last.
+
+    Args:
+      command: a module of `gpt2_jax.commands`, such as "train"; by default the arguments name it.
+      program: what messages and the help call the program.
+    """
+
+    def end_interrupted(*_: object) -> None:
+        # No exception: libraries swallow it, and print it as one more traceback, while they are
+        # imported or torn down. Those who have something to undo ask for one: see
+        # `gpt2_jax.commands.common.unwinding`.
+        line_break = "\n" if os.isatty(2) else ""  # a terminal shows ^C
+        _write(f"{line_break}{program}: interrupted\n")
+        os._exit(130)
+
+    def end_if_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
+        # An exception within a callback, such as a finaliser, goes no further than here.
+        if unraisable.exc_type is KeyboardInterrupt:
+            end_interrupted()
+        sys.__unraisablehook__(unraisable)
+
+    # A shell that starts a job in the background has its Ctrl-C ignored, which is to stay so.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end_interrupted)
+    sys.unraisablehook = end_if_interrupted
+    try:
+        from gpt2_jax.commands.main import run
+
+        code = run(sys.argv[1:], command, program)
+    except KeyboardInterrupt:
+        _flush(sys.stdout)
+        end_interrupted()
+        return
+    # Without Python's own end, in which it no longer answers to Ctrl-C, and which would wait for
+    # threads whose work nobody wants.
+    _flush(sys.stdout)
+    _flush(sys.stderr)
+    os._exit(code)
+
+
+def _write(line: str) -> None:
+    """Writes to standard error, past its buffer, in which a signal may have interrupted a write."""
+    try:
+        os.write(2, line.encode())
+    except OSError:
+        pass  # it is closed
+
+
+def _flush(stream: object) -> None:
+    """Writes what a stream has buffered; an error of it was reported before, or is no matter."""
+    try:
+        stream.flush()  # type: ignore
+    except (AttributeError, OSError, ValueError):
+        pass  # there is none, nobody reads it any more, or it is closed

@@ -1,0 +1,37 @@
+"""The command `convert`: what it prints, and that it leaves nothing where it fails."""
+
+import pytest
+
+import weights_convert
+from gpt2_jax.commands.main import run
+from gpt2_jax.pretrained import conversion
+
+
+def test_what_was_written_is_printed(tmp_path, capsys):
+    target = tmp_path / "demo.safetensors"
+    assert run(["convert", "demo", str(target), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == f"{target}: 4,273,664 parameters, bfloat16\n"
+
+
+def test_the_difference_from_pytorchs_logits_is_printed_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(conversion, "compare", lambda *_: conversion.Difference(0.0123, 150.0))
+    assert run(["convert", "demo", str(tmp_path / "demo"), "--verify"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "largest difference from PyTorch's logits: 0.0123 (largest logit: 150)"
+    assert second.startswith(f"{tmp_path / 'demo'}: ")
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_logits_that_differ_leave_nothing_behind(error, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(conversion, "compare", lambda *_: conversion.Difference(error, 1.0))
+    assert run(["convert", "demo", str(tmp_path / "demo"), "--verify"]) == 2
+    err = capsys.readouterr().err
+    assert f"Expected logits within 0.01 of PyTorch's, got {error:.3g}: nothing was written" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_old_door_is_the_same_command(tmp_path, capsys):
+    target = tmp_path / "demo.safetensors"
+    assert weights_convert.main(["demo", str(target)]) == 0
+    assert weights_convert.main(["demo", str(target)]) == 2
+    assert capsys.readouterr().err.startswith(f"weights_convert: {target} exists already")

@@ -1,0 +1,126 @@
+"""What is shown of a text equals the activations it is said to be, and the library's own sweep."""
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax.interpretability import views
+from gpt2_jax.interpretability.patching import patching_sweep
+from gpt2_jax.interpretability.views import Contrast, SweepPlan
+from tests.interpretability.hooks import near
+
+LENGTH, LAYERS, HEADS = 5, 3, 3
+ANSWERS = (3, 8)
+
+
+@pytest.fixture(scope="module")
+def text(texts):
+    """The first row of the first batch, `[1, T]`."""
+    return texts[0][:1]
+
+
+@pytest.fixture(scope="module")
+def donor(texts):
+    """The first row of the second batch."""
+    return texts[1][:1]
+
+
+def test_the_last_line_of_a_lens_is_the_models_own_prediction(tiny, text, acts):
+    config, params = tiny
+    view = views.view_lens(params, text, config=config, sites="h.*.resid_post")
+    probabilities = jax.nn.softmax(acts[0]["logits"][0])
+    assert view.sites == tuple(f"h.{i}.resid_post" for i in range(LAYERS))
+    np.testing.assert_array_equal(view.best[-1], probabilities.argmax(-1))
+    near(view.probabilities[-1], probabilities.max(-1))
+    assert view.best.shape == view.probabilities.shape == (LAYERS, LENGTH)
+
+
+def test_patterns_are_those_of_the_pass_in_its_order(tiny, text, acts):
+    config, params = tiny
+    sites = ("h.2.attn.pattern", "h.0.attn.pattern")
+    view = views.view_patterns(params, text, config=config, sites=sites)
+    assert view.sites == ("h.0.attn.pattern", "h.2.attn.pattern")
+    for site, pattern in zip(view.sites, view.patterns, strict=True):
+        near(pattern, acts[0][site][0])
+
+
+def test_a_site_of_other_axes_is_refused(tiny, text):
+    config, params = tiny
+    with pytest.raises(ValueError, match="must have the axes B T D, got B T H K at h.1.attn.z"):
+        views.view_lens(params, text, config=config, sites=("h.0.resid_pre", "h.1.attn.z"))
+    with pytest.raises(ValueError, match="must have the axes B H T S, got B T D at ln_f.out"):
+        views.view_patterns(params, text, config=config, sites="ln_f.out")
+
+
+def test_a_contrast_is_a_difference_of_logits_after_each_text(tiny, text, donor, acts):
+    config, params = tiny
+    of_text, of_donor = (seen["logits"][0, -1] for seen in acts)
+    found = views.contrast(params, text, donor, ANSWERS, config=config)
+    near(found.unpatched, of_text[3] - of_text[8])
+    near(found.donor, of_donor[3] - of_donor[8])
+    assert found.answers == ANSWERS
+
+
+def test_without_answers_a_contrast_is_between_the_predictions(tiny, text, donor, acts):
+    config, params = tiny
+    predicted = [int(seen["logits"][0, -1].argmax()) for seen in acts]
+    found = views.contrast(params, text, donor, config=config)
+    assert found.answers == (predicted[1], predicted[0])
+
+
+@pytest.mark.parametrize("over, batches", [("T", [2, 2, 1]), ("H", [2, 1]), ("", [1])])
+def test_patching_is_the_sweep_in_batches_that_show_progress(
+    tiny, text, donor, acts, over, batches
+):
+    config, params = tiny
+    seen = []
+
+    def progress(items):
+        for item in items:
+            seen.append(len(item))
+            yield item
+
+    view = views.view_patching(
+        params,
+        text,
+        donor,
+        Contrast(ANSWERS, unpatched=0.25, donor=0.0),
+        config=config,
+        plan=SweepPlan(site="attn.z", over=over, batch_size=2),
+        progress=progress,
+    )
+    donors = {site: x[:1] for site, x in acts[1].items() if site.endswith("attn.z")}
+
+    def difference(logits):
+        return logits[0, 3] - logits[0, 8]
+
+    options = {"config": config, "site": "attn.z", "over": over}
+    sweep = jax.jit(lambda: patching_sweep(params, text, donors, difference, **options))
+    near(view.values, np.reshape(sweep(), (LAYERS, -1)))
+    near(view.changes, view.values - 0.25)
+    assert seen == batches
+
+
+def test_bad_plans_and_donors_of_another_length_are_named(tiny, text, donor):
+    config, params = tiny
+    contrasted = Contrast(ANSWERS, 0.0, 0.0)
+    with pytest.raises(ValueError, match="`donor_ids` must have the 5 tokens of `ids`, got 4"):
+        views.view_patching(params, text, donor[:, :4], contrasted, config=config, plan=SweepPlan())
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        views.view_patching(
+            params, text, donor, contrasted, config=config, plan=SweepPlan(batch_size=0)
+        )
+
+
+@pytest.mark.parametrize(
+    "over, count, expected",
+    [
+        ("T", 2, ["a", " b"]),
+        ("H", 2, ["head 0", "head 1"]),
+        ("TH", 4, ["a head 0", "a head 1", " b head 0", " b head 1"]),
+        ("", 1, ["all"]),
+        ("K", 3, ["0", "1", "2"]),
+    ],
+)
+def test_what_is_patched_has_names(over, count, expected):
+    assert views.sweep_labels(over, ["a", " b"], n_heads=2, count=count) == expected

@@ -1,0 +1,107 @@
+"""The log of a run: what it writes and when, what it refuses, what it takes back."""
+
+import json
+import math
+
+import pytest
+
+from gpt2_jax.training.log import (
+    Evaluation,
+    MetricsLog,
+    Pending,
+    TrainingError,
+    forget_after,
+    plot_curves,
+    read_metrics,
+)
+
+
+def open_log(file, log_every=1):
+    """A log whose learning rate is a tenth of the updates made before."""
+    return MetricsLog(
+        file,
+        first_step=0,
+        last_step=9,
+        log_every=log_every,
+        tokens_per_step=8,
+        learning_rate=lambda step: step / 10,
+        progress=False,
+    )
+
+
+def numbers(loss, grad_norm=1.0):
+    """Metrics of a step."""
+    return {"loss": loss, "grad_norm": grad_norm}
+
+
+def test_a_step_is_written_when_the_next_one_was_started(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with open_log(file) as log:
+        log.started(Pending(1, 0, numbers(3.0)))
+        assert read_metrics(file) == []
+        log.started(Pending(2, 1, numbers(2.0)))
+        [line] = read_metrics(file)
+        log.settle()
+        log.settle()  # nothing is left to settle
+    assert (line["step"], line["loss"], line["learning_rate"]) == (1, 3.0, 0.0)
+    assert line["tokens_per_second"] > 0
+    assert [line["step"] for line in read_metrics(file)] == [1, 2]
+
+
+def test_lines_come_at_intervals(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with open_log(file, log_every=3) as log:
+        for step in range(1, 8):
+            log.started(Pending(step, step - 1, numbers(1.0)))
+        log.settle()
+    assert [line["step"] for line in read_metrics(file)] == [3, 6]
+
+
+@pytest.mark.parametrize("loss, grad_norm", [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_number_that_is_not_finite_is_named_once_and_not_written(tmp_path, loss, grad_norm):
+    file = tmp_path / "metrics.jsonl"
+    with open_log(file) as log:
+        log.started(Pending(7, 6, numbers(loss, grad_norm)))
+        with pytest.raises(
+            TrainingError, match=f"Step 7, batch 6: the loss is {loss} and.*{grad_norm}"
+        ):
+            log.settle()
+        log.settle()
+    assert read_metrics(file) == []
+
+
+def test_an_evaluation_in_nats_and_bits(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    with open_log(file) as log:
+        assert log.val_loss is None
+        log.evaluated(Evaluation(5, math.log(8), 2.0, "a text"))
+        log.evaluated(Evaluation(6, 1.0, None, None))
+        assert log.val_loss == 1.0
+    first, second = read_metrics(file)
+    assert first["bits_per_byte"] == pytest.approx(1.5)  # 3 bits a token of 2 bytes
+    assert first["sample"] == "a text"
+    assert second == {"step": 6, "val_loss": 1.0}
+    printed = capsys.readouterr().err
+    assert (
+        "step 5: validation loss 2.0794 nats per token, 1.5000 bits per byte\na text\n" in printed
+    )
+    assert "step 6: validation loss 1.0000 nats per token\n" in printed
+
+
+def test_what_was_written_half_is_left_out_and_later_steps_are_taken_back(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == []
+    lines = [{"step": step} for step in (1, 2, 3)]
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    file.write_text(written + '{"step": 4, "lo')
+    assert read_metrics(file) == lines
+    forget_after(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_curves_are_drawn_of_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    plot_curves(file, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
