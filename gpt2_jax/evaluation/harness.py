@@ -322,9 +322,8 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
         # Asked to sample without a temperature: the one that changes nothing.
         others["temperature"] = temperature or 1.0
     else:
-        for name in [name for name in others if name in OPTIONS]:
-            if OPTIONS[name].needs == "do_sample":
-                del others[name]
+        needs_draws = {name for name, option in OPTIONS.items() if option.needs == "do_sample"}
+        others = {name: value for name, value in others.items() if name not in needs_draws}
     return sampler_from_options(others, do_sample=do_sample, stop_ids=stop_ids)
 
 

@@ -187,7 +187,8 @@ def plot_curves(metrics: Path, target: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
     _draw(axes, lines, "loss", label="training batch", marker=None)
     _draw(axes, lines, "val_loss", label="validation set", marker="o")  # few points: each is seen
-    axes.legend()
+    if axes.lines:  # a run that was stopped at its start has none, and matplotlib would warn
+        axes.legend()
     axes.grid(alpha=0.3)
     with replacing(target, overwrite=True) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -26,6 +26,20 @@ def test_the_second_ctrl_c_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_the_second_ctrl_c_is_the_callers_own():
+    received = []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append("second"))
+    try:
+        with stop_requests() as stop_requested:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop_requested()
+            assert not received
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == ["second"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_thread_is_never_asked_to_stop():
     answers = []
 
