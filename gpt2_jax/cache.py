@@ -180,15 +180,17 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     )
 
 
-def keep_first(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
-    """Returns the cache that remembers the first `lengths` slots, and goes on behind them.
+def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCache:
+    """Returns the cache that remembers the first `count` slots, and goes on behind them.
 
     For caches in which a token's slot is its position: those of prompts, and whatever was written
-    behind them with a slot for each row. What stood behind is overwritten: so a row can go back.
+    behind them by counts of this kind, one for all rows or each row's own. What stood behind is
+    overwritten: so a row can go back.
     """
+    lengths = jnp.broadcast_to(count, cache.lengths.shape)
     return cache._replace(
         valid=jnp.arange(cache.slots)[None] < lengths[:, None],
-        slot=lengths,
+        slot=count,
         lengths=lengths,
     )
 

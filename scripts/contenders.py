@@ -430,7 +430,7 @@ def encoding(spec: Spec, encode: Callable[[str], list[int]]) -> Once:
 
 def ours_cold(spec: Spec) -> Once:
     """The command `gpt2-jax`."""
-    code = "from gpt2_jax.commands.generate import main; main()"
+    code = "from gpt2_jax_cli import main; main()"
     command = [
         sys.executable,
         "-c",

@@ -39,7 +39,7 @@ gpt2_jax.speculate(params, ids, lengths, config=config, max_new_tokens=3, **draf
 gpt2_jax.token_logprobs(params, ids, config=config)
 gpt2_jax.score(params, [([1, 2, 3], 2), ([4, 5], 1)], config=config)
 gpt2_jax.perplexity(params, list(range(1, 40)), config=config, bytes=80)
-gpt2_jax.score_choices(params, [([1, 2], [[3], [4, 5]])], config=config)
+gpt2_jax.score_choices(params, [1, 2], [[3], [4, 5]], config=config)
 tx = gpt2_jax.make_optimizer(1e-3)
 state = gpt2_jax.init_state(params, tx)
 gpt2_jax.train_step(state, ids, key, config=config, tx=tx, micro_batches=2)

@@ -50,7 +50,7 @@ class _Search(NamedTuple):
     """What a search is told."""
 
     request: Request
-    prompts: Int[Array, "B*R S"]  # each once for each of its `n` beams, with room for what follows
+    prompts: Int[Array, "rows S"]  # each once for each of its `n` beams, with room for what follows
     length_penalty: Float[Array, ""]
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax import cache as kv_cache
@@ -62,7 +63,7 @@ def begin(
     params: Params,
     request: Request,
     step: Int[Array, ""],
-    done: Bool[Array, " R"] | bool,
+    done: Bool[ArrayLike, "..."],
     *,
     config: GPT2Config,
     cache_len: int,

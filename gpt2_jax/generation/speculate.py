@@ -98,9 +98,9 @@ class _Guess(NamedTuple):
 class _Verdict(NamedTuple):
     """What comes next: guesses that hold, and one token of the model's own."""
 
-    tokens: Int[Array, "B D+1"]
+    tokens: Int[Array, "B E"]  # E = D + 1
     n_accepted: Int[Array, " B"]  # so many of the tokens are guesses, the next is the model's own
-    logprobs: Float[Array, "B D+1"]
+    logprobs: Float[Array, "B E"]
     cache: KVCache
 
 
@@ -331,7 +331,7 @@ def _count_accepted(
     keys: Any,
     guessed: Int[Array, "B D"],
     guess: _Guess,
-    wanted: Float[Array, "B D+1 V"],
+    wanted: Float[Array, "B E V"],
     draws: bool,
 ) -> Int[Array, " B"]:
     """Returns how many guesses hold, from the first on.
@@ -355,7 +355,7 @@ def _count_accepted(
 def _own_token(
     keys: Any,
     guess: _Guess,
-    wanted: Float[Array, "B D+1 V"],
+    wanted: Float[Array, "B E V"],
     n_accepted: Int[Array, " B"],
 ) -> Int[Array, " B"]:
     """Returns the model's own token, behind the guesses that hold.

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import weights_convert
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained import conversion, weights
 from tests import reference
 from tests.reference import ROOT
 
@@ -675,7 +675,7 @@ def test_convert_verifies_against_pytorch(tmp_path, capsys):
 @pytest.mark.parametrize("target", ["out", "p.safetensors"])
 def test_convert_leaves_nothing_when_verification_fails(tmp_path, capsys, monkeypatch, target):
     source = hf_folder(tmp_path / "in")
-    monkeypatch.setattr(weights_convert, "verify", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(conversion, "compare", lambda *args: conversion.Difference(1.0, 1.0))
     assert convert(source, tmp_path / target, "--verify") == 2
     assert (
         "Expected logits within 0.0001 of PyTorch's, got 1: nothing was written"
