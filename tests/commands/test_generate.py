@@ -66,7 +66,7 @@ def test_greedy_text_is_what_the_library_generates(process, demo):
     ids = np.array([demo.tokenizer.encode(prompt)])
     out = gpt2_jax.generate(demo.params, ids, config=demo.config, max_new_tokens=20)
     assert done.stdout.decode() == prompt + demo.tokenizer.decode(out.ids[0]) + "\n"
-    assert b"3,483,904 parameters" in done.stderr
+    assert b"4,273,664 parameters" in done.stderr
     assert b"tokens/s" in done.stderr
 
 
