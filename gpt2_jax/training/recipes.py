@@ -44,7 +44,7 @@ class Recipe:
         40, "parts of a batch that pass through the model one after the other"
     )
     steps: int = option(600_000, "updates")
-    # Muon learns more from each token, and a step of it takes longer: see the card in `models/tinystories`.
+    # Muon learns more from each token, and a step of it takes longer: see `models/tinystories`.
     optimizer: str = option("adamw", "adamw, or muon for the layers' matrices")
     # The end is a tenth of the peak, "per Chinchilla" (nanoGPT's `train.py`; arXiv:2203.15556).
     learning_rate: float = option(6e-4, "at its peak")
