@@ -19,6 +19,7 @@ from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.model import check_ids, check_side
 from gpt2_jax.modules import Params, Tap
+from gpt2_jax.pytrees import classes_of, dataclass, static
 
 # One key, or one for each row; typed, or the raw data of one.
 Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
@@ -26,7 +27,8 @@ Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
 OVERFLOWS = ("error", "stop", "slide")
 
 
-class Rules(NamedTuple):
+@dataclass
+class Rules:
     """How tokens are chosen, and when rows end. A pytree: what `advance` is compiled for."""
 
     keys: Key[Array, " R"] | None  # one for each row; None for samplers that do not draw
@@ -34,6 +36,11 @@ class Rules(NamedTuple):
     stop_ids: Int[Array, " K"]
     pad_id: Int[Array, ""]
     tap: Any  # None, or a pytree that is called as a tap
+    classes: tuple[Any, ...] = static(init=False)  # of the nodes of `sampler` and `tap`
+
+    def __post_init__(self) -> None:
+        # Users' own samplers and taps may be of flax's classes, which JAX takes for each other.
+        object.__setattr__(self, "classes", classes_of((self.sampler, self.tap)))
 
 
 class Request(NamedTuple):

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -26,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.kernels import argmax, kth_largest, outside_nucleus
+from gpt2_jax.pytrees import dataclass, static
 
 Logits = Float[Array, "B V"]
 Ids = Int[Array, " B"]
@@ -92,7 +92,7 @@ class Transform:
 # Cuts: fewer tokens to draw from.
 
 
-@struct.dataclass
+@dataclass
 class Temperature(Transform):
     """Divides logits by `temperature`, which must be positive: 0 would be `Greedy`."""
 
@@ -106,11 +106,11 @@ class Temperature(Transform):
         return logits / _column(self.temperature)
 
 
-@struct.dataclass
+@dataclass
 class TopK(Transform):
     """Keeps the `k` largest logits and any tied with the last of them."""
 
-    k: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
+    k: int | np.integer = static()  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`k` of TopK", self.k)
@@ -121,7 +121,7 @@ class TopK(Transform):
         return jnp.where(logits < kth_largest(logits, int(self.k)), -jnp.inf, logits)
 
 
-@struct.dataclass
+@dataclass
 class TopP(Transform):
     """Keeps the most likely tokens whose probabilities together reach `p`.
 
@@ -131,7 +131,7 @@ class TopP(Transform):
     """
 
     p: PerRow
-    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+    min_tokens_to_keep: int = static(default=1)
 
     def __post_init__(self) -> None:
         check_range("p", self.p, ranges.FRACTION)
@@ -143,7 +143,7 @@ class TopP(Transform):
         return jnp.where(removed, -jnp.inf, logits)
 
 
-@struct.dataclass
+@dataclass
 class MinP(Transform):
     """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082).
 
@@ -151,7 +151,7 @@ class MinP(Transform):
     """
 
     min_p: PerRow
-    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+    min_tokens_to_keep: int = static(default=1)
 
     def __post_init__(self) -> None:
         check_range("min_p", self.min_p, ranges.FRACTION)
@@ -164,7 +164,7 @@ class MinP(Transform):
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
 
 
-@struct.dataclass
+@dataclass
 class Typical(Transform):
     """Keeps the tokens whose surprise is nearest to the entropy and which together hold `mass`.
 
@@ -172,7 +172,7 @@ class Typical(Transform):
     """
 
     mass: PerRow
-    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+    min_tokens_to_keep: int = static(default=1)
 
     def __post_init__(self) -> None:
         check_range("mass", self.mass, ranges.INNER_FRACTION)
@@ -195,7 +195,7 @@ class Typical(Transform):
         return jnp.where(distance > limit, -jnp.inf, logits)
 
 
-@struct.dataclass
+@dataclass
 class Epsilon(Transform):
     """Keeps tokens of at least the probability `epsilon` (arXiv:2210.15191).
 
@@ -203,7 +203,7 @@ class Epsilon(Transform):
     """
 
     epsilon: PerRow
-    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+    min_tokens_to_keep: int = static(default=1)
 
     def __post_init__(self) -> None:
         check_range("epsilon", self.epsilon, ranges.INNER_FRACTION)
@@ -213,7 +213,7 @@ class Epsilon(Transform):
         return _keep_likely(logits, _column(self.epsilon), self.min_tokens_to_keep)
 
 
-@struct.dataclass
+@dataclass
 class Eta(Transform):
     """Keeps tokens of at least the probability `min(epsilon, sqrt(epsilon) exp(-entropy))`.
 
@@ -221,7 +221,7 @@ class Eta(Transform):
     """
 
     epsilon: PerRow
-    min_tokens_to_keep: int = struct.field(pytree_node=False, default=1)
+    min_tokens_to_keep: int = static(default=1)
 
     def __post_init__(self) -> None:
         check_range("epsilon", self.epsilon, ranges.INNER_FRACTION)
@@ -234,7 +234,7 @@ class Eta(Transform):
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
 
 
-@struct.dataclass
+@dataclass
 class TopH(Transform):
     """Keeps the likeliest tokens that together hold the part `top_h` of the entropy.
 
@@ -263,7 +263,7 @@ class TopH(Transform):
 # Rules that look back.
 
 
-@struct.dataclass
+@dataclass
 class RepetitionPenalty(Transform):
     """Divides positive logits of tokens that have come by `penalty`, and multiplies negative ones.
 
@@ -284,7 +284,7 @@ class RepetitionPenalty(Transform):
         return jnp.where(counts > 0, penalised, logits)
 
 
-@struct.dataclass
+@dataclass
 class FrequencyPenalty(Transform):
     """Subtracts `penalty` for each time that a token was generated (OpenAI's)."""
 
@@ -295,7 +295,7 @@ class FrequencyPenalty(Transform):
         return logits - _column(self.penalty) * counts
 
 
-@struct.dataclass
+@dataclass
 class PresencePenalty(Transform):
     """Subtracts `penalty` from tokens that were generated, however often (OpenAI's)."""
 
@@ -306,14 +306,14 @@ class PresencePenalty(Transform):
         return logits - _column(self.penalty) * (counts > 0)
 
 
-@struct.dataclass
+@dataclass
 class NoRepeatNGram(Transform):
     """Removes each token that would complete a run of `n` tokens for a second time.
 
     The first time may be in the prompt.
     """
 
-    n: int | np.integer = struct.field(pytree_node=False)  # static: it shapes the program
+    n: int | np.integer = static()  # static: it shapes the program
 
     def __post_init__(self) -> None:
         _check_count("`n` of NoRepeatNGram", self.n)
@@ -342,7 +342,7 @@ class NoRepeatNGram(Transform):
         return jnp.where(banned, -jnp.inf, logits)
 
 
-@struct.dataclass
+@dataclass
 class SequenceBias(Transform):
     """Adds a bias to the last token of each sequence where the row ends with those before it.
 
@@ -351,7 +351,7 @@ class SequenceBias(Transform):
     """
 
     # Static, as they shape the program.
-    sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+    sequences: tuple[tuple[int, ...], ...] = static()
     biases: Any  # float[number of sequences]
 
     def __post_init__(self) -> None:
@@ -383,7 +383,7 @@ class SequenceBias(Transform):
         return logits
 
 
-@struct.dataclass
+@dataclass
 class Suppress(Transform):
     """Removes `ids`: always, or early in a text.
 
@@ -409,7 +409,7 @@ class Suppress(Transform):
         return jnp.where(removed, -jnp.inf, logits)
 
 
-@struct.dataclass
+@dataclass
 class Force(Transform):
     """Leaves nothing but `ids`, equally likely: at the step `step`, or in rows of `length` tokens.
 
@@ -437,7 +437,7 @@ class Force(Transform):
         return jnp.where(now, forced[None], logits)
 
 
-@struct.dataclass
+@dataclass
 class ExponentialDecayLength(Transform):
     """Lifts `stop_ids` more with each token after `start`, by `|logit| (factor ** excess - 1)`."""
 
@@ -461,7 +461,7 @@ class ExponentialDecayLength(Transform):
 # Transforms of transforms.
 
 
-@struct.dataclass
+@dataclass
 class Renormalize(Transform):
     """Makes log-probabilities of what transforms have left.
 
@@ -473,7 +473,7 @@ class Renormalize(Transform):
         return jax.nn.log_softmax(logits, axis=-1)
 
 
-@struct.dataclass
+@dataclass
 class Chain(Transform):
     """Applies transforms in order; `sampler_from_options` has HF's order."""
 
@@ -506,7 +506,7 @@ class Sampler(Protocol):
         ...
 
 
-@struct.dataclass
+@dataclass
 class Greedy:
     """Takes the largest logit, the first of ties, after an optional transform."""
 
@@ -518,7 +518,7 @@ class Greedy:
         return argmax(self.transform(logits, history))
 
 
-@struct.dataclass
+@dataclass
 class Categorical:
     """Draws from the softmax of transformed logits, each row with its own key."""
 
@@ -538,7 +538,7 @@ class Categorical:
         return argmax(logits + jax.vmap(gumbel)(keys))
 
 
-@struct.dataclass
+@dataclass
 class FunctionSampler:
     """A user's function in the form of a sampler: `as_sampler` makes it."""
 

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, apply
+from gpt2_jax.pytrees import dataclass
 
 AnyArray = Array | np.ndarray
 # What becomes of an activation: a function of it, or a value that broadcasts to it.
@@ -137,7 +137,7 @@ def site_axes(site: str, config: GPT2Config) -> tuple[str, ...]:
 # Reading and changing.
 
 
-@struct.dataclass
+@dataclass
 class Edits:
     """A tap that changes activations.
 
