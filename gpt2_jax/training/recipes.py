@@ -44,7 +44,7 @@ class Recipe:
         40, "parts of a batch that pass through the model one after the other"
     )
     steps: int = option(600_000, "updates")
-    # Muon learns more from each token, and a step of it takes longer: see `models/tinystories`.
+    # Muon learns more from each token, and a step of it takes longer: see the demo's model card.
     optimizer: str = option("adamw", "adamw, or muon for the layers' matrices")
     # The end is a tenth of the peak, "per Chinchilla" (nanoGPT's `train.py`; arXiv:2203.15556).
     learning_rate: float = option(6e-4, "at its peak")
@@ -201,7 +201,8 @@ RECIPES = {
         save_every=250,
         seed=1337,
     ),
-    # `models/tinystories` of a checkout: 3.5 M parameters, an hour and a half on two cores.
+    # The model that ships with the package as "demo": 3.5 M parameters on TinyStories, an hour and
+    # a half on two cores.
     "tinystories": Recipe(
         n_layer=3,
         n_head=4,
@@ -218,8 +219,7 @@ RECIPES = {
         eval_every=500,
         save_every=250,
     ),
-    # The model that ships with the package as "demo": 4.3 M parameters on children's books, an hour
-    # or two on two cores.
+    # 4.3 M parameters on children's books, which are harder: an hour or two on two cores.
     "storyteller": Recipe(
         n_layer=4,
         n_head=4,

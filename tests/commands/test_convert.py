@@ -10,7 +10,7 @@ from gpt2_jax.pretrained import conversion
 def test_what_was_written_is_printed(tmp_path, capsys):
     target = tmp_path / "demo.safetensors"
     assert run(["convert", "demo", str(target), "--dtype", "bfloat16"]) == 0
-    assert capsys.readouterr().out == f"{target}: 4,273,664 parameters, bfloat16\n"
+    assert capsys.readouterr().out == f"{target}: 3,483,904 parameters, bfloat16\n"
 
 
 def test_the_difference_from_pytorchs_logits_is_printed_first(tmp_path, capsys, monkeypatch):
