@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "convert weights between HF's layout and one file of params",
 }
 
+DEFAULT_MODEL = "gpt2"
 Report = Callable[[str], None]  # takes a line for standard error
 
 
@@ -30,10 +31,10 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds the arguments that choose a model and its tokenizer."""
     parser.add_argument(
         "--from_pretrained",
-        default="gpt2",
+        default=DEFAULT_MODEL,
         metavar="MODEL",
         help="a Hugging Face hub id (gpt2, gpt2-medium, distilgpt2, user/name, ...), a local "
-        "folder, or demo, the model in the package (default: gpt2)",
+        "folder, or demo, the model in the package (default: gpt2; to continue a prompt without a network, demo)",
     )
     parser.add_argument(
         "--model_name",

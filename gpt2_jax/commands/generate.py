@@ -4,6 +4,7 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 import gpt2_jax
 from gpt2_jax.commands.common import (
     COMMANDS,
+    DEFAULT_MODEL,
     Report,
     add_model_arguments,
     check_numbers,
@@ -59,6 +61,14 @@ NUMBERS = {
     "max_tokens": ranges.AT_LEAST_1,
     "seed": Range(low=0, high=2**32, high_open=True),
 }
+FALLBACK = (
+    f"{DEFAULT_MODEL} is not here and the hub cannot be reached: this is demo, the package's small"
+    " story model. For GPT-2, connect once, or give a folder with --from_pretrained."
+)
+GREETING = (
+    "Begin a text, and the model goes on. Enter alone lets it write more; /new begins another text,"
+    " Ctrl-C ends a turn, Ctrl-D ends all."
+)
 DEFAULT_GUESSES = 5  # at a time, HF's `num_assistant_tokens` having no fixed number of its own
 
 # Probabilities from which on a token is green, ..., red, as numbers of the terminal's 256 colours.
@@ -116,6 +126,8 @@ def parser(program: str) -> argparse.ArgumentParser:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     """Adds which model runs, and where."""
     add_model_arguments(group)
+    # None unless given: only where nobody asked for a model may another one take its place.
+    group.set_defaults(from_pretrained=None)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -286,12 +298,7 @@ def run(args: argparse.Namespace) -> int:
     report = reporter(args.quiet)
     started = time.perf_counter()
     set_up_jax(args, report)
-    model = load_pretrained(
-        args.from_pretrained,
-        dtype=args.dtype,
-        tokenizer_name=args.model_name,
-        revision=args.revision,
-    )
+    model = load_model(args)
     report(describe(model, args, seed, time.perf_counter() - started))
     sampler = make_sampler(args, model)
     session = Session(args, model, sampler, jax.random.key(seed), report)
@@ -302,6 +309,37 @@ def run(args: argparse.Namespace) -> int:
     else:
         stream(session, prompts)
     return 0
+
+
+def load_model(args: argparse.Namespace) -> Pretrained:
+    """Returns the model that is asked for; of none, GPT-2, or without a network the demo.
+
+    Raises:
+      ConnectionError: a model that was asked for is on the hub, which cannot be reached.
+      ValueError: as `load_pretrained`.
+    """
+    asked_for = (args.from_pretrained, args.model_name, args.revision)
+    may_fall_back = asked_for == (None, None, None)
+    if args.from_pretrained is None:
+        args.from_pretrained = DEFAULT_MODEL
+    try:
+        return _load(args)
+    except ConnectionError:
+        if not may_fall_back:
+            raise
+    # Even with --quiet: the text of another model than expected must not pass for GPT-2's.
+    print(FALLBACK, file=sys.stderr, flush=True)
+    args.from_pretrained = "demo"
+    return _load(args)
+
+
+def _load(args: argparse.Namespace) -> Pretrained:
+    return load_pretrained(
+        args.from_pretrained,
+        dtype=args.dtype,
+        tokenizer_name=args.model_name,
+        revision=args.revision,
+    )
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -548,6 +586,11 @@ def converse(session: Session) -> None:
         stop=args.stop,
     )
     given = list(args.prompt)
+    if sys.stdin.isatty():
+        session.report(GREETING)
+        # Arrow keys and history, where Python was built with them.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
     while True:
         if given:
             text = given.pop(0)
@@ -576,22 +619,27 @@ def read_line() -> str:
 
 def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> None:
     """Prints the model's turn as it grows; Ctrl-C ends the turn."""
+    args = session.args
     begun = time.perf_counter()
     n_tokens = 0
-    addition = "\n" + text if conversation.ids else text
+    stopped = False
+    # Enter alone goes on in the middle of the word, should the turn have ended there.
+    addition = "\n" + text if conversation.ids and text else text
     # The context keeps what has been written when a turn is broken off.
     try:
         with unwinding():
-            reply = conversation.reply(addition, max_new_tokens=session.args.max_tokens)
-            for row in reply:
+            for row in conversation.reply(addition, max_new_tokens=args.max_tokens):
                 print(row.new, end="", flush=True)
                 n_tokens = len(row.ids)
+                stopped = row.finish_reason == "stop"
     except KeyboardInterrupt:
         pass
     print(flush=True)
     rate = n_tokens / (time.perf_counter() - begun)
     n_known = len(conversation.ids)
-    session.report(f"{n_tokens} tokens, {rate:.1f} tokens/s; {n_known} in the context")
+    # Without stop texts, only the model's own end of text stops a turn.
+    what_next = "; the text ends here: add a line, or /new" if stopped and not args.stop else ""
+    session.report(f"{n_tokens} tokens, {rate:.1f} tokens/s; {n_known} in the context{what_next}")
 
 
 # Printing.

@@ -237,6 +237,55 @@ def test_a_conversation_goes_on_until_it_is_begun_anew(command, demo):
     assert done.out == expected
 
 
+def test_enter_alone_goes_on_where_the_turn_was_cut(command):
+    cut = command("--interactive", "--max_tokens", "9", "--quiet", typed="The king was old\n\n")
+    whole = command("The king was old", "--max_tokens", "18", "--quiet")
+    assert "The king was old" + cut.out.replace("\n", "", 1) == whole.out
+
+
+def test_an_ended_story_is_announced(command):
+    done = command("--interactive", "--max_tokens", "200", typed="They all lived happily\n")
+    assert "; the text ends here: add a line, or /new" in done.err
+
+
+@pytest.fixture
+def without_network(monkeypatch):
+    """No hub can be reached, and nothing is in its cache."""
+    load = generate.load_pretrained
+
+    def refuse(name, **options):
+        if name != "demo":
+            raise ConnectionError("the hub could not be reached")
+        return load(name, **options)
+
+    monkeypatch.setattr(generate, "load_pretrained", refuse)
+
+
+def test_without_a_network_the_demo_takes_the_place_of_a_model_not_asked_for(
+    command, without_network
+):
+    asked_for = command("The king", "--max_tokens", "5")
+    fallen_back = command("The king", "--max_tokens", "5", model=())
+    assert fallen_back.code == 0
+    assert fallen_back.out == asked_for.out
+    notice, description, _ = fallen_back.err.splitlines()
+    assert notice.startswith("gpt2 is not here and the hub cannot be reached: this is demo")
+    assert "--from_pretrained" in notice
+    assert description.startswith("demo: 3,483,904 parameters")
+    # Whose text it is must be known to all who read it.
+    assert command("The king", "--quiet", model=()).err == notice + "\n"
+
+
+@pytest.mark.parametrize(
+    "asked_for", [("--from_pretrained", "gpt2"), ("--model_name", "gpt2"), ("--revision", "main")]
+)
+def test_what_was_asked_for_has_no_replacement(command, without_network, asked_for):
+    done = command("The king", *asked_for, model=())
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err == "gpt2-jax: the hub could not be reached\n"
+
+
 def test_probabilities_are_shown_as_colours(command):
     prompt = ("Once upon a time there was a", "--max_tokens", "20")
     coloured = command(*prompt, "--show_probs").out
