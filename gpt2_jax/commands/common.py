@@ -34,7 +34,8 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         default=DEFAULT_MODEL,
         metavar="MODEL",
         help="a Hugging Face hub id (gpt2, gpt2-medium, distilgpt2, user/name, ...), a local "
-        "folder, or demo, the model in the package (default: gpt2; to continue a prompt without a network, demo)",
+        "folder, or demo, the model in the package (default: gpt2; to continue a prompt without a "
+        "network, demo)",
     )
     parser.add_argument(
         "--model_name",
