@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax.config import GPT2Config
 
 SMALLEST_BUCKET = 32
-SMALLEST_CACHE = (
-    256  # slots, unless fewer will do: attention over so many is a small part of a step
-)
+# Slots, unless fewer will do: attention over so many is a small part of a step.
+SMALLEST_CACHE = 256
 
 
 class LayerCache(NamedTuple):
@@ -42,9 +41,8 @@ class KVCache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     valid: Bool[Array, "B S"]  # which slots hold a real token
-    slot: (
-        Int[Array, ""] | Int[Array, " B"]
-    )  # next slot to write: one for all rows, or each row's own
+    # The next slot to write: one for all rows, or each row's own.
+    slot: Int[Array, ""] | Int[Array, " B"]
     lengths: Int[Array, " B"]  # next position of each row
 
     @property

@@ -299,8 +299,7 @@ def check_side(padding_side: str) -> None:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts of different lengths as one batch, padded on the right with 0, and their
-    lengths.
+    """Returns texts as one batch, `ids[B, T]` padded on the right with 0, and their lengths.
 
     `T` is the longest row's length, or `width`.
     """

@@ -3,8 +3,8 @@
 Knows nothing of what it is for; scoring, prefill and decoding are the caller's.
 
 Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP
-  width, V vocabulary;
-I and O, the input and the output of a dense layer; `rows`, B unless a tap makes the batch grow.
+width, V vocabulary; I and O, the input and the output of a dense layer; `rows`, B unless a tap
+makes the batch grow.
 
 Precision, in one place: matrix products and activations run in `config.dtype` with
 `config.precision`; LayerNorm statistics, attention scores, softmax and logits are in
@@ -28,9 +28,8 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
 
 Params = dict[str, Any]  # a nested dict of arrays, under the checkpoint's names
-Tap = Callable[
-    [str, Array], Array
-]  # (site, activation) -> activation; what reads or changes activations
+# (site, activation) -> activation: what reads or changes activations.
+Tap = Callable[[str, Array], Array]
 
 # A config shapes programs and holds no array: to JAX it is a pytree without leaves, so that
 # `jax.jit` of a function that takes one needs no `static_argnames`.
@@ -113,8 +112,7 @@ def prefixed(tap: Tap, prefix: str) -> Tap:
 
 
 def dropout(key: Array | None, x: Array, rate: float) -> Array:
-    """Zeroes each element with probability `rate` and rescales the rest; without a key, returns
-    `x`.
+    """Zeroes each element with probability `rate` and rescales the rest; not without a key.
 
     PyTorch's law: linen's attention dropout would share one mask among the rows and heads.
     """
@@ -410,7 +408,8 @@ class GPT2(nn.Module):
 
 
 def residual_stddev(config: GPT2Config) -> float:
-    """Returns the initial deviation of what writes to the residual stream (GPT-2 paper, section
-    2.3).
+    """Returns the initial deviation of what writes to the residual stream.
+
+    The GPT-2 paper, section 2.3.
     """
     return config.initializer_range / math.sqrt(2 * config.n_layer)

@@ -2,9 +2,9 @@
 
 `flax.struct.dataclass` makes such classes through `jax.tree_util.register_dataclass`, and there JAX
 (0.8 to 0.10) takes two classes with equal fields for the same: `jax.tree.structure(Greedy())` would
-equal that of `Categorical()`. `jax.jit` looks its programs up by that comparison, so where two hashes
-share a slot of its table, a greedy call would run the program that draws. Nodes with functions of
-their own, as here, are compared by their class as well.
+equal that of `Categorical()`. `jax.jit` looks its programs up by that comparison, so where two
+hashes share a slot of its table, a greedy call would run the program that draws. Nodes with
+functions of their own, as here, are compared by their class as well.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def static(**options: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def dataclass(cls: Class) -> Class:
-    """Returns the class as a frozen dataclass and a pytree, whose fields but the `static` are nodes.
+    """Returns the class as a frozen dataclass and a pytree; all fields but the `static` are nodes.
 
     `replace(**fields)` returns a copy with other values. JAX rebuilds objects without `__init__`,
     so that `__post_init__` checks what users give, never tracers.

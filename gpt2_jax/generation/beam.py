@@ -31,9 +31,8 @@ from gpt2_jax.generation.sampling import History
 from gpt2_jax.model import decode_step, prefill
 from gpt2_jax.modules import Params
 
-NEVER = (
-    -1e9
-)  # HF's score of what must not be chosen; finite, so that such beams still have an order
+# HF's score of what must not be chosen; finite, so that such beams still have an order.
+NEVER = -1e9
 
 
 class Beams(NamedTuple):
@@ -242,9 +241,8 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     # HF adds up log-probabilities, not logits, and lets the transforms act on these.
     own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     new = state.running.ids.reshape(n_rows * num_beams, max_new_tokens)
-    first_new = search.request.lengths.max(
-        initial=1
-    )  # the slot of the first token after the prompts
+    # The slot of the first token after the prompts: all rows write from there, as in the cache.
+    first_new = search.request.lengths.max(initial=1)
     seen = kv_cache.put(search.prompts, new, first_new)
     logprobs = transform_of(rules.sampler)(own, History(seen, state.cache.valid, step))
     totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]

@@ -226,9 +226,7 @@ class _Ahead:
         self.compiling[slots] = self.pool.submit(compile_program)
 
     def finish(self, slots: int) -> None:
-        """Waits for the program, not for its success: without it, the call that needs it compiles
-        it.
-        """
+        """Waits for the program, not for its success: the call that needs it would compile it."""
         wait([self.compiling[slots]])
 
 

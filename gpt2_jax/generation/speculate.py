@@ -74,9 +74,8 @@ class _State(NamedTuple):
     ids: Int[Array, "B S"]
     count: Int[Array, " B"]  # tokens of each row
     n_generated: Int[Array, " B"]
-    logprobs: Float[
-        Array, "B M"
-    ]  # of the generated tokens, with room for the guesses of one more round
+    # Of the generated tokens, with room for the guesses of one more round.
+    logprobs: Float[Array, "B M"]
     done: Bool[Array, " B"]
     cache: KVCache
     draft_cache: KVCache | None
@@ -361,9 +360,7 @@ def _own_token(
     """Returns the model's own token, behind the guesses that hold.
 
     After a refusal it is a draw from what `wanted` has more than was guessed; behind guesses that
-    all hold, a plain one.
-
-    If all guesses hold, nothing was guessed there, and it is a plain draw.
+    all hold nothing was guessed, and it is a plain draw.
     """
     n_guesses = guess.probs.shape[1]
     exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
@@ -380,9 +377,7 @@ def _own_token(
 def _emit(
     state: _State, guess: _Guess, verdict: _Verdict, request: Request, sizes: _Sizes
 ) -> _State:
-    """Adds a round's tokens to each row that is not done, up to a stop id or the end of the
-    request.
-    """
+    """Adds a round's tokens to each row that is not done, up to a stop id or the last one."""
     slots = state.ids.shape[1]
     n_tokens = verdict.n_accepted + 1
     room = sizes.max_new_tokens - state.n_generated

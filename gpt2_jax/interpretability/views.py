@@ -17,13 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.patching import patch_each
 from gpt2_jax.interpretability.reading import stream_logits
-from gpt2_jax.interpretability.taps import (
-    Acts,
-    axis_masks,
-    capture,
-    find_sites,
-    site_axes,
-)
+from gpt2_jax.interpretability.taps import Acts, axis_masks, capture, find_sites, site_axes
 from gpt2_jax.model import Params, apply
 
 # Wraps batches of masks on their way, such as `tqdm`, to show how far a sweep is.
