@@ -35,6 +35,7 @@ def product(
     one_row = x.shape[0] == 1 and x.shape[1] % ROW_PARTS == 0
     if not one_row:
         return lax.dot(x, kernel, precision=precision)
+    # Chosen when the program is lowered, not by JAX's default device: a call may run on another.
     return lax.platform_dependent(
         x,
         kernel,
@@ -61,6 +62,7 @@ def query_parts(length: int) -> list[tuple[int, int]]:
     The queries of a part see no key behind its end, so the upper right of the square of scores is
     never computed.
     """
+    # Few parts, as each is compiled as an attention of its own.
     count = min(QUERY_PARTS, -(-length // SMALLEST_QUERY_PART))
     bounds = [length * part // count for part in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -77,6 +79,7 @@ def argmax(x: Num[Array, "... V"]) -> Int[Array, "..."]:
     """
     size = x.shape[-1]
     places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    # Where all are -inf, or one is NaN, none is less than the largest: the place is 0.
     largest = x.max(axis=-1, keepdims=True)
     return jnp.where(x < largest, size, places).min(axis=-1)
 

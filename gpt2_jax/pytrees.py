@@ -37,6 +37,7 @@ def dataclass(cls: Class) -> Class:
     def flatten(node):
         return [getattr(node, name) for name in nodes], tuple(getattr(node, n) for n in statics)
 
+    # Named as the fields are, so that paths in messages of JAX read as the code does.
     def flatten_with_keys(node):
         values, structure = flatten(node)
         return [(GetAttrKey(name), value) for name, value in zip(nodes, values)], structure
@@ -48,6 +49,7 @@ def dataclass(cls: Class) -> Class:
         return node
 
     made.replace = dataclasses.replace
+    # With `flatten` besides: `jit` flattens its arguments at every call and needs no names.
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made
 
