@@ -167,6 +167,7 @@ def _search(
 ) -> Beams:
     """Returns the finished beams of each prompt, the best first."""
     room = jnp.pad(request.ids, ((0, 0), (0, max_new_tokens)))
+    # Beams of one prompt stand together, in all arrays of rows.
     search = _Search(request, jnp.repeat(room, num_beams, axis=0), length_penalty)
 
     def unfinished(state):
@@ -236,6 +237,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     step = state.step
     n_rows, num_beams, max_new_tokens = state.running.ids.shape
     vocab_size = logits.shape[-1]
+    # HF's number: even if every beam ends at every stop id, `n` others are left to go on.
     n_candidates = num_beams * max(2, 1 + len(rules.stop_ids))
 
     # HF adds up log-probabilities, not logits, and lets the transforms act on these.
@@ -265,6 +267,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
         logprobs=beams.logprobs.at[:, :, step].set(token_logprobs),
         scores=scores,
     )
+    # HF's criteria include the length: at the last step each candidate ends.
     is_last_step = step + 1 == max_new_tokens
     return _Candidates(beams, parents, jnp.isin(token, rules.stop_ids) | is_last_step)
 
@@ -272,6 +275,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
 def _keep_running(candidates: _Candidates, state: _State) -> tuple[Beams, Int[Array, " R"]]:
     """Returns the best candidates that go on, and the row of the cache that each continues."""
     n_rows, num_beams, _ = state.running.ids.shape
+    # Added, as in HF's code. Enough go on that none of these is taken, but in the last step.
     scores = candidates.beams.scores + jnp.where(candidates.ended, NEVER, 0.0)
     _, places = jax.lax.top_k(scores, num_beams)
     running = _take(candidates.beams._replace(scores=scores), places)

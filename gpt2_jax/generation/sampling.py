@@ -138,6 +138,7 @@ class TopP(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
         p = jnp.asarray(self.p).reshape(-1, 1)  # [1, 1] or [B, 1]
+        # In a function that is jitted by itself, for those who call a transform outside of `jit`.
         removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
 
@@ -290,6 +291,7 @@ class FrequencyPenalty(Transform):
     penalty: PerRow  # of either sign
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        # OpenAI counts what was generated, HF's rule above the prompt as well.
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
         return logits - _column(self.penalty) * counts
 
@@ -392,6 +394,7 @@ class Suppress(Transform):
     `Suppress(stop_ids, length=n)`. Only the first needs no history.
     """
 
+    # A leaf, not static: other ids, if as many, compile nothing.
     ids: Any  # int[N]
     steps: PerRow | None = None
     length: PerRow | None = None

@@ -218,6 +218,7 @@ def _begin(
     # From here on a slot is a position, so that each row can go back behind a refused guess.
     ids = jnp.pad(request.ids, ((0, 0), (0, room)))
     probs = _distribution(logits, ids, lengths, request)
+    # Round 0: those of the loop count from 1, so that no key serves twice.
     first = _draw(fold_rows(request.rules.keys, 0), 0, probs)
     logprob = jnp.take_along_axis(_log_softmax(logits), first[:, None], axis=1)
     ones = jnp.ones(n_rows, jnp.int32)
@@ -278,10 +279,12 @@ def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
         matches = (starts + size < count) & (count >= size)
         for i in range(size):
             token = jnp.take_along_axis(state.ids, jnp.maximum(count - size + i, 0), axis=1)
+            # `roll` wraps around at the end, where no n-gram may begin.
             matches &= jnp.roll(state.ids, -i, axis=1) == token
         # A longer match takes a shorter one's place.
         begins = jnp.where(matches.any(axis=1), jnp.argmax(matches, axis=1) + size, begins)
     offsets = jnp.arange(sizes.num_draft_tokens)[None]
+    # What is clipped, or not written yet, is no guess: `n_guessed` leaves it out.
     tokens = jnp.take_along_axis(state.ids, begins[:, None] + offsets, axis=1, mode="clip")
     n_guessed = jnp.clip(state.count - begins, 0, sizes.num_draft_tokens).astype(jnp.int32)
     return _Guess(
