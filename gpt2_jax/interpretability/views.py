@@ -192,6 +192,7 @@ def view_patching(
 
     starts = range(0, len(masks), plan.batch_size)
     batches = [masks[start : start + plan.batch_size] for start in starts]
+    # On the host, batch by batch: the device holds one at a time.
     measured = []
     for batch in progress(batches):
         measured.append(np.asarray(measure(params, ids, donors, batch)))
@@ -244,6 +245,7 @@ def _next_logits(
     params: Params, ids: Int[ArrayLike, "1 T"], config: GPT2Config
 ) -> Float[Array, " V"]:
     """Returns the logits after a text's last token."""
+    # A new `jit` of the same function finds the programs that an earlier one has compiled.
     logits = jax.jit(apply)(params, ids, config=config)
     return logits[0, -1]
 
