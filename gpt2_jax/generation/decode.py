@@ -70,7 +70,7 @@ def begin(
     num_return_sequences: int,
 ) -> tuple[State, Generation]:
     """Reads the prompts and chooses the `step`-th token of each row that is not `done`."""
-    # In the request None stands for it: a pytree without leaves, as `no_tap` is not.
+    # In the request None stands for no tap: a pytree without leaves, as the function is not.
     tap = request.rules.tap or no_tap
     ids = request.ids
     logits, cache = prefill(
@@ -88,7 +88,7 @@ def begin(
     return choose(logits, cache, ids, request.rules, step, done, config=config)
 
 
-# Donated, here and below: the cache is the largest thing but the params, and one is enough.
+# Donated, as in `choose` and `advance`: the cache is large, and one of it is enough.
 @partial(jax.jit, donate_argnames="cache")
 def read(
     params: Params,

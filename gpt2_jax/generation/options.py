@@ -589,7 +589,7 @@ def _check_ranges(chosen: Mapping[str, Any]) -> None:
 
 def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
     """Raises `ValueError` where a token would be forced and removed at once."""
-    # HF then moves the second on by a token where the prompt has one, which nobody expects.
+    # HF then moves the second on by a token after a prompt of one, which nobody expects.
     if "forced_bos_token_id" in chosen and "begin_suppress_tokens" in chosen:
         both = "`forced_bos_token_id` and `begin_suppress_tokens`"
         raise ValueError(f"{both} are both about the first token: give one.")

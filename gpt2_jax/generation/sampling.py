@@ -564,10 +564,11 @@ def as_sampler(sampler: Any) -> Sampler:
 
     Args:
       sampler: None for `Greedy()`; a `Sampler`, that is, a callable pytree with the attributes
-        `transform` and `draws`, as it is; or a function `(keys[B], logits[B, V], history) ->
-        ids[B]`, which runs under `jit` and is taken to draw. An own class without those attributes
-        counts as such a function: as a pytree (`flax.struct.dataclass` makes one) its numbers may
-        change without recompiling, otherwise it must be hashable and compiles once for each object.
+        `transform` and `draws`, as it is; or a function
+        `(keys[B], logits[B, V], history) -> ids[B]`, which runs under `jit` and is taken to draw.
+        An own class without those attributes counts as such a function: as a pytree
+        (`flax.struct.dataclass` makes one) its numbers may change without recompiling, otherwise it
+        must be hashable and compiles once for each object.
 
     Raises:
       ValueError: it is a transform, a class instead of an object, not hashable, or nothing that can
