@@ -121,7 +121,8 @@ def prefixed(tap: Tap, prefix: str) -> Tap:
 def dropout(key: Array | None, x: Array, rate: float) -> Array:
     """Zeroes each element with probability `rate` and rescales the rest.
 
-    Without a key it returns `x`. PyTorch's law: linen's attention dropout would share one mask among the rows and heads.
+    Without a key it returns `x`. PyTorch's law: linen's attention dropout would share one mask
+    among the rows and heads.
     """
     # Not left to the mask: at rate 0 its random bits would still be drawn, in every layer.
     if key is None or rate == 0.0:
