@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.config import GPT2Config
 
+# Columns of the narrowest batch: shorter texts all share its programs.
 SMALLEST_BUCKET = 32
-SMALLEST_CACHE = (
-    256  # slots, unless fewer will do: attention over so many is a small part of a step
-)
+# Slots, unless fewer will do: attention over so many is a small part of a step.
+SMALLEST_CACHE = 256
 
 
 class LayerCache(NamedTuple):
@@ -42,9 +42,8 @@ class KVCache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     valid: Bool[Array, "B S"]  # which slots hold a real token
-    slot: (
-        Int[Array, ""] | Int[Array, " B"]
-    )  # next slot to write: one for all rows, or each row's own
+    # The next slot to write: one for all rows, or each row's own.
+    slot: Int[Array, ""] | Int[Array, " B"]
     lengths: Int[Array, " B"]  # next position of each row
 
     @property
@@ -71,6 +70,7 @@ def write(
     new = layer_of(k, v)
     n_heads = k.shape[2]
     if jnp.ndim(slot):
+        # Rows and heads share an axis: all heads of a row are written at the slot of the row.
         slot = jnp.repeat(slot, n_heads)
     return LayerCache(
         keys=put(layer.keys, new.keys, slot, axis=2),
@@ -93,6 +93,7 @@ def scores(
         _by_head(q),
         layer.keys,
         precision=precision,
+        # Accumulated and returned wide: rounded to 16 bits, near scores would tie in the softmax.
         preferred_element_type=dtype,
     )
     return products.reshape(rows, heads, length, layer.keys.shape[2])
@@ -103,6 +104,7 @@ def mix(
 ) -> Float[Array, "B T H K"]:
     """Returns the values, mixed as the attention pattern says, in the dtype of the values."""
     rows, heads, length, slots = pattern.shape
+    # As in HF's code: the softmax is wide, its product with the values is in their dtype.
     pattern = pattern.astype(layer.values.dtype).reshape(rows * heads, length, slots)
     mixed = jnp.einsum("nts,nsk->ntk", pattern, layer.values, precision=precision)
     return mixed.reshape(rows, heads, length, layer.values.shape[2]).swapaxes(1, 2)
@@ -169,6 +171,7 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     n_rows = len(cache.valid)
 
     def take(x):  # [BH, ...] -> [RH, ...]
+        # By rows: all heads of a row go together.
         separate = x.reshape(n_rows, -1, *x.shape[1:])  # [B, H, ...]
         return separate[rows].reshape(-1, *x.shape[1:])
 
@@ -187,6 +190,7 @@ def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCa
     behind them by counts of this kind, one for all rows or each row's own. What stood behind is
     overwritten: so a row can go back.
     """
+    # Keys and values stay as they are: what is not valid is masked, and nothing need be cleared.
     lengths = jnp.broadcast_to(count, cache.lengths.shape)
     return cache._replace(
         valid=jnp.arange(cache.slots)[None] < lengths[:, None],
@@ -211,6 +215,7 @@ def cache_slots(used: int, most: int) -> int:
     that few programs serve all.
     """
     size = min(most, max(SMALLEST_CACHE, 2 * used))
+    # A quarter of the largest power of two in `size`.
     step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
     return -(-size // step) * step
 
@@ -220,6 +225,8 @@ def cache_slots(used: int, most: int) -> int:
 
 def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: int = 1) -> Array:
     """Puts `new[N, ..., T, ...]` into `old[N, ..., S, ...]`, from `start` on."""
+    # JAX moves a start that leaves too little room back to where `new` fits, and so over what
+    # stands there, without a word: whoever writes has seen to the room.
     if jnp.ndim(start) == 0:
         return lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
     put_row = partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
@@ -242,6 +249,7 @@ def _by_head(x: Float[Array, "B T H K"]) -> Float[Array, "BH T K"]:
 
 def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerCache, ...]:
     """Returns the layers with `count` more slots."""
+    # New slots hold zeros, never garbage: masked they weigh 0, but 0 * NaN would be NaN.
     none = (0, 0)
     more = (0, count)
     # Layer by layer: a stacked array would be copied whole at each step of a loop.

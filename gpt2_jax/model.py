@@ -20,6 +20,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, wide_dtype
 
 
+# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
 @jax.jit
 def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
@@ -28,7 +29,9 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
     float64 when `config.dtype` is.
     """
+    # Split for a tied model too: of one key, both kinds get the same body.
     body_key, head_key = jax.random.split(key)
+    # One token will do, as the shape of no parameter depends on the text.
     ids = jnp.zeros((1, 1), jnp.int32)
     mask = jnp.ones((1, 1, 1, 1), bool)
     variables: Any = GPT2(config).init(body_key, ids, Pass(positions=ids, mask=mask))
@@ -107,10 +110,14 @@ def hidden_states(
             '`lengths` must be given for `padding_side="left"`: they say what is padding.'
         )
     shared = causal(ids.shape[1])
+    # Padding on the right needs none of this: no real token sees what comes after it.
     if padding_side == "left":
         n_padding = ids.shape[1] - jnp.asarray(lengths)[:, None]
         positions = shared.positions - n_padding  # negative in the padding
+        # Of the keys alone: a query in the padding sees none, and nobody reads what comes of it.
         is_real = (positions >= 0)[:, None, None, :]
+        # Any position will do in the padding, but it must be one: below 0, a lookup counts from the
+        # end of the table.
         shared = Pass(positions=jnp.maximum(positions, 0), mask=shared.mask & is_real)
     hidden, _ = forward(
         params, ids, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
@@ -147,6 +154,7 @@ def prefill(
         raise ValueError(f"`cache_len` must be at least the {width} columns of `ids`, got {slots}.")
     if lengths is None:
         lengths = jnp.full(n_rows, width, jnp.int32)
+    # Whatever came: lengths go into the cache, whose dtypes must not change within a loop.
     lengths = jnp.asarray(lengths, jnp.int32)
     hidden, layers = forward(params, ids, causal(width), config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
@@ -196,6 +204,7 @@ def decode_step(
     The cache must have a free slot, and each row a free position: that is the caller's to see to.
     """
     shared = Pass(
+        # Not bounded as in `extend`: what has no position left is its caller's to see to.
         positions=cache.lengths[:, None],
         mask=kv_cache.visible(cache, 1),
         past=cache.layers,
@@ -215,6 +224,7 @@ def unembed(
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
         head_matrix(params, config=config).astype(config.dtype),
         precision=config.precision,
+        # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
     return logits.reshape(*hidden.shape[:-1], -1)
@@ -222,6 +232,7 @@ def unembed(
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     """Returns the matrix of the head, tied or separate."""
+    # Tied, there is no second array: what both uses of the one learn adds up in its gradient.
     table = "wte" if config.tie_word_embeddings else "lm_head"
     return params[table]["embedding"]
 
@@ -230,6 +241,7 @@ def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """Returns the log-probability of each token under its logits, in nats and their dtype."""
+    # Not by `log_softmax`, which would make as many numbers anew to take one of each row.
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -237,6 +249,7 @@ def token_logprobs_of(
 def causal(length: int) -> Pass:
     """Returns positions and mask of a text that is read from its start."""
     positions = jnp.arange(length)[None]  # [1, T]
+    # One mask for all rows: what is right-padded needs no mask of its own.
     mask = positions[:, None, None, :] <= positions[:, None, :, None]  # [1, 1, T, T]
     return Pass(positions=positions, mask=mask)
 
@@ -282,6 +295,7 @@ def check_ids(
         expected = f"1 to {config.n_positions} (`n_positions`) columns"
         raise ValueError(f"`ids` must have {expected}, got {width}.")
     if not isinstance(ids, Tracer) and ids.size:
+        # This waits for the device; but ids are few, and NaN from a wrong one is found late.
         values = np.asarray(ids)
         outside = values[(values < 0) | (values >= config.vocab_size)]
         if outside.size:
@@ -299,14 +313,16 @@ def check_side(padding_side: str) -> None:
 def pad_rows(
     rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts of different lengths as one batch, padded on the right with 0, and their
-    lengths.
+    """Returns texts as one batch, `ids[B, T]` padded on the right with 0, and their lengths.
 
     `T` is the longest row's length, or `width`.
     """
+    # On the host: rows of many lengths would be as many programs on the device.
     lengths = np.array([len(row) for row in rows], np.int32)
     if width is None:
+        # At least one column, even of no rows: no program takes a width of 0.
         width = int(lengths.max(initial=1))
+    # Padded with an id that every vocabulary has; which one does not matter.
     ids = np.zeros((len(rows), width), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row

@@ -23,7 +23,7 @@ def static(**options: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def dataclass(cls: Class) -> Class:
-    """Returns the class as a frozen dataclass and a pytree. All fields but the static are nodes.
+    """Returns the class as a frozen dataclass and a pytree; all fields but the `static` are nodes.
 
     `replace(**fields)` returns a copy with other values. JAX rebuilds objects without `__init__`,
     so that `__post_init__` checks what users give, never tracers.
@@ -36,6 +36,7 @@ def dataclass(cls: Class) -> Class:
     def flatten(node):
         return [getattr(node, name) for name in nodes], tuple(getattr(node, n) for n in statics)
 
+    # Named as the fields are, so that paths in messages of JAX read as the code does.
     def flatten_with_keys(node):
         values, structure = flatten(node)
         pairs = zip(map(GetAttrKey, nodes), values, strict=True)
@@ -48,6 +49,7 @@ def dataclass(cls: Class) -> Class:
         return node
 
     made.replace = dataclasses.replace
+    # With `flatten` besides: `jit` flattens its arguments at every call and needs no names.
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made
 

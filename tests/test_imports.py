@@ -1,6 +1,4 @@
-"""Imports point one way: root modules know no cluster, clusters know the root, `commands` knows
-all.
-"""
+"""Imports point one way: root modules know no cluster, clusters the root, `commands` all."""
 
 import ast
 import subprocess
@@ -13,10 +11,8 @@ CLUSTERS = {"pretrained", "generation", "training", "evaluation", "interpretabil
 # Edges between clusters, each with what it is for.
 ALLOWED = {
     ("training/corpus.py", "pretrained"),  # the tokenizer of a checkpoint
-    (
-        "training/run.py",
-        "pretrained",
-    ),  # weights to start from, and the export of those that came out
+    # Weights to start from, and the export of those that came out.
+    ("training/run.py", "pretrained"),
     ("training/run.py", "generation"),  # a sample text to look at
     ("evaluation/harness.py", "pretrained"),  # the harness names a model, it does not pass one
     ("evaluation/harness.py", "generation"),  # tasks that let the model write

@@ -49,9 +49,8 @@ def loss_and_taps(params, ids, config):
 def check_everything(model, config, params, ids, relative):
     """Logits, hidden states, loss and the gradient of every parameter."""
     reference = model(torch.tensor(ids), output_hidden_states=True)
-    targets = torch.tensor(ids[:, 1:]).reshape(
-        -1
-    )  # HF's own `labels` would round the logits to float32
+    # HF's own `labels` would round the logits to float32.
+    targets = torch.tensor(ids[:, 1:]).reshape(-1)
     reference_loss = torch.nn.functional.cross_entropy(
         reference.logits[:, :-1].flatten(0, 1), targets
     )
@@ -74,9 +73,8 @@ def check_everything(model, config, params, ids, relative):
 def test_logits_hidden_states_loss_and_gradients_equal_pytorch(name, rng):
     model = hf_model(**TINY | GRID[name])
     dtype, relative = "float64", 1e-10
-    if (
-        model.config.reorder_and_upcast_attn
-    ):  # HF's upcast is to float32 and fails in a float64 model
+    # HF's upcast is to float32 and fails in a float64 model.
+    if model.config.reorder_and_upcast_attn:
         model, dtype, relative = model.float(), "float32", 1e-5
     config, params = ours(model, dtype)
     check_everything(model, config, params, rng.integers(0, 61, (3, 17)), relative)

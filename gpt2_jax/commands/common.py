@@ -10,6 +10,7 @@ from types import FrameType
 
 from gpt2_jax.generation.ranges import Range
 
+# Here and not in `main`: the help of `generate`, which is the default, lists them too.
 COMMANDS = {
     "generate": "continue prompts; the default",
     "train": "train on token files, from scratch or from pretrained weights",
@@ -27,6 +28,7 @@ class CommandFailed(Exception):
     """A run cannot go on, through no mistake in its arguments."""
 
 
+# `_ActionsContainer` is what parsers and their groups of arguments have in common.
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds the arguments that choose a model and its tokenizer."""
     parser.add_argument(
@@ -58,6 +60,7 @@ def reporter(quiet: bool) -> Report:
 
     def report(line: str) -> None:
         if not quiet:
+            # Standard output is for results alone, so that it can be piped.
             print(line, file=sys.stderr, flush=True)
 
     return report
@@ -73,13 +76,16 @@ def unwinding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
+    # What stands there is put back, whatever it is: notebooks and tests have handlers of their own.
     outside = signal.getsignal(signal.SIGINT)
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         del signal_number, frame
+        # First of all: a second Ctrl-C meets the handler from outside, which ends the process.
         signal.signal(signal.SIGINT, outside)
         raise KeyboardInterrupt
 
+    # Ignored stays ignored, as in jobs that a shell has put in the background.
     if outside is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:

@@ -39,6 +39,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "the hub)",
     )
     add_model_arguments(out)
+    # Without float64, for which JAX would have to be set to 64 bits before anything else.
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     out.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
@@ -54,16 +55,20 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints each figure as soon as it is there."""
+    # In the order of the table, in which --data then names the files.
     tasks = list(TASKS) if "all" in args.task else args.task
     check_numbers(args, COUNTS)
     check_files(args.data, tasks)  # before a model is loaded for minutes of work
     model = load_model(args)
+    # `unwinding` is entered first, so that it still holds while the folder is removed.
     # The folder holds what is fetched from the hub; unwinding removes it.
     with unwinding(), tempfile.TemporaryDirectory() as folder:
         for number, task in enumerate(tasks):
             file = Path(args.data[number]) if args.data else fetch(task, Path(folder))
             for figure in TASKS[task](model, file):
                 if args.json:
+                    # Flushed, as figures take minutes each: whoever reads a pipe has those that are
+                    # there.
                     print(json.dumps(figure._asdict()), flush=True)
                 else:
                     print_figure(figure)
@@ -84,6 +89,7 @@ def load_model(args: argparse.Namespace) -> Model:
     """Returns what is to be measured, and how."""
 
     def progress(title: str, total: int) -> Callable[[int], None]:
+        # On standard error, so that figures can be piped.
         bar = tqdm(total=total, desc=title, disable=args.quiet)
 
         def advance(n_done: int) -> None:

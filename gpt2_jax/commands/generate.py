@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early_stopping": {"choices": ("true", "false", "never")},
     "model": {},
 }
+# A command line has texts alone, HF two booleans and a text.
 EARLY_STOPPING = {None: False, "false": False, "true": True, "never": "never"}
 
 # What an option may need -> what it acts on, and the option that gives it that.
@@ -193,6 +194,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     """Adds an option of the table."""
+    # A copy: what is added below is for this option, not for all of its kind.
     settings = dict(KINDS[option.kind])
     text = option.help
     if option.needs == "do_sample":
@@ -292,14 +294,18 @@ def _check_combinations(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and prints the continuations."""
     check_options(args)
+    # Before the model is loaded: standard input that is empty, or not UTF-8, is told at once.
     prompts = [] if args.interactive else read_prompts(args)
     # Drawn here, and not left to chance in the library, so that it can be reported.
     seed = secrets.randbits(32) if args.seed is None else args.seed
     report = reporter(args.quiet)
+    # From here on: reading the prompts may have waited for someone who types.
     started = time.perf_counter()
+    # Before the first array, with which JAX chooses its device for good.
     set_up_jax(args, report)
     model = load_model(args)
     report(describe(model, args, seed, time.perf_counter() - started))
+    # Only now, as ids in options are checked against the vocabulary.
     sampler = make_sampler(args, model)
     session = Session(args, model, sampler, jax.random.key(seed), report)
     if args.interactive:
@@ -346,6 +352,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """Returns the prompts from the arguments or from standard input."""
     if args.prompt and args.prompt != ["-"]:
         return args.prompt
+    # To wait for a terminal would look like a hang; with "-" that is what was asked for.
     if sys.stdin is None or (sys.stdin.isatty() and not args.prompt):
         example = 'gpt2-jax "Once upon a time"'
         raise ValueError(f"No prompt: give one, as in  {example}, or pipe text in.")
@@ -371,6 +378,7 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     """
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    # A folder that the user has set, by the environment, stays.
     if not jax.config.values["jax_compilation_cache_dir"]:
         # Where XDG's base directories have it.
         cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -384,6 +392,7 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if args.device is None:
         return
+    # JAX's own "gpu" means every vendor's at once, and fails where the plugin of one is missing.
     platform = "cuda" if args.device == "gpu" else args.device
     jax.config.update("jax_platforms", platform)
     # JAX looks for devices when it is first asked for one.
@@ -409,6 +418,7 @@ def make_sampler(args: argparse.Namespace, model: Pretrained) -> Any:
     Raises:
       ValueError: an option is out of range for this model.
     """
+    # Those without a maker are arguments of searches, which are passed to them as such.
     options = {
         option.name: getattr(args, option.name) for option in OPTIONS.values() if option.make
     }
@@ -464,6 +474,7 @@ def stream(session: Session, prompts: list[str]) -> None:
     rows: list[Continuation] = []
     with unwinding():
         if is_live:
+            # At once: it stands there while the first token is computed.
             print(prompts[0], end="", flush=True)
         try:
             for rows in growing:
@@ -496,6 +507,7 @@ def search(session: Session, prompts: list[str]) -> None:
         texts = find(session, ids, lengths)
         rows = []
         for number, length in enumerate(texts.lengths):
+            # Texts of one prompt stand together.
             prompt = prompts[number // args.num_samples]
             stop_ids = session.model.config.eos_token_ids
             row = Continuation(prompt, tokenizer, args.stop, stop_ids)
@@ -544,11 +556,13 @@ def speculate(
     args = session.args
     draft_config = draft_params = None
     if args.assistant_model:
+        # Without a tokenizer: its ids must be the model's, and `speculate` compares how many.
         draft_config, draft_params = gpt2_jax.load(args.assistant_model, dtype=args.dtype)
     # A model's guesses and the text's have a number each, and only one of the two guesses.
     n_guesses = args.num_assistant_tokens or args.prompt_lookup_num_tokens or DEFAULT_GUESSES
     made = gpt2_jax.speculate(
         session.model.params,
+        # A row for each text: `speculate` has no `num_return_sequences`, and each row a key.
         np.repeat(ids, args.num_samples, axis=0),
         np.repeat(lengths, args.num_samples, axis=0),
         session.key,
@@ -602,6 +616,7 @@ def converse(session: Session) -> None:
                 return
         if text == "/new":
             conversation.reset()
+        # An empty line lets the model go on, if there is something to go on from.
         elif text or conversation.ids:
             answer(session, conversation, text)
 
@@ -623,7 +638,7 @@ def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> 
     begun = time.perf_counter()
     n_tokens = 0
     stopped = False
-    # Enter alone goes on in the middle of the word, should the turn have ended there.
+    # What is typed is a line of its own. Enter alone goes on, in the middle of a word if need be.
     addition = "\n" + text if conversation.ids and text else text
     # The context keeps what has been written when a turn is broken off.
     try:
@@ -634,6 +649,7 @@ def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> 
                 stopped = row.finish_reason == "stop"
     except KeyboardInterrupt:
         pass
+    # Behind a turn that was broken off as well: what follows begins a line.
     print(flush=True)
     rate = n_tokens / (time.perf_counter() - begun)
     n_known = len(conversation.ids)
@@ -666,6 +682,7 @@ def as_record(row: Continuation, *, with_score: bool) -> dict[str, Any]:
         "text": row.text,
         "ids": row.ids,
         "logprobs": row.logprobs,
+        # None where Ctrl-C came first: what there is ends as if the length had been reached.
         "finish_reason": row.finish_reason or "length",
     }
     if with_score:
@@ -700,4 +717,5 @@ def shade_of(logprob: float) -> int:
     for least, shade in SHADES:
         if probability >= least:
             return shade
+    # Only for NaN, of which no comparison holds.
     return SHADES[-1][1]

@@ -71,11 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.quiet:
         return 0
     for name in ("train", "val"):
+        # There is no validation part where its fraction is 0.
         if name not in meta:
             continue
         part = meta[name]
         n_tokens = part["tokens"]
         bytes_per_token = part["bytes"] / n_tokens
         sizes = f"{bytes_per_token:.2f} bytes each, {part['documents']:,} documents"
+        # A report like those of the other commands: the results are the files.
         print(f"{name}: {n_tokens:,} tokens, {sizes}", file=sys.stderr)
     return 0

@@ -145,6 +145,7 @@ class GPT2JaxLM(TemplateLM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Returns the log-probability of whole texts, in nats, in windows that share one token."""
+        # Window by window of all texts together, so that batches are full whatever their lengths.
         windows: list[list[ScoreRequest]] = []
         for request in requests:
             (text,) = request.args
@@ -249,6 +250,7 @@ class GPT2JaxLM(TemplateLM):
     def _continue(self, contexts: Sequence[str], settings: GenerationSettings) -> list[str]:
         """Continues contexts that have the same settings."""
         longest_prompt = self.max_length - settings.max_new_tokens
+        # Cut from the left, as in the harness: the question stands at a context's end.
         prompts = [self._prompt(context)[-longest_prompt:] for context in contexts]
         ids, lengths = pad_rows(prompts)
         pieces = stream(
@@ -316,6 +318,7 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
       ValueError: an option that is not supported.
     """
     others = dict(options)
+    # `or`, as a task may say null, which stands for 0.
     temperature = float(others.pop("temperature", None) or 0.0)
     do_sample = others.pop("do_sample", temperature > 0)
     if do_sample:
@@ -323,6 +326,7 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
         others["temperature"] = temperature or 1.0
     else:
         needs_draws = {name for name, option in OPTIONS.items() if option.needs == "do_sample"}
+        # Tasks give such options beside `do_sample=False`; ours would call them a mistake.
         others = {name: value for name, value in others.items() if name not in needs_draws}
     return sampler_from_options(others, do_sample=do_sample, stop_ids=stop_ids)
 

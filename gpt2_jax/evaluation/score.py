@@ -23,14 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import (
-    Params,
-    check_ids,
-    hidden_states,
-    pad_rows,
-    token_logprobs_of,
-    unembed,
-)
+from gpt2_jax.model import Params, check_ids, hidden_states, pad_rows, token_logprobs_of, unembed
 from gpt2_jax.modules import wide_dtype
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in

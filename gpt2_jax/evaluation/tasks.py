@@ -215,6 +215,7 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
     nll = -sum(window.total for window in scored)
     # By a regular expression, unlike `page.split()`: white space at either end counts a word more.
     n_words = sum(len(re.split(r"\s+", page)) for page in pages)
+    # Of the published pages, like the words: the harness divides by what stands in the set.
     n_bytes = sum(len(page.encode()) for page in pages)
 
     def figure(metric: str, value: float, count: int, unit: str) -> Figure:
@@ -428,6 +429,7 @@ def cbt(model: Model, file: Path) -> list[Figure]:
     requests: list[list[ScoreRequest]] = []
     for question in questions:
         # The rest of the sentence is scored too: what makes a word wrong may come after it.
+        # The space before the gap goes to the word: to GPT-2's tokenizer it is part of it.
         context = f"{question.context} {question.before_gap}".rstrip()
         endings = [f" {word}{question.after_gap}" for word in question.candidates]
         requests.append([_harness_request(model, context, ending) for ending in endings])
@@ -445,6 +447,7 @@ def _cbt_set(file: Path) -> str | None:
     """Returns which of the paper's two sets a file is, by its published name."""
     parts = file.name.split("_")
     short_name = parts[1] if len(parts) > 1 else parts[0]
+    # A file of another name is measured as well, with no figure of the paper beside it.
     return CBT_SETS.get(short_name)
 
 
@@ -511,6 +514,7 @@ def _paper_figure(model: Model, name: str | None) -> float | None:
     return PAPER[name][column]
 
 
+# In the order in which `--task all` measures them.
 TASKS: dict[str, Callable[[Model, Path], list[Figure]]] = {
     "perplexity": perplexity_of_file,
     "wikitext": wikitext,

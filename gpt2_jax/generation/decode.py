@@ -70,6 +70,7 @@ def begin(
     num_return_sequences: int,
 ) -> tuple[State, Generation]:
     """Reads the prompts and chooses the `step`-th token of each row that is not `done`."""
+    # In the request None stands for no tap: a pytree without leaves, as the function is not.
     tap = request.rules.tap or no_tap
     ids = request.ids
     logits, cache = prefill(
@@ -82,10 +83,12 @@ def begin(
         logits = logits[rows]
         cache = kv_cache.select(cache, rows)
     ids = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
+    # One bool at the start of a text; one for each row where a full one goes on.
     done = jnp.broadcast_to(jnp.asarray(done), (len(ids),))
     return choose(logits, cache, ids, request.rules, step, done, config=config)
 
 
+# Donated, as in `choose` and `advance`: the cache is large, and one of it is enough.
 @partial(jax.jit, donate_argnames="cache")
 def read(
     params: Params,
@@ -101,6 +104,7 @@ def read(
     The slot of each of the cache's tokens must be its position. What is behind `count` is padding.
     """
     logits, cache = extend(params, ids, kv_cache.keep_first(cache, start), config=config)
+    # At a traced place: a block that is half empty runs the program of a full one.
     last = jax.lax.dynamic_index_in_dim(logits, count - 1, axis=1, keepdims=False)
     return last, kv_cache.keep_first(cache, start + count)
 
@@ -120,7 +124,9 @@ def choose(
     """Chooses the token after the `ids` that the cache holds, of each row that is not `done`."""
     history = History(ids, cache.valid, step)
     token = rules.sampler(fold_rows(rules.keys, step), logits, history)
+    # Rows that have ended are computed all the same, as the batch keeps its shape.
     token = jnp.where(done, rules.pad_id, token)
+    # Of a float64 model, too: the loop collects them in float32.
     logprob = token_logprobs_of(logits, token).astype(jnp.float32)
     made = Generation(
         ids=token[:, None],
@@ -216,19 +222,19 @@ class _Ahead:
         """Begins to compile for a cache of `slots`, unless that was begun before."""
         if slots in self.compiling:
             return
+        # Shapes alone: the larger cache itself is made when it is needed.
         larger = jax.eval_shape(partial(grow, slots=slots), state)
 
         def compile_program():
             steps = jnp.int32(plan.chunk)
             lowered = advance.lower(params, larger, rules, steps, config=config, chunk=plan.chunk)
+            # JAX remembers what it has compiled; the program itself is of no use here.
             lowered.compile()
 
         self.compiling[slots] = self.pool.submit(compile_program)
 
     def finish(self, slots: int) -> None:
-        """Waits for the program, not for its success: without it, the call that needs it compiles
-        it.
-        """
+        """Waits for the program, not for its success: the call that needs it would compile it."""
         wait([self.compiling[slots]])
 
 
@@ -248,6 +254,7 @@ def pieces(
     """
     used = int(np.max(request.lengths, initial=1))  # slots in use
     most = used + plan.max_new_tokens - 1  # the last token is never read
+    # No fewer than the columns of the prompts: their padding is read, and so written, as well.
     slots = max(request.ids.shape[1], cache_slots(used, most))
     rules = request.rules
     state, made = begin(
@@ -259,11 +266,13 @@ def pieces(
         cache_len=slots,
         num_return_sequences=plan.num_return_sequences,
     )
+    # Before the loop, and what it compiles: the first token waits for its own program alone.
     yield made
 
     n_generated = 1
     with ThreadPoolExecutor(1) as pool:
         ahead = _Ahead(pool)
+        # To look at `done` waits for the device: once for each chunk, not for each token.
         while n_generated < plan.max_new_tokens and not np.all(state.done):
             if used == slots:
                 slots = cache_slots(used, most)

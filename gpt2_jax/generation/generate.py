@@ -86,6 +86,7 @@ def generate(
         `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or a call
         inside `jax.jit` or `jax.vmap`.
     """
+    # `generate` is the stream, collected: the two cannot differ.
     parts = stream(
         params,
         ids,
@@ -110,6 +111,7 @@ def generate(
     all_logprobs = np.concatenate([part.logprobs for part in made], axis=1)
     n_missing = int(max_new_tokens) - all_ids.shape[1]  # where every row has ended before
     behind = ((0, 0), (0, n_missing))
+    # The same as in the pieces, which do not carry it.
     pad = read_endings(stop_ids, pad_id, config=config).pad_id
     return Generation(
         ids=jnp.asarray(np.pad(all_ids, behind, constant_values=pad)),
@@ -142,6 +144,7 @@ def stream(
 
     Takes and checks `generate`'s arguments, and ends as soon as every row has.
     """
+    # Not a generator itself, which would check nothing before its first piece is asked for.
     prompts = read_prompts(params, ids, lengths, padding_side, config=config)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     check_room(prompts, max_new_tokens, overflow, config=config)
@@ -161,6 +164,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         chunk=as_count("chunk", chunk),
         num_return_sequences=int(num_return_sequences),
+        # `keep` is at least 1 by now, so that `or` means None alone.
         keep=keep or full // 2,
     )
     if overflow == "slide" and prompts.longest + max_new_tokens > full:
@@ -188,13 +192,16 @@ def _slide(
     done = np.zeros(len(texts) * plan.num_return_sequences, bool)
     n_generated = 0
     while n_generated < plan.max_new_tokens and not done.all():
+        # Full ones alone: a shorter row loses nothing before it must.
         texts = [text if len(text) < full else text[-plan.keep :] for text in texts]
         longest = max(len(text) for text in texts)
         ids, lengths = pad_rows(texts, bucket(longest, full))
         window = request._replace(ids=jnp.asarray(ids), lengths=jnp.asarray(lengths))
+        # At least one token: a row that keeps all of its context is full as it is.
         room = max(1, full - longest)
         n_missing = plan.max_new_tokens - n_generated
         part = plan._replace(max_new_tokens=min(n_missing, room))  # until the longest row is full
+        # Steps go on counting, as keys are folded with them: no window repeats another's draws.
         made = pieces(params, window, part, config=config, step=n_generated, done=done)
         # The first window was read once for all sequences of a prompt. From here on each has a text
         # of its own, and is a row.
@@ -202,6 +209,7 @@ def _slide(
         plan = plan._replace(num_return_sequences=1)
         for piece in made:
             texts = _appended(texts, piece)
+            # By stop ids, not by the state of `pieces`: there a row ends with its positions, too.
             done |= np.isin(np.asarray(piece.ids), stop_ids).any(axis=1)
             n_generated += piece.ids.shape[1]
             yield piece

@@ -72,12 +72,14 @@ def _arguments(
     keys: Mapping[str, Any], config: GPT2Config, prompt_length: int | None
 ) -> dict[str, Any]:
     """Returns the arguments that a generation config's keys stand for."""
+    # Keys are taken out one by one: what is left over at the end is known to nobody.
     left = {name: value for name, value in keys.items() if name not in IGNORED_KEYS}
     _take_fixed(left)
     stop_ids = left.pop("eos_token_id", None)
     arguments: dict[str, Any] = {
         "stop_ids": config.eos_token_ids if stop_ids is None else as_ids(stop_ids)
     }
+    # Before the sampler: searches are in the table of options, but have no transform.
     beams = _take_beams(left)
     max_new_tokens = _take_max_new_tokens(left, prompt_length)
     others = {
@@ -106,6 +108,7 @@ def _take_fixed(left: dict[str, Any]) -> None:
     """Takes out the keys of which one value is supported; raises `ValueError` for another."""
     for name, only in FIXED_KEYS.items():
         value = left.pop(name, None)
+        # null stands for the default, which is the one.
         if value is not None and value != only:
             supported = f"must be {only!r}, the one value that is supported"
             raise ValueError(f"`{name}` {supported}; got {value!r}.")
@@ -120,6 +123,7 @@ def _take_beams(left: dict[str, Any]) -> dict[str, Any]:
     values = {}
     idle = []
     for name in BEAM_ARGUMENTS:
+        # The first of the neutral values is HF's default.
         default = OPTIONS[name].neutral[0]
         value = left.pop(name, None)  # None stands for HF's default
         values[name] = default if value is None else value

@@ -94,12 +94,14 @@ def read_prompts(
     if padding_side == "left":
         # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
         shifted = [np.roll(row, length - width) for row, length in zip(given, real, strict=True)]
+        # `np.stack` takes no empty list: a batch of no rows stays what it is.
         given = np.stack(shifted) if shifted else given
     longest = int(real.max(initial=1))
     # Few widths, so that few programs are compiled; a prompt that is too long is refused by its
     # reader.
     columns = max(longest, bucket(longest, config.n_positions))
     padded = np.zeros((n_rows, columns), np.int32)
+    # What is padding in every row is dropped: the width of what was given compiles nothing.
     padded[:, :longest] = given[:, :longest]
     return Prompts(padded, real.astype(np.int32))
 
@@ -124,6 +126,7 @@ def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: 
     longest = prompts.longest
     fits = {
         "error": longest + max_new_tokens <= config.n_positions,
+        # A row that is full from the start would get no token at all.
         "stop": longest < config.n_positions,
         "slide": True,
     }
@@ -179,10 +182,12 @@ def make_request(
         raise ValueError(
             f"Greedy would write the same text {n_sequences} times: use a sampler that draws."
         )
+    # Before the prompts are repeated, which is done on the device: a key for each text.
     n_rows = len(prompts.lengths) * n_sequences
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
+        # An array, and so no part of the program: other stop ids, if as many, compile nothing.
         stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
         pad_id=jnp.int32(endings.pad_id),
         tap=as_pytree(tap),
@@ -192,6 +197,7 @@ def make_request(
 
 def check_sampler(sampler: Any, key: Keys | None) -> Any:
     """Returns the sampler; raises `ValueError` if it draws and there is no key."""
+    # First: what a user gave may be a function, which is taken to draw.
     sampler = as_sampler(sampler)
     if key is None and sampler.draws:
         name = type(sampler).__name__
@@ -232,6 +238,7 @@ def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
     # `jax.random.PRNGKey` makes raw keys, which look like arrays of two numbers.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    # Folded, not split: the number of rows is not in it, so that a row keeps its key in any batch.
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
     if key.shape != (n_rows,):
@@ -255,6 +262,7 @@ def _check_lengths(lengths: Any, n_rows: int, width: int) -> Int[np.ndarray, " B
     if lengths is None:
         return np.full(n_rows, width)
     expected = f"`lengths` must be integers of shape [{n_rows}]"
+    # In the place of `lengths`: what comes of leaving them out and going on with the key.
     if isinstance(lengths, jax.Array) and jnp.issubdtype(lengths.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{expected}, got a key: pass it as `key=`.")
     lengths = np.asarray(lengths)

@@ -47,6 +47,7 @@ class Continuation:
         self._stop = tuple(stop)
         self._stop_ids = tuple(stop_ids)
         self._n_shown = 0  # characters of `text` that were in some `new`
+        # A token may end within a character, which is shown when it is whole.
         self._decoder = tokenizer.stream_decoder()
 
     def push(self, ids: Sequence[int], logprobs: Sequence[float]) -> str:
@@ -54,6 +55,7 @@ class Continuation:
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish_reason:
                 break
+            # As Python's numbers, which JSON takes.
             self.ids.append(int(token))
             self.logprobs.append(float(logprob))
             # The id that ends the text is no part of it.
@@ -75,6 +77,7 @@ class Continuation:
     def _append(self, text: str) -> None:
         """Adds to the text; the first stop text in it, wherever that begins, ends it."""
         self.text += text
+        # In all of the text: a stop text may have begun tokens ago.
         starts = [self.text.find(stop) for stop in self._stop]
         starts = [start for start in starts if start >= 0]
         if starts:
@@ -134,6 +137,7 @@ def stream_text(
     if not all(stop):
         raise ValueError("`stop` must not hold an empty text.")
     ids, lengths = encode_batch(tokenizer, prompts, allow_special=allow_special)
+    # Said here, and not left to `stream`: the rows must know where their text ends, too.
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     pieces = stream(
         params,
@@ -151,6 +155,7 @@ def stream_text(
         for prompt in prompts
         for _ in range(num_return_sequences)
     ]
+    # Not a generator itself, so that arguments are checked when it is called: see `stream`.
     return _grow(rows, pieces)
 
 
@@ -163,6 +168,7 @@ def _grow(rows: list[Continuation], pieces: Iterator[Generation]) -> Iterator[li
             ids = all_ids[number, :length].tolist()
             rows[number].push(ids, all_logprobs[number, :length].tolist())
         yield rows
+        # Stop texts end rows of which the program knows nothing: it is simply not asked again.
         if all(row.finish_reason for row in rows):
             break
     for row in rows:
@@ -174,6 +180,7 @@ def complete(
     params: Params, tokenizer: Tokenizer, prompts: Sequence[str], *args: Any, **options: Any
 ) -> list[Continuation]:
     """Returns the finished continuations of `stream_text`, whose arguments it takes."""
+    # Each time the same rows, further on: the last have all of it.
     *_, rows = stream_text(params, tokenizer, prompts, *args, **options)
     return rows
 

@@ -155,6 +155,7 @@ class Edits:
             new: Any = edit(x)
         else:
             new = jnp.broadcast_to(edit, x.shape)
+        # In the activation's dtype: a float32 donor must not widen the rest of a bfloat16 pass.
         new = jnp.asarray(new, x.dtype)
         # A function's result is not broadcast: a lost axis is a mistake more often than a wish.
         if new.shape != x.shape:

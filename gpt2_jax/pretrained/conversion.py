@@ -148,7 +148,9 @@ def compare(written: Path, source: Path | None) -> Difference:
     except ImportError as error:
         raise CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
 
+    # Its bar for loading is none of this command's output.
     transformers.utils.logging.disable_progress_bar()
+    # Read again from the disk: what is checked is the file, not what it was written from.
     config, params = read(written)
     # Random ids, as any text will do: no logit is to differ.
     shape = (N_ROWS, min(LONGEST_ROW, config.n_positions))

@@ -116,6 +116,7 @@ def load_tokenizer(
         # One who names a tokenizer wants that one and no other.
         return _own_or_gpt2s(found) if name is None else _own(found)
     except (FileNotFoundError, TokenizerKindError) as error:
+        # Of its own class: callers tell a missing tokenizer from one of another kind.
         raise type(error)(f"{error} {ADVICE}") from error
 
 
@@ -145,4 +146,5 @@ def _holds_gpt2(folder: Path) -> bool:
     # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():
         return read_json_object(config).get("model_type", "gpt2") == "gpt2"
+    # Weights without a config: `load` says so, which tells more than the lack of a tokenizer.
     return any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())

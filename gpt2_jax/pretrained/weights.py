@@ -87,6 +87,7 @@ def load(
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    # The config first: it says what the tensors must be called, and how large they are.
     config = _read_config(folder)
     try:
         params = _from_reader(open_folder(folder), config, target)
@@ -124,6 +125,7 @@ def save(
     shapes = {}
     for name, array in state.items():
         shapes[name.removeprefix(PREFIX)] = array.shape
+    # Before a file is written: HF fills what it does not find with fresh weights, and only warns.
     _check_names(shapes, param_shapes(config))
     # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -219,6 +221,7 @@ def load_params(file: str | Path) -> Params:
     stored = SafetensorsFile(Path(file))
     # Unlike in `load`, nothing is checked: any tree may have been saved, with integers and NaN.
     leaves = {}
+    # As in `_from_reader`, for the sake of the peak of memory.
     for name in _largest_first(stored.shapes):
         leaves[name] = _to_jax(stored.read(name), name)
     # The order of the file is that of the tree.

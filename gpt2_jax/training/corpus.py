@@ -103,6 +103,7 @@ def prepare(
     with replacing(out, overwrite=overwrite) as folder:
         files = [documents(text, unwrap) for text in read_texts(names)]
         n_documents = sum(len(texts) for texts in files)
+        # File by file, so that each is in both parts.
         parts = split(files, val_fraction)
         del files  # a document that was cut in two is held once from here on
         if not parts.train:
@@ -143,6 +144,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[P
             context = multiprocessing.get_context("spawn")
             tokenizer_parts = (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
             pool = stack.enter_context(context.Pool(n_workers, _start_worker, tokenizer_parts))
+            # In order, and as they come: `map` would wait for the whole corpus and hold it.
             encoded = pool.imap(_encode_in_worker, cut_out)
         for piece, ids in zip(pieces, encoded, strict=True):
             ends_text = piece.end == len(piece.text)

@@ -138,6 +138,7 @@ def fit(
         first_step = int(position.state.step)
         _write_run(plan, first_step)
         say(_opening_message(plan, n_params, first_step))
+        # Only behind `_write_run`, which replaces its file: it would go on writing to the old one.
         with _open_log(plan, first_step, progress) as log:
             position = _train(plan, position, checkpoints, log, stop_requested)
     plot_curves(plan.out / "metrics.jsonl", plan.out / "curves.png")
@@ -171,6 +172,7 @@ def export(
         if step is None:
             raise CheckpointError(f"{out} holds no checkpoint yet.")
         params = checkpoints.restore(_state_shapes(run.recipe, run.config), step).params
+    # Cast last: a checkpoint is restored in the dtypes that it was saved in.
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
     save(target, params, run.config, overwrite=overwrite)
     if (out / "vocab.json").is_file():
@@ -391,6 +393,7 @@ def _state_shapes(recipe: Recipe, config: GPT2Config) -> TrainState:
 def _write_run(plan: Plan, first_step: int) -> None:
     """Writes what describes the run; takes back the metrics of steps that will be made again."""
     plan.out.mkdir(parents=True, exist_ok=True)
+    # Again at each resumption: the fields that may change have their present values.
     with replacing(plan.out / "run.json", overwrite=True) as temporary:
         write_json(temporary, plan.identity)
     # A killed run has logged steps that its last checkpoint does not know.
@@ -442,6 +445,7 @@ def _train(
         position, metrics = _advance(plan, position, step)
         log.started(Pending(step, cursor, metrics))
 
+        # A request to stop is answered here, between steps, where the state is whole.
         is_last = step == recipe.steps or stop_requested()
         val_loss = None
         if _is_evaluated(plan, step):

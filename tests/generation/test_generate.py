@@ -224,9 +224,8 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
     ids, lengths = rng.integers(0, 61, (2, 30)), np.array([30, 11])
     advance.clear_cache()
     with jax.log_compiles():  # in this thread
-        out = generate(
-            params, ids, lengths, config=config, max_new_tokens=600
-        )  # 256 slots, then 512, then 640
+        # 256 slots, then 512, then 640.
+        out = generate(params, ids, lengths, config=config, max_new_tokens=600)
     compiled = [
         record.message
         for record in caplog.records
@@ -395,10 +394,7 @@ def test_past_the_context_a_row_stops(params, rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            {"max_new_tokens": 5},
-            "is 5, together 65, but the model has 64 positions",
-        ),
+        ({"max_new_tokens": 5}, "is 5, together 65, but the model has 64 positions"),
         ({"overflow": "clamp"}, '`overflow` must be "error", "stop" or "slide", got \'clamp\''),
         (
             {"overflow": "stop", "keep": 3},

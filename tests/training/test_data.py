@@ -140,9 +140,8 @@ def test_windows_score_each_id_but_the_first_once(count):
         assert not weights[:, 0].any()
         for row, weight in zip(ids, weights, strict=True):
             places = np.flatnonzero(weight)
-            np.testing.assert_array_equal(
-                np.diff(row[: len(places) + 1]), 1
-            )  # what is scored follows what is read
+            # What is scored follows what is read.
+            np.testing.assert_array_equal(np.diff(row[: len(places) + 1]), 1)
             scored += row[places].tolist()
     assert scored == tokens[1:].tolist()
 
