@@ -297,7 +297,7 @@ def ours_prefill(spec: Spec) -> Once:
 
     config, params = gpt2_jax.load(spec["folder"])
     ids = tokens_of(spec, config.vocab_size)
-    prefill = jax.jit(gpt2_jax.prefill, static_argnames=("config", "cache_len"))
+    prefill = jax.jit(gpt2_jax.prefill, static_argnames="cache_len")
 
     def once():
         logits, _ = jax.block_until_ready(prefill(params, ids, config=config))

@@ -104,7 +104,7 @@ def test_cached_logits_equal_uncached_ones_for_every_row_of_a_ragged_batch(rng):
     config, params = ours(model)
     ids, lengths = rng.integers(0, 61, (3, 15)), np.array([7, 1, 4])
     reference = model(torch.tensor(ids)).logits.detach().numpy()
-    step = jax.jit(gpt2_jax.decode_step, static_argnames="config")
+    step = jax.jit(gpt2_jax.decode_step)
     logits, cache = gpt2_jax.prefill(params, ids[:, :7], lengths, config=config, cache_len=15)
     for t in range(8):
         assert_near(logits, reference[np.arange(3), lengths + t - 1], 1e-10)
@@ -166,7 +166,7 @@ def test_124m_equals_pytorch(rng):
     with torch.no_grad():
         single = model(torch.tensor(ids)).logits.numpy()
     config, params = ours(model, "float32")
-    logits = jax.jit(gpt2_jax.apply, static_argnames="config")(params, ids, config=config)
+    logits = jax.jit(gpt2_jax.apply)(params, ids, config=config)
     np.testing.assert_allclose(logits, single, rtol=0, atol=1e-4)
 
     model = model.double()

@@ -17,7 +17,7 @@ from gpt2_jax import Categorical, Chain, GPT2Config, Temperature, generate, samp
 V, N = 30, 9
 TINY = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 1, "n_head": 3}
 
-token_logprobs = jax.jit(gpt2_jax.token_logprobs, static_argnames="config")
+token_logprobs = jax.jit(gpt2_jax.token_logprobs)
 
 
 def beam_search(*args, **options):

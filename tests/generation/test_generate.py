@@ -29,7 +29,7 @@ TINY = GPT2Config(
     eos_token_id=None,
     bos_token_id=None,
 )
-apply = jax.jit(gpt2_jax.apply, static_argnames="config")
+apply = jax.jit(gpt2_jax.apply)
 SAMPLER = Categorical(Chain((Temperature(1.5), TopK(30), TopP(0.95))))
 
 
