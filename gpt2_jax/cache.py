@@ -140,6 +140,15 @@ def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots:
     )
 
 
+def see_only(cache: KVCache, seen: Bool[Array, "B P"], position: Int[Array, " B"]) -> KVCache:
+    """Returns a cache of prompts of which later tokens see some slots, from a position on."""
+    n_new = cache.slots - seen.shape[1]
+    return cache._replace(
+        valid=cache.valid & jnp.pad(seen, ((0, 0), (0, n_new))),
+        lengths=position.astype(jnp.int32),
+    )
+
+
 def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVCache:
     """Returns the cache after `count` tokens of each row were written to its layers at its slot."""
     # Slots behind `slot` may hold what a longer pass wrote before: they count again once written

@@ -4,19 +4,25 @@ Nothing but `init` compiles itself: wrap what you call in `jax.jit`. A `GPT2Conf
 itself.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, LayerCache
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.inputs import (
+    Layout,
+    Tokens,
+    check_side,
+    last_token,
+    left_padded,
+    read_layout,
+    read_tokens,
+)
 from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, wide_dtype
 
 
@@ -46,11 +52,15 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
 
 def apply(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
@@ -64,6 +74,15 @@ def apply(
         right comes after everything that a real token sees. Logits at padding are meaningless.
       config: the model's configuration.
       padding_side: "right" or "left", where the padding is.
+      positions: each token's position, `[B, T]` or `[1, T]`, in the place of 0, 1, 2, ... (HF's
+        `position_ids`). They change no mask: several texts to a row are `segment_ids`.
+      mask: booleans, or 0 and 1. `[B, T]`: the tokens that others may see, each still seeing none
+        after itself (HF's `attention_mask`; it moves no position). `[B, 1, T, T]`, also with 1 row
+        or H heads: which keys each query sees, in the place of the causal rule.
+      segment_ids: several texts to a row: each run of equal numbers is one. A token sees those of
+        its text alone, and positions begin anew with each.
+      inputs_embeds: what the table of embeddings would give, in the place of `ids`, which must be
+        None then.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
         place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
         which are easier.
@@ -73,7 +92,8 @@ def apply(
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
         its values can be seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such
-        an id gives NaN. Or rows are left-padded and `lengths` are missing.
+        an id gives NaN. Or rows are left-padded and `lengths` are missing, or what says where
+        tokens lie has another shape or kind or contradicts the rest.
     """
     hidden = hidden_states(
         params,
@@ -81,6 +101,10 @@ def apply(
         lengths,
         config=config,
         padding_side=padding_side,
+        positions=positions,
+        mask=mask,
+        segment_ids=segment_ids,
+        inputs_embeds=inputs_embeds,
         tap=tap,
         dropout_key=dropout_key,
         remat=remat,
@@ -90,11 +114,15 @@ def apply(
 
 def hidden_states(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
@@ -103,35 +131,31 @@ def hidden_states(
 
     There are as many rows as in `ids`, unless a tap makes the batch grow.
     """
-    ids = check_ids(ids, config, longest=config.n_positions)
+    tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     check_side(padding_side)
-    if padding_side == "left" and lengths is None:
-        raise ValueError(
-            '`lengths` must be given for `padding_side="left"`: they say what is padding.'
-        )
-    shared = causal(ids.shape[1])
-    # Padding on the right needs none of this: no real token sees what comes after it.
+    layout = Layout(positions, mask, segment_ids)
+    # Padding on the right needs nothing: no real token sees what comes after it.
     if padding_side == "left":
-        n_padding = ids.shape[1] - jnp.asarray(lengths)[:, None]
-        positions = shared.positions - n_padding  # negative in the padding
-        # Of the keys alone: a query in the padding sees none, and nobody reads what comes of it.
-        is_real = (positions >= 0)[:, None, None, :]
-        # Any position will do in the padding, but it must be one: below 0, a lookup counts from the
-        # end of the table.
-        shared = Pass(positions=jnp.maximum(positions, 0), mask=shared.mask & is_real)
+        shared = left_padded(lengths, tokens.shape[1], layout)
+    else:
+        shared = read_layout(layout, tokens.shape[:2], config=config)
     hidden, _ = forward(
-        params, ids, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
+        params, tokens, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return hidden
 
 
 def prefill(
     params: Params,
-    ids: Int[ArrayLike, "B P"],
+    ids: Int[ArrayLike, "B P"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     cache_len: int | None = None,
+    positions: Int[ArrayLike, "#B P"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B P"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B P D"] | None = None,
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads right-padded prompts; returns the logits after each row's last token, and the cache.
@@ -142,13 +166,15 @@ def prefill(
       lengths: how many ids of each row are real, at least 1; all of them by default.
       config: the model's configuration.
       cache_len: `S`, slots to make room for, at least `P`; `n_positions` by default.
+      positions, mask, segment_ids, inputs_embeds: see `apply`. Tokens that are read later see what
+        the row's last token sees, and take the positions behind its own.
       tap: see `apply`.
 
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
-    ids = check_ids(ids, config, longest=config.n_positions)
-    n_rows, width = ids.shape
+    tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
+    n_rows, width = tokens.shape[:2]
     slots = config.n_positions if cache_len is None else cache_len
     if slots < width:
         raise ValueError(f"`cache_len` must be at least the {width} columns of `ids`, got {slots}.")
@@ -156,11 +182,17 @@ def prefill(
         lengths = jnp.full(n_rows, width, jnp.int32)
     # Whatever came: lengths go into the cache, whose dtypes must not change within a loop.
     lengths = jnp.asarray(lengths, jnp.int32)
-    hidden, layers = forward(params, ids, causal(width), config=config, tap=tap)
+    layout = Layout(positions, mask, segment_ids)
+    shared = read_layout(layout, (n_rows, width), config=config)
+    hidden, layers = forward(params, tokens, shared, config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
     logits = tap("logits", unembed(params, last, config=config))
-    return logits, kv_cache.of_prompts(layers, lengths, slots)
+    cache = kv_cache.of_prompts(layers, lengths, slots)
+    if not layout.is_plain:
+        seen, position = last_token(shared, lengths)
+        cache = kv_cache.see_only(cache, seen, position + 1)
+    return logits, cache
 
 
 def extend(
@@ -246,17 +278,9 @@ def token_logprobs_of(
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def causal(length: int) -> Pass:
-    """Returns positions and mask of a text that is read from its start."""
-    positions = jnp.arange(length)[None]  # [1, T]
-    # One mask for all rows: what is right-padded needs no mask of its own.
-    mask = positions[:, None, None, :] <= positions[:, None, :, None]  # [1, 1, T, T]
-    return Pass(positions=positions, mask=mask)
-
-
 def forward(
     params: Params,
-    ids: Int[Array, "B T"],
+    tokens: Tokens,
     shared: Pass,
     *,
     config: GPT2Config,
@@ -270,60 +294,6 @@ def forward(
     model = GPT2(config)
     # Linen's type says what any module might return.
     out: Any = model.apply(
-        {"params": body}, ids, shared, tap=tap, dropout_key=dropout_key, remat=remat
+        {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return out
-
-
-def check_ids(
-    ids: Int[ArrayLike, "B T"], config: GPT2Config, *, longest: int | None = None
-) -> Int[Array, "B T"]:
-    """Returns `ids` as an array.
-
-    Raises:
-      ValueError: it is not one `[B, T]` of ids, at most `longest` a row. Values are seen outside
-        `jit` alone.
-    """
-    # Lists stay on the host until they are checked; arrays of JAX stay where they are.
-    if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        got = f"{ids.dtype} of shape {list(ids.shape)}"
-        raise ValueError(f"`ids` must be an integer array of shape [B, T], got {got}.")
-    width = ids.shape[1]
-    if width < 1 or (longest is not None and width > longest):
-        expected = f"1 to {config.n_positions} (`n_positions`) columns"
-        raise ValueError(f"`ids` must have {expected}, got {width}.")
-    if not isinstance(ids, Tracer) and ids.size:
-        # This waits for the device; but ids are few, and NaN from a wrong one is found late.
-        values = np.asarray(ids)
-        outside = values[(values < 0) | (values >= config.vocab_size)]
-        if outside.size:
-            expected = f"[0, {config.vocab_size}) (`vocab_size`)"
-            raise ValueError(f"`ids` must be in {expected}, got {outside[0]}.")
-    return jnp.asarray(ids)
-
-
-def check_side(padding_side: str) -> None:
-    """Raises `ValueError` unless `padding_side` names a side."""
-    if padding_side not in ("left", "right"):
-        raise ValueError(f'`padding_side` must be "left" or "right", got {padding_side!r}.')
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts as one batch, `ids[B, T]` padded on the right with 0, and their lengths.
-
-    `T` is the longest row's length, or `width`.
-    """
-    # On the host: rows of many lengths would be as many programs on the device.
-    lengths = np.array([len(row) for row in rows], np.int32)
-    if width is None:
-        # At least one column, even of no rows: no program takes a width of 0.
-        width = int(lengths.max(initial=1))
-    # Padded with an id that every vocabulary has; which one does not matter.
-    ids = np.zeros((len(rows), width), np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    return ids, lengths

@@ -14,7 +14,7 @@ used.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
+from gpt2_jax.pytrees import dataclass, static
 
 Params = dict[str, Any]  # a nested dict of arrays, under the checkpoint's names
 # (site, activation) -> activation: what reads or changes activations.
@@ -142,13 +143,15 @@ def split_key(key: Array | None, count: int) -> list[Array] | list[None]:
 # The layers.
 
 
-class Pass(NamedTuple):
+@dataclass
+class Pass:
     """What every layer of one forward pass shares."""
 
     positions: Int[Array, "#B T"]
-    mask: Bool[Array, "#B 1 T S"]  # which keys each query sees
+    mask: Bool[Array, "#B #H T S"]  # which keys each query sees
     past: tuple[LayerCache, ...] | None = None  # the cache that new keys and values are written to
     slot: Any = 0  # and where: int32[], or int32[B]
+    is_causal: bool = static(default=True)  # whether no query sees a key after itself
 
 
 class Dense(nn.Module):
@@ -242,9 +245,10 @@ class Attention(nn.Module):
         else:
             present = kv_cache.write(shared.past[self.layer], k, v, shared.slot)
 
-        # Parts count keys from the first query on, which a past would come before; and a tap wants
-        # the whole square.
-        whole = shared.past is not None or wants(tap, "scores") or wants(tap, "pattern")
+        # Parts leave out keys after their queries, which another mask may show; they count keys
+        # from the first query on, which a past would come before; and a tap wants the whole square.
+        whole = shared.past is not None or not shared.is_causal
+        whole = whole or wants(tap, "scores") or wants(tap, "pattern")
         attend = self.attend if whole else self.attend_in_parts
         z = tap("z", attend(q, present, shared.mask, tap, pattern_key))  # [B, T, H, K]
         out = Dense(config, config.n_embd, residual_stddev(config), name="c_proj")(
@@ -262,7 +266,7 @@ class Attention(nn.Module):
         self,
         q: Float[Array, "B T H K"],
         present: LayerCache,
-        mask: Bool[Array, "#B 1 T T"],
+        mask: Bool[Array, "#B #H T T"],
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
@@ -280,7 +284,7 @@ class Attention(nn.Module):
         self,
         q: Float[Array, "B T H K"],
         present: LayerCache,
-        mask: Bool[Array, "#B 1 T S"],
+        mask: Bool[Array, "#B #H T S"],
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
@@ -395,6 +399,8 @@ class Blocks(nn.Module):
 class GPT2(nn.Module):
     """The transformer up to the last LayerNorm, and each layer's keys and values.
 
+    It reads ids, or embeddings in their place.
+
     With `shared.past`, `S`, the last axis of the mask, is the cache's length; without, `S` is `T`.
     """
 
@@ -403,7 +409,7 @@ class GPT2(nn.Module):
     @nn.compact
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T D"],
         shared: Pass,
         tap: Tap = no_tap,
         dropout_key: Array | None = None,
@@ -411,8 +417,11 @@ class GPT2(nn.Module):
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
-        # An id beyond the table reads NaN, not the last row: so does `jnp.take`, which linen calls.
-        tokens = tap("wte.out", self.embed("wte", config.vocab_size)(ids))  # [B, T, D]
+        if jnp.issubdtype(tokens.dtype, jnp.integer):
+            # An id beyond the table reads NaN, not the last row, as `jnp.take` does, which linen
+            # calls.
+            tokens = self.embed("wte", config.vocab_size)(tokens)
+        tokens = tap("wte.out", tokens.astype(config.dtype))  # [B, T, D]
         places = self.embed("wpe", config.n_positions)(shared.positions)  # [B or 1, T, D]
         # One row of positions may serve all rows, but a tap may want another in each.
         places = tap("wpe.out", jnp.broadcast_to(places, tokens.shape))

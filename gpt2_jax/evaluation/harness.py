@@ -30,7 +30,7 @@ except ImportError as error:
 from gpt2_jax.evaluation.score import ScoreRequest, after, rolling_windows, score, score_groups
 from gpt2_jax.generation.generate import Generation, stream
 from gpt2_jax.generation.options import OPTIONS, sampler_from_options
-from gpt2_jax.model import pad_rows
+from gpt2_jax.inputs import pad_rows
 from gpt2_jax.pretrained.loading import load_pretrained
 
 MAX_NEW_TOKENS = 256  # where a task does not say: as in the harness's `hf` model

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.inputs import Layout, check_ids, pad_rows
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import Params, check_ids, hidden_states, pad_rows, token_logprobs_of, unembed
-from gpt2_jax.modules import wide_dtype
+from gpt2_jax.model import Params, hidden_states, token_logprobs_of, unembed
+from gpt2_jax.modules import Tap, no_tap, wide_dtype
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
 # float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
@@ -131,7 +132,14 @@ def bits(nats: float) -> float:
 
 
 def token_logprobs(
-    params: Params, ids: Int[ArrayLike, "B T"], *, config: GPT2Config
+    params: Params,
+    ids: Int[ArrayLike, "B T"],
+    *,
+    config: GPT2Config,
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    tap: Tap = no_tap,
 ) -> Float[Array, "B T-1"]:
     """Returns the log-probability of each token after its predecessors, in nats.
 
@@ -144,6 +152,8 @@ def token_logprobs(
       ids: token ids, padded on the right with any id of the vocabulary; `T` is at most
         `n_positions + 1`.
       config: the model's configuration.
+      positions, mask, segment_ids, tap: see `apply`. The first token of a segment is scored after
+        the segment before it: ignore that, too.
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns.
@@ -151,7 +161,17 @@ def token_logprobs(
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
         raise ValueError("`ids` must have at least 2 columns: one to read and one to score, got 1.")
-    hidden = hidden_states(params, ids[:, :-1], config=config)  # [B, T - 1, D]
+    # The last token is scored, and not read; what is said of it is dropped.
+    layout = Layout(positions, mask, segment_ids).without_last()
+    hidden = hidden_states(
+        params,
+        ids[:, :-1],
+        config=config,
+        positions=layout.positions,
+        mask=layout.mask,
+        segment_ids=layout.segment_ids,
+        tap=tap,
+    )  # [B, T - 1, D]
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = ids[:, 1:].reshape(-1)
 

@@ -24,7 +24,7 @@ from gpt2_jax.generation.request import (
     read_endings,
     read_prompts,
 )
-from gpt2_jax.model import pad_rows
+from gpt2_jax.inputs import pad_rows
 from gpt2_jax.modules import Params, Tap
 
 CHUNK = 128  # tokens that `generate` makes before it looks whether every row has ended

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, Key, UInt32
 from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.sampling import as_sampler
-from gpt2_jax.model import check_ids, check_side
+from gpt2_jax.inputs import check_ids, check_side
 from gpt2_jax.modules import Params, Tap
 from gpt2_jax.pytrees import classes_of, dataclass, static
 

@@ -10,7 +10,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.decode import Generation
 from gpt2_jax.generation.generate import stream
 from gpt2_jax.generation.request import Keys
-from gpt2_jax.model import pad_rows
+from gpt2_jax.inputs import pad_rows
 from gpt2_jax.modules import Params
 from gpt2_jax.tokenizer import Tokenizer
 

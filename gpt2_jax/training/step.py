@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import apply, check_ids
+from gpt2_jax.inputs import Layout, check_ids
+from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
 
 Metrics = dict[str, Array]  # scalars by name
@@ -45,6 +46,8 @@ class _Batch(NamedTuple):
 
     ids: Int[Array, "B T"]
     weights: Float[Array, "B T"]  # how much the prediction of each id counts; the first, never
+    layout: Layout
+    inputs_embeds: Float[Array, "B T D"] | None  # what the model reads in the place of `ids`
 
 
 class _Program(NamedTuple):
@@ -76,6 +79,10 @@ def next_token_loss(
     *,
     config: GPT2Config,
     weights: Num[ArrayLike, "B T"] | None = None,
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -90,8 +97,12 @@ def next_token_loss(
         `T - 1`; so `T` is 2 to `n_positions + 1`.
       config: the model's configuration.
       weights: how much the prediction of each id counts, not negative. The first column is never
-        predicted and is ignored. Padding on the right, or the first token of a packed document, has
-        weight 0.
+        predicted and is ignored. Padding on the right has weight 0.
+      positions, mask: see `apply`; with a place for each of `ids`, the last included. A mask says
+        what is seen, not what counts.
+      segment_ids: several texts to a row: see `apply`. The first token of each is not predicted,
+        whatever its weight.
+      inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
       dropout_key: turns dropout on.
       remat: recomputes each layer's activations in the backward pass instead of keeping them.
 
@@ -102,7 +113,8 @@ def next_token_loss(
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns, or `weights` another shape.
     """
-    batch = _make_batch(ids, weights, config)
+    layout = Layout(positions, mask, segment_ids)
+    batch = _make_batch(ids, weights, layout, inputs_embeds, config)
     weight = _predicted_weight(batch)
     loss = _share_of_loss(
         params, batch, dropout_key, whole_weight=weight, config=config, remat=remat
@@ -118,6 +130,7 @@ def train_step(
     config: GPT2Config,
     tx: optax.GradientTransformation,
     weights: Num[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     micro_batches: int = 1,
     remat: bool = False,
 ) -> tuple[TrainState, Metrics]:
@@ -129,7 +142,7 @@ def train_step(
       key: turns dropout on. The step's number is folded in, so that one key serves a whole run.
       config: the model's configuration.
       tx: any optax optimizer, such as `make_optimizer` returns. Each object compiles its own step.
-      weights: see `next_token_loss`.
+      weights, segment_ids: see `next_token_loss`.
       micro_batches: in how many parts the batch passes through the model, one after the other. The
         update is that of the whole batch, the memory that of a part.
       remat: see `next_token_loss`.
@@ -142,7 +155,8 @@ def train_step(
       ValueError: as `next_token_loss`; or `B` is not a multiple of `micro_batches`.
     """
     # Everything is checked before the compiled step, which takes the state's memory away.
-    batch = _make_batch(ids, weights, config)
+    layout = Layout(segment_ids=segment_ids)
+    batch = _make_batch(ids, weights, layout, None, config)
     n_rows = batch.ids.shape[0]
     if micro_batches < 1 or n_rows % micro_batches:
         raise ValueError(
@@ -228,7 +242,19 @@ def _share_of_loss(
     read = part.ids[:, :-1]
     predicted = part.ids[:, 1:]
     # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
-    logits = apply(params, read, config=config, dropout_key=dropout_key, remat=remat)
+    embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
+    layout = part.layout.without_last()
+    logits = apply(
+        params,
+        read if embeds is None else None,
+        config=config,
+        positions=layout.positions,
+        mask=layout.mask,
+        segment_ids=layout.segment_ids,
+        inputs_embeds=embeds,
+        dropout_key=dropout_key,
+        remat=remat,
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)  # [B, T - 1]
     total = (losses * part.weights[:, 1:]).sum()
     # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
@@ -242,9 +268,17 @@ def _predicted_weight(batch: _Batch) -> Float[Array, ""]:
 
 
 def _make_batch(
-    ids: Int[ArrayLike, "B T"], weights: Num[ArrayLike, "B T"] | None, config: GPT2Config
+    ids: Int[ArrayLike, "B T"],
+    weights: Num[ArrayLike, "B T"] | None,
+    layout: Layout,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None,
+    config: GPT2Config,
 ) -> _Batch:
-    """Returns ids and weights as arrays that fit each other; raises `ValueError` if they do not."""
+    """Returns what a step learns from as arrays that fit each other.
+
+    Raises:
+      ValueError: they do not.
+    """
     # One more than the model reads: the last id is only predicted.
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
@@ -254,12 +288,26 @@ def _make_batch(
     # The dtype of the logits, whatever the weights came in: a mask of integers, say.
     dtype = wide_dtype(config)
     if weights is None:
-        return _Batch(ids, jnp.ones(ids.shape, dtype))
-    if jnp.shape(weights) != ids.shape:
+        weights = jnp.ones(ids.shape, dtype)
+    _check_shape("weights", weights, ids)
+    weights = jnp.asarray(weights, dtype)
+    if inputs_embeds is not None:
+        inputs_embeds = jnp.asarray(inputs_embeds)
+    if layout.segment_ids is not None:
+        _check_shape("segment_ids", layout.segment_ids, ids)
+        segment_ids = jnp.asarray(layout.segment_ids)
+        layout = layout._replace(segment_ids=segment_ids)
+        # Nothing before it says what a text begins with.
+        is_first = segment_ids[:, 1:] != segment_ids[:, :-1]
+        weights = weights.at[:, 1:].multiply(~is_first)
+    return _Batch(ids, weights, layout, inputs_embeds)
+
+
+def _check_shape(name: str, given: ArrayLike, ids: Int[Array, "B T"]) -> None:
+    if jnp.shape(given) != ids.shape:
         expected = list(ids.shape)
-        got = list(jnp.shape(weights))
-        raise ValueError(f"`weights` must have the shape of `ids`, {expected}, got {got}.")
-    return _Batch(ids, jnp.asarray(weights, dtype))
+        got = list(jnp.shape(given))
+        raise ValueError(f"`{name}` must have the shape of `ids`, {expected}, got {got}.")
 
 
 # The optimizer.
