@@ -1,6 +1,6 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
-from gpt2_jax.cache import KVCache
+from gpt2_jax.cache import KVCache, lengthen, share
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError
@@ -58,7 +58,7 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_names,
 )
-from gpt2_jax.model import apply, decode_step, init, prefill, unembed
+from gpt2_jax.model import apply, decode_step, extend, init, prefill, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
@@ -110,6 +110,7 @@ __all__ = [
     "decode_step",
     "direct_logit_attribution",
     "encode_batch",
+    "extend",
     "find_sites",
     "fold_layer_norm",
     "from_hf",
@@ -117,6 +118,7 @@ __all__ = [
     "init",
     "init_state",
     "load",
+    "lengthen",
     "load_generation_config",
     "load_pretrained",
     "load_tokenizer",
@@ -140,6 +142,7 @@ __all__ = [
     "save",
     "score",
     "score_choices",
+    "share",
     "site_names",
     "speculate",
     "steering_vector",

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import GPT2Config, as_count
 
 # Columns of the narrowest batch: shorter texts all share its programs.
 SMALLEST_BUCKET = 32
@@ -149,14 +151,23 @@ def see_only(cache: KVCache, seen: Bool[Array, "B P"], position: Int[Array, " B"
     )
 
 
-def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVCache:
-    """Returns the cache after `count` tokens of each row were written to its layers at its slot."""
+def n_written(
+    cache: KVCache, layers: tuple[LayerCache, ...], count: int | Int[Array, " B"]
+) -> KVCache:
+    """Returns the cache after `count` tokens of each row were written to its layers at its slot.
+
+    Of rows that share a slot, the one with the most tokens says which is the next.
+    """
     # Slots behind `slot` may hold what a longer pass wrote before: they count again once written
     # anew.
+    begin = jnp.reshape(cache.slot, (-1, 1))
+    end = begin + jnp.reshape(count, (-1, 1))
+    slots = jnp.arange(cache.slots)[None]
+    shares_slot = jnp.ndim(cache.slot) == 0 and jnp.ndim(count) == 1
     return KVCache(
         layers=layers,
-        valid=cache.valid | _new_slots(cache, count).any(axis=1),
-        slot=cache.slot + count,
+        valid=cache.valid | ((slots >= begin) & (slots < end)),
+        slot=cache.slot + (jnp.max(count) if shares_slot else count),
         lengths=cache.lengths + count,
     )
 
@@ -167,12 +178,30 @@ def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
 
 
 def lengthen(cache: KVCache, slots: int) -> KVCache:
-    """Returns the cache with room for `slots` tokens."""
+    """Returns the cache with room for `slots` tokens.
+
+    Raises:
+      ValueError: it has more already.
+    """
     count = slots - cache.slots
+    if count < 0:
+        raise ValueError(f"`slots` must be at least the cache's {cache.slots}, got {slots}.")
     return cache._replace(
         layers=_lengthen_layers(cache.layers, count),
         valid=jnp.pad(cache.valid, ((0, 0), (0, count))),
     )
+
+
+def share(cache: KVCache, n: int) -> KVCache:
+    """Returns a cache with each row `n` times: one prefix, read once, for many continuations.
+
+    Row `b * n + i` of the result is row `b`. Each has its own copy, in which others see nothing.
+
+    Raises:
+      ValueError: `n` is less than 1.
+    """
+    n = as_count("n", n)
+    return select(cache, jnp.repeat(jnp.arange(len(cache.valid)), n))
 
 
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
@@ -206,6 +235,30 @@ def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCa
         slot=count,
         lengths=lengths,
     )
+
+
+def check_room(
+    cache: KVCache, width: int, count: int | Int[Array, " B"], *, config: GPT2Config
+) -> None:
+    """Raises `ValueError` where `width` slots, or the positions of `count` tokens, are not left.
+
+    Values are seen outside `jit` alone.
+    """
+    if isinstance(cache.slot, Tracer) or isinstance(cache.lengths, Tracer):
+        return
+    used = int(np.max(np.asarray(cache.slot)))
+    if used + width > cache.slots:
+        raise ValueError(
+            f"The cache must have {width} free slots, got {cache.slots - used} of {cache.slots}:"
+            " see `lengthen`."
+        )
+    if isinstance(count, Tracer):
+        return
+    longest = int(np.max(np.asarray(cache.lengths) + np.asarray(count), initial=0))
+    if longest > config.n_positions:
+        raise ValueError(
+            f"A row would have {longest} tokens, but the model has {config.n_positions} positions."
+        )
 
 
 # Sizes: few of them, so that few programs are compiled.

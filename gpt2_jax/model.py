@@ -17,6 +17,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import (
     Layout,
     Tokens,
+    check_ids,
     check_side,
     last_token,
     left_padded,
@@ -197,17 +198,46 @@ def prefill(
 
 def extend(
     params: Params,
-    ids: Int[Array, "B T"],
+    ids: Int[ArrayLike, "B T"],
     cache: KVCache,
+    lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Reads `T` more tokens of each row; returns the logits after each, and the longer cache.
+    """Reads `T` more tokens of each row onto a cache; returns the logits after each, and the cache.
 
-    The cache must have `T` free slots behind `cache.slot`: that is the caller's to see to.
-    Positions beyond `n_positions` have no meaning.
+    Args:
+      params: the parameters.
+      ids: token ids, padded on the right with any id of the vocabulary.
+      cache: what was read before, with `T` free slots behind `cache.slot`: `lengthen` makes room.
+      lengths: how many of the new ids of each row are real; all of them by default. Logits at
+        padding are meaningless.
+      config: the model's configuration.
+      tap: see `apply`.
+
+    Raises:
+      ValueError: `ids` are not as `apply` takes them, or (where values can be seen, outside `jit`)
+        the cache has too few slots left or a row too few positions. Inside `jit` that is the
+        caller's to see to: a slot too many overwrites the last ones.
     """
+    ids = check_ids(ids, config, longest=config.n_positions)
+    count = ids.shape[1] if lengths is None else jnp.asarray(lengths, jnp.int32)
+    kv_cache.check_room(cache, ids.shape[1], count, config=config)
+    hidden, cache = read_on(params, ids, cache, count, config=config, tap=tap)
+    return tap("logits", unembed(params, hidden, config=config)), cache
+
+
+def read_on(
+    params: Params,
+    ids: Int[Array, "B T"],
+    cache: KVCache,
+    count: int | Int[Array, " B"],
+    *,
+    config: GPT2Config,
+    tap: Tap = no_tap,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Returns the hidden states of more tokens, of which `count` are real, and the longer cache."""
     n_tokens = ids.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(n_tokens)[None]  # [B, T]
     shared = Pass(
@@ -219,8 +249,7 @@ def extend(
         slot=cache.slot,
     )
     hidden, layers = forward(params, ids, shared, config=config, tap=tap)
-    logits = tap("logits", unembed(params, hidden, config=config))
-    return logits, kv_cache.n_written(cache, layers, n_tokens)
+    return hidden, kv_cache.n_written(cache, layers, count)
 
 
 def decode_step(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from gpt2_jax.cache import bucket
+from gpt2_jax.cache import KVCache, bucket
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.decode import Generation, Plan, pieces
 from gpt2_jax.generation.request import (
@@ -22,6 +22,7 @@ from gpt2_jax.generation.request import (
     check_room,
     make_request,
     read_endings,
+    read_past,
     read_prompts,
 )
 from gpt2_jax.inputs import pad_rows
@@ -46,6 +47,7 @@ def generate(
     overflow: str = "error",
     keep: int | None = None,
     tap: Tap | None = None,
+    cache: KVCache | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens. Compiles itself.
 
@@ -80,6 +82,9 @@ def generate(
       tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree,
         as those of `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function
         compiles once for each object.
+      cache: what `prefill`, `extend` or `share` returned for the beginnings of the prompts: they
+        are not read again. `ids` are the whole prompts all the same, each at least one token longer
+        (HF's `past_key_values`). It stays as it is, for other calls.
 
     Raises:
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
@@ -103,6 +108,7 @@ def generate(
         overflow=overflow,
         keep=keep,
         tap=tap,
+        cache=cache,
     )
     # To the host in one go, and back as whole arrays: the pieces' sizes would compile a program
     # each.
@@ -137,6 +143,7 @@ def stream(
     overflow: str = "error",
     keep: int | None = None,
     tap: Tap | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Generation]:
     """Yields what `generate` would return, in pieces. Compiles itself.
 
@@ -168,12 +175,15 @@ def stream(
         keep=keep or full // 2,
     )
     if overflow == "slide" and prompts.longest + max_new_tokens > full:
+        if cache is not None:
+            raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
         return _slide(params, request, plan, config=config)
     # The shortest prompt ends its text last; one more token is chosen at the last position than can
     # be read.
     room = full - int(prompts.lengths.min(initial=full))
     plan = plan._replace(max_new_tokens=min(max_new_tokens, room))
-    return pieces(params, request, plan, config=config)
+    past = None if cache is None else read_past(prompts, cache, config=config)
+    return pieces(params, request, plan, config=config, past=past)
 
 
 def _slide(

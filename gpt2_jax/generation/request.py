@@ -14,10 +14,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, UInt32
 
-from gpt2_jax.cache import bucket
+from gpt2_jax.cache import KVCache, bucket
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.sampling import as_sampler
-from gpt2_jax.inputs import check_ids, check_side
+from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 from gpt2_jax.pytrees import classes_of, dataclass, static
 
@@ -66,6 +66,24 @@ class Prompts(NamedTuple):
         return int(self.lengths.max(initial=1))
 
 
+class Past(NamedTuple):
+    """Texts of which a cache holds the beginnings. Arrays of the host, but for the cache."""
+
+    cache: KVCache
+    ids: Int[np.ndarray, "B U"]  # what it does not hold yet, padded on the right to a bucket
+    lengths: Int[np.ndarray, " B"]
+    at_slots: Int[np.ndarray, "B S"]  # every token at its slot, those of `ids` included
+
+    @property
+    def used(self) -> int:
+        """How many slots are in use when all is read."""
+        slots = np.broadcast_to(np.asarray(self.cache.slot), self.lengths.shape)
+        # Rows that share their slot go on from behind the longest.
+        if jnp.ndim(self.cache.slot) == 0:
+            return int(slots.max(initial=0) + self.lengths.max(initial=0))
+        return int((slots + self.lengths).max(initial=0))
+
+
 class Endings(NamedTuple):
     """What ends a row, and what follows it."""
 
@@ -104,6 +122,47 @@ def read_prompts(
     # What is padding in every row is dropped: the width of what was given compiles nothing.
     padded[:, :longest] = given[:, :longest]
     return Prompts(padded, real.astype(np.int32))
+
+
+def read_past(prompts: Prompts, cache: KVCache, *, config: GPT2Config) -> Past:
+    """Returns what of some texts a cache does not hold yet.
+
+    Raises:
+      ValueError: the cache is of another model or of other rows, or of a text nothing is left to
+        read, whose last logits are not known then.
+    """
+    valid = np.asarray(cache.valid)
+    n_rows = len(prompts.lengths)
+    shape = [len(cache.layers), len(valid)]
+    if shape != [config.n_layer, n_rows]:
+        expected = f"{config.n_layer} layers and {n_rows} rows"
+        raise ValueError(f"`cache` must have {expected}, got {shape[0]} and {shape[1]}.")
+    known = valid.sum(axis=1)
+    if (known != np.asarray(cache.lengths)).any():
+        raise ValueError(
+            "`cache` must hold the beginnings of `ids`: it was made with a mask, segments or"
+            " positions, so that its slots do not tell which tokens they hold."
+        )
+    n_unread = prompts.lengths - known
+    if (n_unread < 1).any():
+        row = int(np.argmax(n_unread < 1))
+        raise ValueError(
+            "`ids` must hold the whole texts, at least one token longer than what is in the cache:"
+            f" row {row} has {prompts.lengths[row]} tokens, the cache holds {known[row]}."
+        )
+    texts = [row[:length] for row, length in zip(prompts.ids, prompts.lengths, strict=True)]
+    unread = [text[n_known:] for text, n_known in zip(texts, known, strict=True)]
+    longest = int(n_unread.max(initial=1))
+    ids, lengths = pad_rows(unread, bucket(longest, config.n_positions))
+    starts = np.broadcast_to(np.asarray(cache.slot), n_rows)
+    # All columns are written, padding too: a slot too few, and they would overwrite the last ones.
+    slots = max(cache.slots, int(starts.max(initial=0)) + ids.shape[1])
+    at_slots = np.zeros((n_rows, slots), np.int32)
+    for row, text in enumerate(texts):
+        # In a row the order of slots is that of the text, but there may be gaps.
+        at_slots[row, np.flatnonzero(valid[row])] = text[: known[row]]
+        at_slots[row, starts[row] : starts[row] + lengths[row]] = unread[row]
+    return Past(cache, ids, lengths, at_slots)
 
 
 def check_not_traced(params: Params, *arrays: Any) -> None:
