@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, UInt32
 
 from gpt2_jax.cache import bucket
-from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.config import GPT2Config, as_count, ids_within
 from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.model import check_ids, check_side
 from gpt2_jax.modules import Params, Tap
@@ -142,13 +142,15 @@ def read_endings(
     """Returns what ends a row, by default the config's `eos_token_id`, and what follows it.
 
     Raises:
-      ValueError: an id is outside the vocabulary.
+      ValueError: an id that was given is outside the vocabulary. Of the config's own, which may be
+        there for want of another, such ids are left out.
     """
     stops = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
-    pad = config.pad_token_id if pad_id is None else pad_id
-    # As HF has it. What stands there is not read: `lengths` say what was made.
+    pad = pad_id
     if pad is None:
-        pad = stops[0] if stops else 0
+        own = ids_within((config.pad_token_id,), config.vocab_size)
+        # As HF has it. What stands there is not read: `lengths` say what was made.
+        pad = (*own, *stops, 0)[0]
     for name, ids in (("stop_ids", stops), ("pad_id", (pad,))):
         for token_id in ids:
             if not 0 <= token_id < config.vocab_size:

@@ -319,6 +319,17 @@ def test_bad_arguments_are_named_before_anything_runs(params, changes, message):
         stream(params, **arguments)
 
 
+def test_ids_of_the_config_that_the_vocabulary_lacks_are_left_out(params, prompts):
+    beyond = TINY.replace(eos_token_id=50256, pad_token_id=-1)
+    assert read_endings(None, None, config=beyond) == ((), 0)
+    some = TINY.replace(eos_token_id=(50256, 7), pad_token_id=60)
+    assert read_endings(None, None, config=some) == ((7,), 60)
+    chex.assert_trees_all_equal(
+        generate(params, *prompts, config=beyond, max_new_tokens=4),
+        generate(params, *prompts, config=TINY, max_new_tokens=4),
+    )
+
+
 def test_greedy_is_the_default(params, prompts):
     chex.assert_trees_all_equal(
         generate(params, *prompts, config=TINY, max_new_tokens=4),
