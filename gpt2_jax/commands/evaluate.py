@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             file = Path(args.data[number]) if args.data else fetch(task, Path(folder))
             for figure in TASKS[task](model, file):
                 if args.json:
-                    print(json.dumps(figure._asdict()), flush=True)
+                    print(json.dumps(as_record(figure)), flush=True)
                 else:
                     print_figure(figure)
     return 0
@@ -106,6 +108,13 @@ def load_model(args: argparse.Namespace) -> Model:
         limit=args.limit,
         progress=progress,
     )
+
+
+def as_record(figure: Figure) -> dict[str, Any]:
+    """Returns a figure for JSON, which has no NaN: the standard error of a single question is."""
+    record = figure._asdict()
+    has_error = figure.stderr is not None and math.isfinite(figure.stderr)
+    return record | {"stderr": figure.stderr if has_error else None}
 
 
 def print_figure(figure: Figure) -> None:

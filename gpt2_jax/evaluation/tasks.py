@@ -26,10 +26,11 @@ from gpt2_jax.evaluation.readers import (
     detokenized,
     fetch,
     read_cbt,
+    read_enwik8,
     read_hellaswag,
     read_lambada,
-    read_tail,
     read_text,
+    read_text8,
     read_wikitext,
     without_brackets,
 )
@@ -240,17 +241,16 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
 
 def enwik8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of enwik8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "enwik8")]
+    return [_bits_per_byte_of_tail(model, "enwik8", read_enwik8(file, TEST_BYTES))]
 
 
 def text8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of text8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "text8")]
+    return [_bits_per_byte_of_tail(model, "text8", read_text8(file, TEST_BYTES))]
 
 
-def _bits_per_byte_of_tail(model: Model, file: Path, task: str) -> Figure:
+def _bits_per_byte_of_tail(model: Model, task: str, text: str) -> Figure:
     # Bits per byte do not depend on the tokenizer, though tokens are what is scored.
-    text = read_tail(file, TEST_BYTES)
     figure = _bits_per_byte(
         task,
         model.likelihood(task, text),

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt2_jax.files import decode_text
 from gpt2_jax.tokenizer import END_OF_TEXT
 from gpt2_jax.training.data import DataError
 
 CHARACTERS_PER_PIECE = 2**20  # about so many are encoded at a time
-BYTE_ORDER_MARK = "\ufeff"  # Windows' editors begin UTF-8 files with it; it is no part of the text
 
 # Behind a letter or sign that a space or a line end follows, no piece of the tokenizer's pattern
 # goes on: the ids of what stands before, and then those of what stands behind, are those of both.
@@ -129,12 +129,9 @@ def _text_files(path: Path) -> list[Path]:
 def _decoded(source: str | Path, content: bytes) -> str:
     """Returns the text of a file's bytes; errors name the source."""
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}: expected UTF-8, but {error.reason} at byte {error.start}."
-        ) from None
-    text = text.removeprefix(BYTE_ORDER_MARK)
+        text = decode_text(content, source)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if not text.strip():
         raise DataError(f"{source}: expected a text, got an empty one.")
     return text
