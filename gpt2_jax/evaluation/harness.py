@@ -10,15 +10,20 @@ of the harness's `hf` model on the same folder.
 Knows the harness's requests; scoring is `score.py`'s, and generating is `generation`'s.
 """
 
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 from tqdm import tqdm
 
 # An extra: whoever imports this module without it learns what to install.
 try:
+    # The harness looks for its own models only as long as it knows none: this makes them known.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -69,7 +74,8 @@ class GPT2JaxLM(TemplateLM):
       dtype: of parameters and compute.
       max_length: the longest context; `n_positions` by default.
       batch_size: texts that pass through the model at once.
-      seed: of sampled text.
+      seed: of sampled text. A question that is asked several times gets as many answers, each the
+        same whatever the batch size.
       max_batch_size: is taken, as the harness gives it, and not needed.
       device: is taken, as the harness gives it; JAX chooses by `JAX_PLATFORMS`.
 
@@ -110,7 +116,6 @@ class GPT2JaxLM(TemplateLM):
                 f"`batch_size` must be a number, got {batch_size!r}: there is no automatic one."
             )
         self.batch_size = int(batch_size)
-        # The same for every batch, so that an answer does not depend on what was asked before.
         self.key = jax.random.key(int(seed))
 
     @property
@@ -207,13 +212,14 @@ class GPT2JaxLM(TemplateLM):
           ValueError: an option is not supported, or the length leaves no room for a prompt.
         """
         texts = [""] * len(requests)
+        keys = _keys_of(self.key, requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
             for indices in _generation_batches(requests, self.batch_size):
                 batch = [_context_and_options(requests[index]) for index in indices]
                 contexts = [context for context, _ in batch]
                 _, shared_options = batch[0]
                 settings = self._settings(shared_options)
-                continuations = self._continue(contexts, settings)
+                continuations = self._continue(contexts, keys[np.array(indices)], settings)
                 for index, text in zip(indices, continuations, strict=True):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
@@ -246,8 +252,10 @@ class GPT2JaxLM(TemplateLM):
         eot_id = self.tokenizer.eot_id
         return () if eot_id is None else (eot_id,)
 
-    def _continue(self, contexts: Sequence[str], settings: GenerationSettings) -> list[str]:
-        """Continues contexts that have the same settings."""
+    def _continue(
+        self, contexts: Sequence[str], keys: Key[Array, " B"], settings: GenerationSettings
+    ) -> list[str]:
+        """Continues contexts that have the same settings, each with a key of its own."""
         longest_prompt = self.max_length - settings.max_new_tokens
         prompts = [self._prompt(context)[-longest_prompt:] for context in contexts]
         ids, lengths = pad_rows(prompts)
@@ -255,7 +263,7 @@ class GPT2JaxLM(TemplateLM):
             self.params,
             ids,
             lengths,
-            self.key,
+            keys,
             config=self.config,
             max_new_tokens=settings.max_new_tokens,
             sampler=settings.sampler,
@@ -290,6 +298,24 @@ def _context_and_options(request: Instance) -> tuple[str, dict[str, Any]]:
     arguments: tuple[Any, ...] = request.args
     context, options = arguments
     return context, options
+
+
+def _keys_of(key: Key[Array, ""], requests: Sequence[Instance]) -> Key[Array, " Q"]:
+    """Returns a key for each request: of its text and options, and of how often it came before.
+
+    So an answer depends neither on what else is asked nor on the batch that it is made in, and a
+    question that is asked again gets another one.
+    """
+    questions = [repr(request.args).encode() for request in requests]
+    asked_before: Counter[bytes] = Counter()
+    repeats = []
+    for question in questions:
+        repeats.append(asked_before[question])
+        asked_before[question] += 1
+    # Not `hash`, which Python salts anew in every process.
+    numbers = np.array([zlib.crc32(question) for question in questions], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    return jax.vmap(jax.random.fold_in)(keys, np.array(repeats, np.uint32))
 
 
 def _generation_batches(requests: Sequence[Instance], batch_size: int) -> Iterator[list[int]]:

@@ -1,6 +1,8 @@
 """Our figures against lm-evaluation-harness with its own `hf` model, for the shipped model."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -259,6 +261,33 @@ def test_sampling_is_repeatable_and_greedy_ignores_its_options(adapter):
     assert one(temperature=0, top_p=0.5) == one()
     assert one(do_sample=False, temperature=5.0) == one()
     assert one(do_sample=True, top_k=1) == one()
+
+
+def test_a_repeated_question_gets_answers_that_no_batch_size_changes(adapter):
+    drawn = {"max_gen_toks": 8, "temperature": 1.0}
+    questions = [("Once upon a time", drawn)] * 3 + [("The wolf said", drawn)]
+    requests = instances("generate_until", *questions)
+    answers = adapter.generate_until(requests, disable_tqdm=True)
+    assert len(set(answers)) == 4
+    adapter.batch_size = 2
+    try:
+        assert adapter.generate_until(requests, disable_tqdm=True) == answers
+        # Nor does what else is asked.
+        assert adapter.generate_until(requests[3:] * 2, disable_tqdm=True)[0] == answers[3]
+    finally:
+        adapter.batch_size = 8
+
+
+@pytest.mark.parametrize("first", ["gpt2_jax.evaluation.harness", "lm_eval"])
+def test_the_harness_keeps_its_own_models(first):
+    code = f"""
+import {first}, gpt2_jax.evaluation.harness
+from lm_eval.api.registry import MODEL_REGISTRY
+from lm_eval.models import MODEL_MAPPING
+print(sorted({{*MODEL_MAPPING, "gpt2_jax"}} - set(MODEL_REGISTRY.keys())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_what_the_adapter_cannot_do_is_named(adapter):
