@@ -58,7 +58,7 @@ def corpus(tmp_path_factory):
     ids = np.array([letters.index(chr(byte)) for byte in text], np.uint16)
     ids[:900].tofile(folder / "train.bin")
     ids[900:].tofile(folder / "val.bin")
-    meta = {"dtype": "uint16", "vocab_size": len(letters), "val": {"tokens": 120, "bytes": 120}}
+    meta = {"dtype": "uint16", "vocab_size": len(letters), "val": {"tokens": 100, "bytes": 100}}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
