@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluation.pairs import pair_request
 from gpt2_jax.evaluation.readers import (
     EndingQuestion,
     TaskError,
@@ -452,19 +453,11 @@ def _cbt_set(file: Path) -> str | None:
 
 
 def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequest:
-    """Returns the request that scores a continuation, by the harness's rule (`_encode_pair`).
-
-    Both are encoded together; spaces between them belong to the continuation; without a context,
-    it follows `<|endoftext|>`.
-    """
-    # A token may span the two, as the space before a word is part of it.
+    """Returns the request that scores a continuation, by the harness's rule: see `pairs.py`."""
     # Without special tokens: what looks like one in a set is text.
-    ids = model.tokenizer.encode(context + continuation)
-    n_context = len(model.tokenizer.encode(context.rstrip()))
-    n_scored = len(ids) - n_context
-    if n_context == 0:
-        ids = [model.eot_id, *ids]
-    return ScoreRequest(ids, n_scored)
+    return pair_request(
+        model.tokenizer.encode, context, continuation, prefix_id=lambda: model.eot_id
+    )
 
 
 def _answer_logprobs(
