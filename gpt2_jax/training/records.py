@@ -3,6 +3,7 @@
 Knows a file's kind by the end of its name; nothing of documents or tokens.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,9 +12,9 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from gpt2_jax.files import decode_text, lines_of
+from gpt2_jax.files import decode_text
 from gpt2_jax.training.data import DataError
 
 LONGEST_LISTING = 200  # characters of the names in one message
@@ -56,18 +57,22 @@ def read_field(file: Path, field: str) -> Iterator[str]:
         yield text
 
 
-def unpacked(file: Path) -> bytes:
-    """Returns the bytes of a file, of a packed one those that are in it.
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """Opens a file to read its bytes, of a packed one those that are in it.
 
     Raises:
-      DataError: a packed file is damaged.
+      DataError: a packed file is damaged, as far as it is read.
       ImportError: it is one for `pyarrow`, which is not installed.
     """
     unpack = PACKINGS.get(file.suffix.lower())
     if unpack is None:
-        return file.read_bytes()
+        with file.open("rb") as stream:
+            yield stream
+        return
     try:
-        return unpack(file)
+        with unpack(file) as stream:
+            yield stream
     except (OSError, EOFError, zlib.error) as error:
         packing = file.suffix.lower()
         raise DataError(f"{file}: expected a sound {packing} file, but {error}.") from error
@@ -79,10 +84,15 @@ def text_in(file: Path) -> str:
     Raises:
       DataError: it is not UTF-8, or damaged.
     """
+    with opened(file) as stream:
+        content = stream.read()
+    return _decoded(content, file)
+
+
+def _decoded(content: bytes, source: str | Path) -> str:
+    """Returns the text of some bytes; errors name the source."""
     try:
-        return decode_text(unpacked(file), file)
-    except DataError:
-        raise
+        return decode_text(content, source)
     except ValueError as error:
         raise DataError(str(error)) from None
 
@@ -90,18 +100,14 @@ def text_in(file: Path) -> str:
 # Packings.
 
 
-def _gunzip(file: Path) -> bytes:
-    with gzip.open(file) as opened:
-        return opened.read()
+def _gunzip(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file))
 
 
-def _unzstd(file: Path) -> bytes:
+def _unzstd(file: Path) -> BinaryIO:
     pyarrow = _pyarrow(file)
-    with (
-        pyarrow.OSFile(str(file)) as packed,
-        pyarrow.CompressedInputStream(packed, "zstd") as whole,
-    ):
-        return whole.read()
+    # Buffered by Python, whose streams are read line by line.
+    return io.BufferedReader(pyarrow.CompressedInputStream(str(file), "zstd"))
 
 
 def _pyarrow(file: Path) -> Any:
@@ -115,16 +121,20 @@ def _pyarrow(file: Path) -> Any:
     return pyarrow
 
 
-PACKINGS: dict[str, Callable[[Path], bytes]] = {".gz": _gunzip, ".zst": _unzstd}
+PACKINGS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gunzip, ".zst": _unzstd}
 
 # Kinds of records.
 
 
 def _json_lines(file: Path, field: str) -> Iterator[Record]:
     del field
-    for number, line in enumerate(lines_of(text_in(file)), start=1):
-        if line.strip():
-            yield _as_record(file, f"line {number}", _parsed(line))
+    # As bytes, whose lines end at "\n" alone, and one by one: all at once would hold a corpus twice.
+    with opened(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                place = f"line {number}"
+                value = _parsed(_decoded(line, f"{file}, {place}"))
+                yield _as_record(file, place, value)
 
 
 def _json(file: Path, field: str) -> Iterator[Record]:
@@ -179,7 +189,7 @@ def _table(file: Path, field: str, *, delimiter: str) -> Iterator[Record]:
 def _parquet(file: Path, field: str) -> Iterator[Record]:
     pyarrow = _pyarrow(file)
     try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(unpacked(file)))
+        table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         # A column that is not there is missing in the first row; nobody else reads the others.
         columns = [field] if field in names else names

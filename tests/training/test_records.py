@@ -86,7 +86,11 @@ def test_names_tell_records_from_texts(tmp_path):
         ),
         ("a.jsonl", b'{"text": null}', "line 1: expected `text` to be a text, got None"),
         ("a.jsonl", b'{"text": "a"', "line 1: expected a JSON object"),
-        ("a.jsonl", b'{"text": "\xff"}', "expected UTF-8, but invalid start byte at byte 10"),
+        (
+            "a.jsonl",
+            b'{"text": "\xff"}',
+            "line 1: expected UTF-8, but invalid start byte at byte 10",
+        ),
         ("a.json", b'[{"text": "a"}, 3]', "record 2: expected a JSON object"),
         ("a.json", b'{"data": []}', r"line 1: expected a field `text`, got \['data'\]"),
         ("a.csv", b"body\na\n", r"line 2: expected a field `text`, got \['body'\]"),
