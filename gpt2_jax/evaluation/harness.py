@@ -211,14 +211,22 @@ class GPT2JaxLM(TemplateLM):
         raise ValueError(NO_CHAT_TEMPLATE)
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **_: Any,
     ) -> list[int]:
         """Returns a text's ids, in which `<|endoftext|>` is the special token, as HF has it.
 
         With `add_bos_token` they begin with it, unless the text does or `add_special_tokens` is
-        false.
+        false. Of them the last `left_truncate_len` are returned, where that is given.
         """
-        ids = self.tokenizer.encode(string, "all")
+        ids = self._with_bos(string, self.tokenizer.encode(string, "all"), add_special_tokens)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _with_bos(self, string: str, ids: list[int], add_special_tokens: bool | None) -> list[int]:
+        """Returns a text's ids, after `<|endoftext|>` where it is to be added."""
         if not self.add_bos_token or add_special_tokens is False:
             return ids
         prefix = self.tokenizer.decode([self.prefix_token_id])

@@ -128,7 +128,8 @@ PACKINGS: dict[str, Callable[[Path], BinaryIO]] = {".gz": _gunzip, ".zst": _unzs
 
 def _json_lines(file: Path, field: str) -> Iterator[Record]:
     del field
-    # As bytes, whose lines end at "\n" alone, and one by one: all at once would hold a corpus twice.
+    # As bytes, whose lines end at "\n" alone, and one by one: all at once would be one more corpus
+    # in memory.
     with opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():

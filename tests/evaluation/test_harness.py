@@ -323,6 +323,8 @@ def test_arguments_do_what_they_do_with_hf(options):
         for add in (None, False, True):
             theirs, ours = (model.tok_encode(text, add_special_tokens=add) for model in models)
             assert theirs == ours
+    theirs, ours = (model.tok_encode("Once upon a time", left_truncate_len=2) for model in models)
+    assert theirs == ours
 
 
 def test_prompts_are_truncated_as_hfs_are(adapter, monkeypatch):
