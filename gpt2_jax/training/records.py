@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from gpt2_jax.files import decode_text
 from gpt2_jax.training.data import DataError
 
 LONGEST_LISTING = 200  # characters of the names in one message
+LONGEST_CELL = 2**31 - 1  # characters; Python's own limit is 128 KiB, less than a book
 
 
 class Record(NamedTuple):
@@ -175,7 +175,7 @@ def _table(file: Path, field: str, *, delimiter: str) -> Iterator[Record]:
     del field
     # Ends of line within quotes are text: they stay as they are.
     text = io.StringIO(text_in(file), newline="")
-    longest = csv.field_size_limit(sys.maxsize)  # a book is longer than its 128 KiB
+    longest = csv.field_size_limit(LONGEST_CELL)
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for row in rows:

@@ -20,6 +20,7 @@ from gpt2_jax.training.records import (
     text_in,
 )
 
+FIELD_ADVICE = "name the field that is the text, as in `--field text`"
 CHARACTERS_PER_PIECE = 2**20  # about so many are encoded at a time
 
 # Behind a letter or sign that a space or a line end follows, no piece of the tokenizer's pattern
@@ -151,7 +152,9 @@ def _files(path: Path, field: str | None) -> list[Path]:
             files.append(file)
     if not files:
         kinds = "*.txt" if field is None else f"files of records ({', '.join(RECORD_READERS)})"
-        raise DataError(f"{path}: expected a file, or a folder with {kinds}.")
+        has_records = field is None and any(is_records(file) for file in inside)
+        got = f", got records: {FIELD_ADVICE}" if has_records else ""
+        raise DataError(f"{path}: expected a file, or a folder with {kinds}{got}.")
     return files
 
 
@@ -159,8 +162,7 @@ def _texts_in(file: Path, field: str | None) -> Iterable[str]:
     """Returns the texts of a file: one, or a field of each record."""
     if is_records(file):
         if field is None:
-            advice = "name the field that is the text, as in `--field text`"
-            raise DataError(f"{file}: expected a text, got records: {advice}.")
+            raise DataError(f"{file}: expected a text, got records: {FIELD_ADVICE}.")
         return read_field(file, field)
     if field is not None:
         kinds = ", ".join(RECORD_READERS)

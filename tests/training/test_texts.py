@@ -55,6 +55,10 @@ def test_syntax_is_never_read_as_text(tmp_path):
     (tmp_path / "b.txt").write_text("a text")
     with pytest.raises(DataError, match="a.jsonl: expected a text, got records: .* `--field text`"):
         read(tmp_path / "a.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "folder" / "a.jsonl")
+    with pytest.raises(DataError, match=r"with \*.txt, got records: name the field"):
+        read(tmp_path / "folder")
     with pytest.raises(DataError, match="b.txt: expected records .*`text`, got a text"):
         read(tmp_path / "b.txt", field="text")
     with pytest.raises(DataError, match="Standard input is a text, and has no field `text`"):
