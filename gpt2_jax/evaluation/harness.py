@@ -464,11 +464,14 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
       ValueError: an option that is not supported.
     """
     others = dict(options)
-    temperature = float(others.pop("temperature", None) or 0.0)
-    do_sample = others.pop("do_sample", temperature > 0)
+    given = others.pop("temperature", None)
+    # Asked to sample without a temperature: the one that changes nothing.
+    temperature = 1.0 if given is None else float(given)
+    do_sample = others.pop("do_sample", None)
+    if do_sample is None:
+        do_sample = given is not None and temperature > 0
     if do_sample:
-        # Asked to sample without a temperature: the one that changes nothing.
-        others["temperature"] = temperature or 1.0
+        others["temperature"] = temperature  # one of 0 is refused, as `hf` refuses it
         others.setdefault("top_k", HF_TOP_K)  # what `hf` draws from unless it is told otherwise
     else:
         needs_draws = {name for name, option in OPTIONS.items() if option.needs == "do_sample"}

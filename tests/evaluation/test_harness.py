@@ -348,6 +348,9 @@ def test_what_is_drawn_from_is_hfs(adapter):
     assert _sampler({"temperature": 1.0}, ()) == expected
     plain = gpt2_jax.sampler_from_options({}, do_sample=True)
     assert _sampler({"do_sample": True, "top_k": 0}, ()) == plain
+    assert not _sampler({"do_sample": None, "temperature": 0}, ()).draws
+    with pytest.raises(ValueError, match="`temperature` must be greater than 0, got 0"):
+        _sampler({"do_sample": True, "temperature": 0}, ())
 
 
 def test_the_automatic_batch_is_what_memory_holds(adapter, monkeypatch):
