@@ -73,6 +73,16 @@ UNSUPPORTED = {
 }
 
 
+def as_integer(value: Any) -> int | None:
+    """Returns an integer, numpy's and JAX's too, as Python's `int`, and `None` for what is none."""
+    # `True` is an integer to Python, but no count of layers.
+    if isinstance(value, bool):
+        return None
+    with contextlib.suppress(TypeError):
+        return operator.index(value)
+    return None
+
+
 def as_count(name: str, value: Any, least: int = 1) -> int:
     """Returns a count as Python's `int`, from any integer: numpy's and JAX's too, but no bool.
 
@@ -84,7 +94,7 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
       ValueError: `value` is no integer (not even 2.0 is), or less than `least`.
     """
-    count = _as_integer(value)
+    count = as_integer(value)
     if count is None or count < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
@@ -316,16 +326,6 @@ def _as_float(value: Any) -> float:
     return float(value) if is_number else math.nan
 
 
-def _as_integer(value: Any) -> int | None:
-    """Returns an integer, numpy's and JAX's too, as Python's `int`, and `None` for what is none."""
-    # `True` is an integer to Python, but no count of layers.
-    if isinstance(value, bool):
-        return None
-    with contextlib.suppress(TypeError):
-        return operator.index(value)
-    return None
-
-
 def _as_flag(name: str, value: Any) -> bool:
     """Returns a flag as Python's `bool`."""
     # By the type's name, which numpy's has too. What Python finds true is not asked: "false" is.
@@ -340,7 +340,7 @@ def _as_flag(name: str, value: Any) -> bool:
 
 def _as_id(name: str, value: Any) -> int | None:
     """Returns a token id as Python's `int`, or `None`."""
-    token = _as_integer(value)
+    token = as_integer(value)
     if token is None and value is not None:
         raise ValueError(f"`{name}` must be an integer or None, got {value!r}.")
     return token
@@ -350,7 +350,7 @@ def _as_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
     """Returns a token id, or several, or `None`."""
     if not isinstance(value, (list, tuple)):
         return _as_id(name, value)
-    tokens = [_as_integer(token) for token in value]
+    tokens = [as_integer(token) for token in value]
     if None in tokens:
         raise ValueError(f"`{name}` must be an integer, a list of integers, or None, got {value}.")
     # A list, as JSON has it, becomes a tuple: a config must be hashable.

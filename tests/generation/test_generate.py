@@ -302,6 +302,11 @@ def test_buckets_are_powers_of_two_up_to_the_largest():
         ({"key": keys(3), "sampler": SAMPLER}, r"one key or 1 keys, one per row; got shape \[3\]"),
         ({"padding_side": "up"}, "`padding_side` must be"),
         ({"stop_ids": (61,)}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 61"),
+        ({"stop_ids": [1, 2.5]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 2.5"),
+        ({"stop_ids": ["3"]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got '3'"),
+        ({"stop_ids": 3}, "`stop_ids` must be a sequence of ids, got 3"),
+        ({"stop_ids": "3"}, "`stop_ids` must be a sequence of ids, got '3'"),
+        ({"pad_id": True}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got True"),
         ({"pad_id": -1}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got -1"),
     ],
 )
