@@ -224,7 +224,7 @@ def test_past_the_context_a_text_stops_or_slides_on(command, demo):
 
 def test_a_conversation_goes_on_until_it_is_begun_anew(command, demo):
     turns = "The king was old\nThe queen was young\n/new\nThe queen was young\n"
-    done = command("--interactive", "--max_tokens", "12", "--quiet", typed=turns)
+    done = command("--interactive", "--max_tokens", "12", "--quiet", typed="\ufeff" + turns)
     talk = gpt2_jax.Conversation(demo.params, demo.tokenizer, config=demo.config)
     expected = ""
     for text in ("The king was old", "\nThe queen was young", None, "The queen was young"):
