@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 if args.json:
                     # Flushed, as figures take minutes each: whoever reads a pipe has those that are
                     # there.
-                    print(json.dumps(figure._asdict()), flush=True)
+                    print(json.dumps(as_record(figure)), flush=True)
                 else:
                     print_figure(figure)
     return 0
@@ -112,6 +114,13 @@ def load_model(args: argparse.Namespace) -> Model:
         limit=args.limit,
         progress=progress,
     )
+
+
+def as_record(figure: Figure) -> dict[str, Any]:
+    """Returns a figure for JSON, which has no NaN: the standard error of a single question is."""
+    record = figure._asdict()
+    has_error = figure.stderr is not None and math.isfinite(figure.stderr)
+    return record | {"stderr": figure.stderr if has_error else None}
 
 
 def print_figure(figure: Figure) -> None:

@@ -30,6 +30,7 @@ from gpt2_jax.commands.common import (
     unwinding,
 )
 from gpt2_jax.config import DTYPES
+from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
@@ -356,15 +357,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if sys.stdin is None or (sys.stdin.isatty() and not args.prompt):
         example = 'gpt2-jax "Once upon a time"'
         raise ValueError(f"No prompt: give one, as in  {example}, or pipe text in.")
-    try:
-        # Not as text: the locale's encoding need not be UTF-8.
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"Standard input must be UTF-8, but {where}.") from error
+    # Not as text: the locale's encoding need not be UTF-8.
+    text = decode_text(sys.stdin.buffer.read(), "Standard input")
     if not args.lines:
-        return [text.removesuffix("\n")]  # the one that `echo` adds
-    prompts = [line for line in text.splitlines() if line]
+        return [
+            text.removesuffix("\n").removesuffix("\r")
+        ]  # what `echo` adds, there and on Windows
+    prompts = [line for line in lines_of(text) if line]
     if not prompts:
         raise ValueError("Standard input holds no line with a prompt.")
     return prompts
@@ -629,7 +628,8 @@ def read_line() -> str:
     """
     # Interrupted, `input` must have its chance to restore the terminal.
     with unwinding():
-        return input("> " if sys.stdin.isatty() else "")
+        line = input("> " if sys.stdin.isatty() else "")
+    return line.removeprefix(BYTE_ORDER_MARK)  # before the first, where a file is piped in
 
 
 def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> None:

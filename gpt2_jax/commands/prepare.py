@@ -5,6 +5,7 @@ import sys
 
 from gpt2_jax.commands.common import unwinding
 from gpt2_jax.training import corpus
+from gpt2_jax.training.texts import Reading
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -18,7 +19,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="TEXT",
-        help="text file, folder of *.txt, or - for standard input",
+        help="text file, folder of *.txt, or - for standard input; with --field, files of records",
     )
     out.add_argument(
         "--out", required=True, metavar="FOLDER", help="where train.bin, val.bin and the rest go"
@@ -39,6 +40,16 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="for validation, of each file (default: 0.1)",
     )
     out.add_argument(
+        "--field",
+        metavar="NAME",
+        help="the field of records that is their text: in .jsonl, .json, .csv, .tsv and .parquet",
+    )
+    out.add_argument(
+        "--eot_as_text",
+        action="store_true",
+        help="read <|endoftext|> as text, where it otherwise parts documents",
+    )
+    out.add_argument(
         "--unwrap",
         action="store_true",
         help="join the lines of each paragraph, as printed books need it",
@@ -55,6 +66,7 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares, and reports what was written."""
+    reading = Reading(field=args.field, unwrap=args.unwrap, eot_as_text=args.eot_as_text)
     # Interrupted, nothing is left in the folder.
     with unwinding():
         meta = corpus.prepare(
@@ -63,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
             val_fraction=args.val_fraction,
-            unwrap=args.unwrap,
+            reading=reading,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=not args.quiet,

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluation.pairs import pair_request
 from gpt2_jax.evaluation.readers import (
     EndingQuestion,
     TaskError,
@@ -26,10 +27,11 @@ from gpt2_jax.evaluation.readers import (
     detokenized,
     fetch,
     read_cbt,
+    read_enwik8,
     read_hellaswag,
     read_lambada,
-    read_tail,
     read_text,
+    read_text8,
     read_wikitext,
     without_brackets,
 )
@@ -241,17 +243,16 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
 
 def enwik8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of enwik8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "enwik8")]
+    return [_bits_per_byte_of_tail(model, "enwik8", read_enwik8(file, TEST_BYTES))]
 
 
 def text8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of text8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "text8")]
+    return [_bits_per_byte_of_tail(model, "text8", read_text8(file, TEST_BYTES))]
 
 
-def _bits_per_byte_of_tail(model: Model, file: Path, task: str) -> Figure:
+def _bits_per_byte_of_tail(model: Model, task: str, text: str) -> Figure:
     # Bits per byte do not depend on the tokenizer, though tokens are what is scored.
-    text = read_tail(file, TEST_BYTES)
     figure = _bits_per_byte(
         task,
         model.likelihood(task, text),
@@ -455,19 +456,11 @@ def _cbt_set(file: Path) -> str | None:
 
 
 def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequest:
-    """Returns the request that scores a continuation, by the harness's rule (`_encode_pair`).
-
-    Both are encoded together; spaces between them belong to the continuation; without a context,
-    it follows `<|endoftext|>`.
-    """
-    # A token may span the two, as the space before a word is part of it.
+    """Returns the request that scores a continuation, by the harness's rule: see `pairs.py`."""
     # Without special tokens: what looks like one in a set is text.
-    ids = model.tokenizer.encode(context + continuation)
-    n_context = len(model.tokenizer.encode(context.rstrip()))
-    n_scored = len(ids) - n_context
-    if n_context == 0:
-        ids = [model.eot_id, *ids]
-    return ScoreRequest(ids, n_scored)
+    return pair_request(
+        model.tokenizer.encode, context, continuation, prefix_id=lambda: model.eot_id
+    )
 
 
 def _answer_logprobs(

@@ -4,7 +4,7 @@
 each reads them here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, UInt32
 
 from gpt2_jax.cache import KVCache, bucket
-from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
 from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
@@ -204,19 +204,32 @@ def read_endings(
     """Returns what ends a row, by default the config's `eos_token_id`, and what follows it.
 
     Raises:
-      ValueError: an id is outside the vocabulary.
+      ValueError: an id that was given is outside the vocabulary. Of the config's own, which may be
+        there for want of another, such ids are left out.
     """
-    stops = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
-    pad = config.pad_token_id if pad_id is None else pad_id
-    # As HF has it. What stands there is not read: `lengths` say what was made.
-    if pad is None:
-        pad = stops[0] if stops else 0
-    for name, ids in (("stop_ids", stops), ("pad_id", (pad,))):
-        for token_id in ids:
-            if not 0 <= token_id < config.vocab_size:
-                expected = f"[0, {config.vocab_size}) (`vocab_size`)"
-                raise ValueError(f"`{name}` must be in {expected}, got {token_id}.")
+    stops = config.eos_token_ids
+    if stop_ids is not None:
+        stops = _checked_ids("stop_ids", stop_ids, config)
+    if pad_id is None:
+        own = ids_within((config.pad_token_id,), config.vocab_size)
+        # As HF has it. What stands there is not read: `lengths` say what was made.
+        return Endings(stops, (*own, *stops, 0)[0])
+    (pad,) = _checked_ids("pad_id", (pad_id,), config)
     return Endings(stops, pad)
+
+
+def _checked_ids(name: str, ids: Sequence[int], config: GPT2Config) -> tuple[int, ...]:
+    """Returns ids as Python's `int`; raises `ValueError` for one outside the vocabulary."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ValueError(f"`{name}` must be a sequence of ids, got {ids!r}.")
+    checked = []
+    for given in ids:
+        token = as_integer(given)
+        if token is None or not 0 <= token < config.vocab_size:
+            expected = f"[0, {config.vocab_size}) (`vocab_size`)"
+            raise ValueError(f"`{name}` must be in {expected}, got {given!r}.")
+        checked.append(token)
+    return tuple(checked)
 
 
 def make_request(

@@ -7,6 +7,7 @@ Alone knows what lies in such a folder: `train.bin` and `val.bin` as `data.py` r
 import contextlib
 import multiprocessing
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,15 +21,16 @@ from gpt2_jax.files import replacing, write_json
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
-from gpt2_jax.training.texts import Parts, documents, read_texts, spans, split
+from gpt2_jax.training.texts import Parts, Reading, read_documents, spans, split
 
 MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
 SMALLEST_BPE = 257  # the bytes and the end of a text
+READING = Reading()  # plain texts, as they are
 
 
 class Corpus(NamedTuple):
-    """What `prepare`, or nanoGPT's `prepare.py`, left in a folder."""
+    """What `prepare`, or a `prepare.py` of nanoGPT's or llm.c's, left in a folder."""
 
     train: Integer[np.ndarray, " N"]  # ids
     val: Integer[np.ndarray, " M"] | None
@@ -65,7 +67,7 @@ def prepare(
     tokenizer: str | Path = "gpt2",
     vocab_size: int | None = None,
     val_fraction: float = 0.1,
-    unwrap: bool = False,
+    reading: Reading = READING,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -77,15 +79,18 @@ def prepare(
     `data/shakespeare` and `data/shakespeare_char`.
 
     Args:
-      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input. A line
-        `<|endoftext|>` parts the documents of a file.
+      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input; or files of
+        records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) and folders of them. All may be
+        packed (`.gz`, `.zst`).
       out: the folder to write.
       tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the
         training part; or the folder, hub id or "demo" of a model, whose tokenizer it is.
       vocab_size: tokens of a "bpe".
       val_fraction: how much of each file is for validation: its last documents or, of a single
         document, its last characters. 0 writes no `val.bin`.
-      unwrap: joins the lines of each paragraph, as printed books need it.
+      reading: which field of records is their text; whether the lines of each paragraph are
+        joined, as printed books need it; and whether `<|endoftext|>`, which parts the documents of
+        a file wherever it stands, is text instead.
       workers: processes; by default one for each core.
       overwrite: replaces the files of an `out` that is not empty.
       progress: shows a bar on standard error.
@@ -95,13 +100,15 @@ def prepare(
       number of `tokens`, UTF-8 `bytes` and `documents`; and the arguments.
 
     Raises:
-      DataError: an input is missing, empty or not UTF-8, or an argument is out of range.
+      DataError: an input is missing, empty, damaged or not UTF-8, or holds records and
+        `reading.field` is none of theirs; or an argument is out of range.
       CheckpointError: `out` is in use, or there is no such tokenizer.
+      ImportError: an input is one for `pyarrow`, which is not installed.
     """
     _check_arguments(tokenizer, vocab_size, val_fraction, workers)
     names = [str(name) for name in inputs]
     with replacing(out, overwrite=overwrite) as folder:
-        files = [documents(text, unwrap) for text in read_texts(names)]
+        files = list(read_documents(names, reading))
         n_documents = sum(len(texts) for texts in files)
         # File by file, so that each is in both parts.
         parts = split(files, val_fraction)
@@ -124,7 +131,7 @@ def prepare(
         meta["inputs"] = [Path(name).name for name in names]
         meta["tokenizer"] = str(tokenizer)
         meta["val_fraction"] = val_fraction
-        meta["unwrap"] = unwrap
+        meta |= reading._asdict()
         write_json(folder / "meta.json", meta)
         made.save(folder)
     return meta
@@ -250,8 +257,12 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    spellings = [_spelling(character) for character in sorted(characters)]
+    return tokenizer_of(sorted(characters))
 
+
+def tokenizer_of(characters: list[str]) -> Tokenizer:
+    """Returns a tokenizer with a token for each of some characters, ids in their order."""
+    spellings = [_spelling(character) for character in characters]
     vocab: dict[str, int] = {}
     for spelling in spellings:
         vocab["".join(spelling)] = len(vocab)
@@ -308,24 +319,31 @@ def _spelling(character: str) -> list[str]:
 def open_corpus(folder: str | Path) -> Corpus:
     """Opens a folder's `train.bin` and, where there are, its `val.bin`, `meta.json` and tokenizer.
 
+    The token files may also be numpy's or llm.c's, under names such as `fineweb_train_000001.npy`.
+    nanoGPT's `meta.pkl` is read too, and its characters are the tokenizer.
+
     Raises:
-      DataError: there is no `train.bin`, or a file is damaged, too short, or holds ids outside the
-        vocabulary.
+      DataError: there is no `train.bin` or the like, or there are several; or a file is damaged,
+        too short, of another kind, or holds ids outside the vocabulary.
     """
     folder = Path(folder).expanduser()
     meta = read_meta(folder)
-    # nanoGPT's files for GPT-2 come without a word on their vocabulary.
-    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
-    train_file = folder / "train.bin"
-    if not train_file.is_file():
+    train_file = _token_file(folder, "train")
+    if train_file is None:
         raise DataError(
             f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
         )
+    tokenizer = _tokenizer_in(folder, meta)
+    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
+    # Of characters, the bytes of some have ids too, which a model must have for its tokenizer's
+    # sake.
+    if "itos" in meta and tokenizer is not None:
+        vocab_size = max(vocab_size, tokenizer.vocab_size)
     train = open_tokens(train_file, vocab_size=vocab_size)
     identity = {"train": fingerprint(train_file)}
     val = None
-    val_file = folder / "val.bin"
-    if val_file.is_file():
+    val_file = _token_file(folder, "val")
+    if val_file is not None:
         val = open_tokens(val_file, vocab_size=vocab_size)
         if len(val) < 2:
             raise DataError(f"{val_file}: expected at least 2 ids, to predict one, got {len(val)}.")
@@ -333,19 +351,46 @@ def open_corpus(folder: str | Path) -> Corpus:
     return Corpus(
         train=train,
         val=val,
-        tokenizer=_tokenizer_in(folder, vocab_size),
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
         bytes_per_token=_bytes_per_token(meta),
         identity=identity,
     )
 
 
-def _tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
+def _token_file(folder: Path, part: str) -> Path | None:
+    """Returns the token file of a part, "train" or "val".
+
+    That is `train.bin`, `train.npy`, or a name such as llm.c's `tiny_shakespeare_train.bin`.
+
+    Raises:
+      DataError: several files may be it.
+    """
+    for name in (f"{part}.bin", f"{part}.npy"):
+        if (folder / name).is_file():
+            return folder / name
+    pattern = re.compile(rf".*_{part}(_\d+)?\.(bin|npy)")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [file.name for file in files if pattern.fullmatch(file.name)]
+    if len(names) > 1:
+        raise DataError(f"{folder}: expected one file of tokens for {part}, got {names[:10]}.")
+    return folder / names[0] if names else None
+
+
+def _tokenizer_in(folder: Path, meta: dict[str, Any]) -> Tokenizer | None:
     """Returns the tokenizer in a folder of token files; without one, GPT-2's if it may be that."""
     try:
         return Tokenizer.load(folder)
     except FileNotFoundError:
-        return Tokenizer.gpt2() if vocab_size == GPT2_VOCAB_SIZE else None
+        pass
+    tokens = meta.get("itos")
+    if tokens is not None:
+        # Tokens that are words or the like have no tokenizer here: their ids can be trained on.
+        is_characters = all(len(token) == 1 for token in tokens)
+        is_distinct = len(set(tokens)) == len(tokens)
+        return tokenizer_of(tokens) if is_characters and is_distinct else None
+    is_gpt2s = meta.get("vocab_size", GPT2_VOCAB_SIZE) == GPT2_VOCAB_SIZE
+    return Tokenizer.gpt2() if is_gpt2s else None
 
 
 def _bytes_per_token(meta: dict[str, Any]) -> float | None:

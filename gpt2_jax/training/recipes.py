@@ -20,7 +20,11 @@ def option(default: Any, help: str, *, curve: bool = True) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A training run, but for its data. The defaults are nanoGPT's for GPT-2 124M, on one device.
+    """A training run, but for its data. The defaults train GPT-2 124M, on one device.
+
+    Batches, steps and optimizer are those of nanoGPT's `config/train_gpt2.py`. The model is
+    OpenAI's: its layers have biases, its GELU is the tanh one, and its table has a row for each
+    token. nanoGPT's has no biases, the exact GELU, and 50,304 rows for 50,257 tokens.
 
     Raises:
       ValueError: a field is of another type than its default, or out of range.
@@ -248,7 +252,7 @@ RECIPES = {
         eval_every=100,
         save_every=100,
     ),
-    # nanoGPT's `config/train_gpt2.py`, the defaults: 124M parameters, half a million tokens an
-    # update.
+    # The defaults: OpenAI's GPT-2 124M by nanoGPT's batches and optimizer (`config/train_gpt2.py`),
+    # half a million tokens an update.
     "gpt2": Recipe(dtype="bfloat16"),
 }

@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     batches: Batches
     tx: optax.GradientTransformation  # `optimizer`'s one object, or each call would compile anew
     identity: dict[str, Any]  # what tells it from other runs; `run.json` holds it
+    say: Callable[[str], None]  # takes messages
 
 
 class Position(NamedTuple):
@@ -127,7 +128,7 @@ def fit(
     """
     corpus = open_corpus(data)
     config, params = _initial_model(recipe, corpus, from_pretrained)
-    plan = _make_plan(Path(out), recipe, config, corpus, from_pretrained)
+    plan = _make_plan(Path(out), recipe, config, corpus, from_pretrained, say)
     with (
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
         stop_requests() as stop_requested,
@@ -310,7 +311,12 @@ def _pretrained_model(
 
 
 def _make_plan(
-    out: Path, recipe: Recipe, config: GPT2Config, corpus: Corpus, from_pretrained: str | None
+    out: Path,
+    recipe: Recipe,
+    config: GPT2Config,
+    corpus: Corpus,
+    from_pretrained: str | None,
+    say: Callable[[str], None],
 ) -> Plan:
     """Returns what a run does; raises `ValueError` if its windows are longer than the positions."""
     length = recipe.window_length(config)
@@ -329,6 +335,7 @@ def _make_plan(
         batches=batches,
         tx=optimizer(recipe),
         identity=identity,
+        say=say,
     )
 
 
@@ -504,8 +511,19 @@ def _evaluate(plan: Plan, position: Position, step: int) -> Evaluation:
         step=step,
         val_loss=validation_loss(params, plan.corpus.val, config=plan.config, recipe=plan.recipe),
         bytes_per_token=plan.corpus.bytes_per_token,
-        sample=_sample_text(plan, params, position.key),
+        sample=_sample_or_note(plan, position, step),
     )
+
+
+def _sample_or_note(plan: Plan, position: Position, step: int) -> str | None:
+    """Returns a text of the model's own; where there is none to be had, says why."""
+    try:
+        return _sample_text(plan, position.state.params, position.key)
+    # Whatever it was, memory for a cache of keys and values included: people look at samples, and
+    # no step of a run of days depends on one.
+    except Exception as error:
+        plan.say(f"No sample after step {step}: {error}")
+        return None
 
 
 def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:

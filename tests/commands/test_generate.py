@@ -13,6 +13,7 @@ import gpt2_jax
 from gpt2_jax.commands import generate
 from gpt2_jax.commands.generate import parser, shade_of
 from gpt2_jax.commands.main import run
+from gpt2_jax.files import lines_of
 from gpt2_jax.generation.options import OPTIONS
 from gpt2_jax.tokenizer import Tokenizer
 from tests.reference import ROOT
@@ -53,7 +54,7 @@ def process(environment):
 def records_of(done):
     """The JSON lines of a run that went well."""
     assert done.code == 0, done.err
-    return [json.loads(line) for line in done.out.splitlines()]
+    return [json.loads(line) for line in lines_of(done.out)[:-1]]
 
 
 # In a process.
@@ -82,7 +83,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(process, environme
 def test_text_that_is_not_utf8_is_named(process):
     done = process(input=b"caf\xe9 noir", stdin=None)
     assert done.returncode == 2
-    assert done.stderr.startswith(b"gpt2-jax: Standard input must be UTF-8, but ")
+    assert done.stderr.startswith(b"gpt2-jax: Standard input: expected UTF-8, but ")
     assert b"at byte 3" in done.stderr
 
 
@@ -138,9 +139,11 @@ def test_a_prompt_is_read_from_standard_input_and_a_text_stops_before_its_stop(c
 
 def test_each_line_may_be_a_prompt(command):
     records = records_of(
-        command("--lines", "--json", "--max_tokens", "2", typed="The king\n\nThe queen\n")
+        command(
+            "--lines", "--json", "--max_tokens", "2", typed="\ufeffThe king\r\n\nThe\u2028queen\n"
+        )
     )
-    assert [record["prompt"] for record in records] == ["The king", "The queen"]
+    assert [record["prompt"] for record in records] == ["The king", "The\u2028queen"]
 
 
 def test_several_texts_are_parted_by_rules(command):
@@ -224,7 +227,7 @@ def test_past_the_context_a_text_stops_or_slides_on(command, demo):
 
 def test_a_conversation_goes_on_until_it_is_begun_anew(command, demo):
     turns = "The king was old\nThe queen was young\n/new\nThe queen was young\n"
-    done = command("--interactive", "--max_tokens", "12", "--quiet", typed=turns)
+    done = command("--interactive", "--max_tokens", "12", "--quiet", typed="\ufeff" + turns)
     talk = gpt2_jax.Conversation(demo.params, demo.tokenizer, config=demo.config)
     expected = ""
     for text in ("The king was old", "\nThe queen was young", None, "The queen was young"):

@@ -301,6 +301,11 @@ def test_buckets_are_powers_of_two_up_to_the_largest():
         ({"key": keys(3), "sampler": SAMPLER}, r"one key or 1 keys, one per row; got shape \[3\]"),
         ({"padding_side": "up"}, "`padding_side` must be"),
         ({"stop_ids": (61,)}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 61"),
+        ({"stop_ids": [1, 2.5]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 2.5"),
+        ({"stop_ids": ["3"]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got '3'"),
+        ({"stop_ids": 3}, "`stop_ids` must be a sequence of ids, got 3"),
+        ({"stop_ids": "3"}, "`stop_ids` must be a sequence of ids, got '3'"),
+        ({"pad_id": True}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got True"),
         ({"pad_id": -1}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got -1"),
     ],
 )
@@ -316,6 +321,17 @@ def test_bad_arguments_are_named_before_anything_runs(params, changes, message):
         generate(params, **arguments)
     with pytest.raises(ValueError, match=message):
         stream(params, **arguments)
+
+
+def test_ids_of_the_config_that_the_vocabulary_lacks_are_left_out(params, prompts):
+    beyond = TINY.replace(eos_token_id=50256, pad_token_id=-1)
+    assert read_endings(None, None, config=beyond) == ((), 0)
+    some = TINY.replace(eos_token_id=(50256, 7), pad_token_id=60)
+    assert read_endings(None, None, config=some) == ((7,), 60)
+    chex.assert_trees_all_equal(
+        generate(params, *prompts, config=beyond, max_new_tokens=4),
+        generate(params, *prompts, config=TINY, max_new_tokens=4),
+    )
 
 
 def test_greedy_is_the_default(params, prompts):

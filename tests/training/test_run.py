@@ -311,6 +311,19 @@ def test_without_validation_data_nothing_is_measured_and_the_latest_is_exported(
     assert export(tmp_path / "run", tmp_path / "hf") == 12
 
 
+def test_a_sample_that_fails_is_a_note(corpus, finished, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module, "generate", fails)
+    said = []
+    assert fit(SMALL, corpus, tmp_path / "run", say=said.append).finished
+    notes = ["No sample after step 6: out of memory", "No sample after step 12: out of memory"]
+    assert said[1:] == notes
+    without = [{name: line[name] for name in line if name != "sample"} for line in curve(finished)]
+    assert curve(tmp_path / "run") == without
+
+
 def test_mistakes_on_the_command_line_are_one_line(corpus, tmp_path):
     process = train(corpus, tmp_path / "run", "--from_pretrained=demo")
     _, errors = process.communicate(timeout=60)
