@@ -63,6 +63,7 @@ from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
     TrainState,
     init_state,
@@ -123,9 +124,11 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "logit_lens",
+    "lora",
     "make_optimizer",
     "make_tap",
     "mean_ablation",
+    "merge_lora",
     "next_token_loss",
     "ov_circuit",
     "patch",
