@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax import Tokenizer, load_tokenizer, tokenizer
-from gpt2_jax.tokenizer import TokenizerKindError
 from tests.reference import DATA
 
 ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
@@ -202,33 +201,6 @@ def test_merges_of_older_files_are_strings(gpt2, tmp_path):
     assert Tokenizer.load(tmp_path).merges == gpt2.merges
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model": {"type": "Unigram"}}, "expected a BPE model.*'model': 'Unigram'"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "'pre_tokenizer': 'Metaspace'"),
-        ({"normalizer": {"type": "NFC"}}, "'normalizer': {'type': 'NFC'}"),
-        (
-            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-            "`add_prefix_space` .* not supported",
-        ),
-    ],
-)
-def test_another_kind_of_tokenizer_is_refused(tmp_path, change, message):
-    HF.save(str(tmp_path / "tokenizer.json"))
-    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values | change), encoding="utf-8")
-    with pytest.raises(TokenizerKindError, match=message):
-        Tokenizer.load(tmp_path)
-
-
-def test_a_prefix_space_is_refused(toy, tmp_path):
-    toy.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(TokenizerKindError, match="`add_prefix_space` is not supported"):
-        Tokenizer.load(tmp_path)
-
-
 def test_missing_files_are_named(tmp_path):
     message = "expected vocab.json and merges.txt, or tokenizer.json"
     with pytest.raises(FileNotFoundError, match=f"{message}.*, got an empty folder"):
@@ -242,9 +214,16 @@ def test_missing_files_are_named(tmp_path):
     [
         ('{"a": 0, "b": ', "a b", r"vocab\.json: expected JSON"),
         ("[]", "a b", r"vocab\.json: expected an object, got list"),
-        ('{"a": 0, "b": 1}', "a b", r"Both parts of a merge .* 1 are not: \[\('a', 'b'\)\]"),
+        (
+            '{"a": 0, "b": 1}',
+            "a b",
+            r"vocab\.json, .*merges\.txt: Both parts of a merge .* 1 are not: \[\('a', 'b'\)\]",
+        ),
         ('{"a": 0}', "a b c", r"merges\.txt: .* two tokens with a space between, got 'a b c'"),
-        ('{"a": 0, "b": 0}', "", "an id of its own"),
+        ('{"a": 0, "b": 0}', "", r"vocab\.json.*an id of its own, got 0 for 'a' and 'b'"),
+        ('{"a": null}', "", r"vocab\.json: expected an integer as the id of 'a', got None"),
+        ("[" * 100_000, "", r"vocab\.json: .*nested too deeply"),
+        ("version https://git-lfs.github.com/spec/v1\n", "", r"vocab\.json: .*run `git lfs pull`"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, vocab, merges, message):
@@ -261,7 +240,7 @@ def test_a_tokenizer_json_that_lacks_a_part_is_named(tmp_path, part):
     values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     del values["model"][part]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"tokenizer\.json: expected a vocabulary, .*'{part}'"):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: expected a model, .*'{part}'"):
         Tokenizer.load(tmp_path)
 
 
@@ -271,13 +250,9 @@ def test_ids_are_not_negative():
 
 
 def test_what_cannot_be_encoded_or_decoded_is_named(gpt2, toy):
-    with pytest.raises(ValueError, match=r"got '\\udcff' at position 2"):
-        gpt2.encode("ab\udcff")
     with pytest.raises(ValueError, match="no token for byte 120 of 'lowx'"):
         toy.encode("lowx x")
-    with pytest.raises(ValueError, match=r"in \[0, 50257\), got 50257"):
-        gpt2.decode([1, 50257])
-    with pytest.raises(ValueError, match="got -1"):
+    with pytest.raises(ValueError, match="Ids must be 0 or greater, got -1"):
         gpt2.decode([-1])
     with pytest.raises(
         ValueError, match=r"must be among \['<\|endoftext\|>'\] or 'all', got \['<pad>'\]"
