@@ -21,7 +21,7 @@ from gpt2_jax.tokenizer import (
     check_not_negative,
     without_surrogates,
 )
-from gpt2_jax.tokenizer_files import NO_TEMPLATE, TokenizerFiles
+from gpt2_jax.tokenizer_files import Template, TokenizerFiles
 
 try:
     import tokenizers
@@ -88,7 +88,7 @@ class LibraryTokenizer(Tokenizer):
         for id, token in self._engine.get_added_tokens_decoder().items():
             flags = {name: getattr(token, name) for name in tokenizer_files.FLAGS}
             known.append(AddedToken(token.content, id, special=token.special, **flags))
-        self._set_special(known, dict(roles), NO_TEMPLATE)
+        self._set_special(known, dict(roles), _template(self._engine))
 
     @staticmethod
     def from_files(files: TokenizerFiles) -> "LibraryTokenizer":
@@ -227,6 +227,16 @@ class LibraryStreamDecoder(StreamDecoder):
     def _unshown(self) -> str:
         shown = self._tokenizer.decode(self._ids[: self._n_shown])
         return self._tokenizer.decode(self._ids)[len(shown) :]
+
+
+def _template(engine: tokenizers.Tokenizer) -> Template:
+    """Returns what an engine adds to each text."""
+    encoded = engine.encode("a")  # any text that has a token
+    is_added = encoded.special_tokens_mask
+    n_before = is_added.index(0) if 0 in is_added else len(is_added)
+    n_after = is_added[::-1].index(0) if 0 in is_added else 0
+    n_kept = len(is_added) - n_after
+    return Template(tuple(encoded.ids[:n_before]), tuple(encoded.ids[n_kept:]))
 
 
 def _add_tokens(engine: tokenizers.Tokenizer, added_tokens: Sequence[AddedToken]) -> None:

@@ -291,6 +291,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
     report(describe(model, args, seed, time.perf_counter() - started))
     sampler = make_sampler(args, model)
@@ -458,9 +459,10 @@ def search(session: Session, prompts: list[str]) -> None:
         texts = find(session, ids, lengths)
         rows = []
         for number, length in enumerate(texts.lengths):
-            prompt = prompts[number // args.num_samples]
+            source = number // args.num_samples
+            context = ids[source, : lengths[source]].tolist()
             stop_ids = session.model.config.eos_token_ids
-            row = Continuation(prompt, tokenizer, args.stop, stop_ids)
+            row = Continuation(prompts[source], tokenizer, args.stop, stop_ids, context)
             new_ids = texts.ids[number, :length].tolist()
             # Up to a stop text, of which a search knows nothing.
             row.push(new_ids, texts.logprobs[number, :length].tolist())
@@ -630,7 +632,7 @@ def colour(row: Continuation, tokenizer: Tokenizer) -> str:
 
     A character made of several tokens has the colour of the least likely of them.
     """
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(row.context)
     coloured = ""
     n_shown = 0
     least_logprob = 0.0

@@ -120,24 +120,40 @@ class GPT2JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id of `<|endoftext|>`, which also stands before a text that has no context.
+        """The id of what ends a text, `<|endoftext|>` in GPT-2.
 
         Raises:
           ValueError: the tokenizer has none.
         """
         if self.tokenizer.eot_id is None:
             raise ValueError(
-                "A text without a context needs a tokenizer with the token <|endoftext|>, "
-                f"{self._tokenizer_name} has none."
+                "The end of a text needs a tokenizer that names its `eos_token`, or has the token "
+                f"<|endoftext|>; {self._tokenizer_name} does not."
             )
         return self.tokenizer.eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that stands before a text that has no context: of what begins a text.
+
+        Raises:
+          ValueError: the tokenizer has neither a beginning nor an end of texts.
+        """
+        bot_id = self.tokenizer.bot_id
+        return self.eot_token_id if bot_id is None else bot_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Returns a text's ids, in which `<|endoftext|>` is the special token, as HF has it."""
-        del add_special_tokens  # GPT-2's tokenizer adds none
-        return self.tokenizer.encode(string, "all")
+        """Returns a text's ids, in which special tokens are found, as HF has it.
+
+        What the tokenizer's template adds is added by default, unless the text begins with it.
+        """
+        if add_special_tokens is None:
+            bot_id = self.tokenizer.bot_id
+            beginning = "" if bot_id is None else self.tokenizer.decode([bot_id])
+            add_special_tokens = not (beginning and string.startswith(beginning))
+        return self.tokenizer.encode(string, "all", add_special_tokens=add_special_tokens)
 
     # Scoring. The harness's `loglikelihood` encodes its texts, and calls `_loglikelihood_tokens`.
 

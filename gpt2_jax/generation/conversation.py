@@ -77,7 +77,8 @@ class Conversation:
           ValueError: the whole text is empty, or `max_new_tokens` is less than 1.
         """
         max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-        ids = self.tokenizer.encode(text)
+        # What the tokenizer adds to a text is added to its beginning, not to each turn.
+        ids = self.tokenizer.encode(text, add_special_tokens=not self.ids)
         if not self.ids and not ids:
             raise ValueError("There is no text to continue.")
         self.ids += ids
@@ -90,7 +91,8 @@ class Conversation:
             pad_id=jnp.int32(0),
             tap=None,
         )
-        row = Continuation(text, self.tokenizer, self.stop, self.config.eos_token_ids)
+        stop_ids = self.config.eos_token_ids
+        row = Continuation(text, self.tokenizer, self.stop, stop_ids, list(self.ids))
         return self._continue(row, rules, max_new_tokens)
 
     def _continue(

@@ -17,6 +17,7 @@ from gpt2_jax.files import CheckpointError, replacing
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.tokenizer_files import files_in
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -128,9 +129,12 @@ def write(
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
-    # Byte for byte: no tokenizer of ours has read them.
-    for name in hub.TOKENIZER_FILES:
-        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+    if tokenizer_folder is None:
+        return
+    # Byte for byte, and those of every kind: without its `vocab.txt` another kind's model would
+    # pass for one of GPT-2's. Generation's defaults go with them.
+    for name in (*files_in(tokenizer_folder), "generation_config.json"):
+        if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, target / name)
 
 
