@@ -50,8 +50,10 @@ UNFINISHED = "\ufffd"  # what a character decodes to whose bytes are not all the
 class LibraryTokenizer(Tokenizer):
     """A tokenizer that the library `tokenizers` carries out.
 
-    Special tokens are found in a text all or none of them, and `decode` gives HF's text, which is
-    not the text that was encoded where the kind loses spaces or letters' case.
+    Special tokens are found in a text all or none of them; those that are not allowed become what
+    HF's `split_special_tokens` makes of them, which in a Unigram's vocabulary may be the token all
+    the same. `decode` gives HF's text, which is not the text that was encoded where the kind loses
+    spaces or letters' case.
 
     Args:
       pipeline: the contents of a `tokenizer.json`.
@@ -98,7 +100,7 @@ class LibraryTokenizer(Tokenizer):
           ValueError: the library cannot read them.
         """
         try:
-            return LibraryTokenizer(
+            made = LibraryTokenizer(
                 json.dumps(files.pipeline),
                 files.added_tokens,
                 roles=files.roles,
@@ -106,6 +108,9 @@ class LibraryTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise ValueError(f"{', '.join(map(str, files.files))}: {error}.") from error
+        vocab = made._engine.get_vocab()
+        made.roles = tokenizer_files.roles_of_model(files.model_ids, vocab) | made.roles
+        return made
 
     def _arguments(self) -> dict[str, Any]:
         return {"pipeline": self._engine.to_str(), "roles": self.roles, "clean_up": self.clean_up}

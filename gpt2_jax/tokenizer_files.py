@@ -18,6 +18,7 @@ from gpt2_jax.files import listing, read_json_object, replacing
 Vocab = dict[str, int]  # token -> id
 Pair = tuple[str, str]  # two tokens that become one
 Values = dict[str, Any]  # of a JSON object
+ModelIds = dict[str, list[int]]  # role -> the ids that a model's config gives it
 
 END_OF_TEXT = "<|endoftext|>"  # ends each document of GPT-2's training text
 
@@ -124,6 +125,7 @@ class TokenizerFiles(NamedTuple):
     files: tuple[Path, ...] = ()  # where it was read, for messages
     pipeline: Values | None = None  # a whole `tokenizer.json`, where it is not GPT-2's kind
     clean_up: bool = False  # HF's `clean_up_tokenization_spaces`
+    model_ids: ModelIds = {}  # of roles that no file of the tokenizer speaks of
 
 
 class _Folder(NamedTuple):
@@ -259,7 +261,11 @@ def _read_tokenizer_json(folder: _Folder, file: Path) -> TokenizerFiles:
     if is_own:
         added_tokens, roles = _special_tokens(folder, vocab, listed)
     else:
-        added_tokens, roles, _ = _declared(folder, listed)
+        declared = _declared(folder, listed)
+        # HF's class for a GPT-2 knows nothing of another kind's tokens.
+        added_tokens = [each for each in declared.tokens if each.content not in declared.assumed]
+        known = {token.content for token in added_tokens}
+        roles = {role: token for role, token in declared.roles.items() if token in known}
     prefix_settings = folder.config
     # Where no class says otherwise, the file does.
     if folder.kind is not None and not folder.default_roles:
@@ -274,6 +280,7 @@ def _read_tokenizer_json(folder: _Folder, file: Path) -> TokenizerFiles:
         files=(file,),
         pipeline=None if is_own else values,
         clean_up=bool(folder.config.get("clean_up_tokenization_spaces")),
+        model_ids=_model_ids(folder),
     )
 
 
@@ -490,7 +497,7 @@ def _special_tokens(
         del ids[content]
     added_tokens.sort(key=lambda token: token.id)
     roles = {role: token for role, token in declared.roles.items() if token in ids}
-    return added_tokens, _roles_of_model(folder, ids) | roles
+    return added_tokens, roles_of_model(_model_ids(folder), ids) | roles
 
 
 def _declared(folder: _Folder, listed: list[AddedToken]) -> _Declared:
@@ -590,17 +597,28 @@ def _as_id(text: str) -> int:
     return int(text)
 
 
-def _roles_of_model(folder: _Folder, ids: Vocab) -> dict[str, str]:
-    """Returns what begins and ends a text by the model's config, for want of better knowledge."""
-    if END_OF_TEXT in ids:
-        return {}
-    tokens = {id: token for token, id in ids.items()}
-    roles = {}
+def _model_ids(folder: _Folder) -> ModelIds:
+    """Returns what begins and ends a text by the model's config, where no other file says it."""
+    model_ids = {}
     for role in ("bos_token", "eos_token"):
-        model_id = folder.model_config.get(f"{role}_id")
-        model_ids = model_id if isinstance(model_id, list) else [model_id]
-        known = [id for id in model_ids if type(id) is int and id in tokens]
-        if known and role not in folder.named:
+        found = folder.model_config.get(f"{role}_id")
+        if role not in folder.named:
+            model_ids[role] = found if isinstance(found, list) else [found]
+    return model_ids
+
+
+def roles_of_model(model_ids: ModelIds, vocab: Vocab) -> dict[str, str]:
+    """Returns the tokens of a model's ids, in a vocabulary without GPT-2's own end of a text.
+
+    With it, that counts: many configs have the default ids, whatever their tokens.
+    """
+    if END_OF_TEXT in vocab:
+        return {}
+    tokens = {id: token for token, id in vocab.items()}
+    roles = {}
+    for role, ids in model_ids.items():
+        known = [id for id in ids if id in tokens]
+        if known:
             roles[role] = tokens[known[0]]
     return roles
 
