@@ -348,7 +348,8 @@ class Tokenizer:
     @property
     def is_seamless(self) -> bool:
         """Whether a text cut before spaces has the ids of its pieces, one after the other."""
-        return not self.add_prefix_space
+        # A token that is always found may hold a space, and be cut in two.
+        return not self.add_prefix_space and all(token.special for token in self.added_tokens)
 
     def _token_of(self, role: str) -> str | None:
         """Returns the token that has a role, GPT-2's own where none is said to have it."""

@@ -101,6 +101,67 @@ def test_special_tokens_are_text_unless_allowed(gpt2):
     assert gpt2.eot_id == 50256 and gpt2.vocab_size == 50257
 
 
+def test_disallowed_special_tokens_are_refused_as_by_tiktoken(gpt2):
+    text = "a <|endoftext|>"
+    for disallowed in ("all", {"<|endoftext|>"}):
+        with pytest.raises(ValueError, match=r"got '<\|endoftext\|>' at position 2"):
+            gpt2.encode(text, disallowed_special=disallowed)
+        with pytest.raises(ValueError, match="at position 2"):
+            gpt2.encode_with_spans(text, disallowed_special=disallowed)
+    # "all" are those that are not allowed.
+    assert gpt2.encode(text, "all", disallowed_special="all") == [64, 220, 50256]
+    assert gpt2.encode_batch(["<|endofte"], disallowed_special="all") == [gpt2.encode("<|endofte")]
+    with pytest.raises(ValueError, match=r"`disallowed_special` must be among .* got \['<pad>'\]"):
+        gpt2.encode("a", disallowed_special=["<pad>"])
+
+
+def test_surrogates_are_read_as_by_tiktoken(gpt2):
+    # tiktoken's own tests, tests/test_misc.py: a pair is its character, a lone one U+FFFD.
+    assert gpt2.encode("\ud83d\udc4d") == gpt2.encode("\U0001f44d") == [41840, 235]
+    assert gpt2.encode("a\ud83d b") == gpt2.encode("a\ufffd b") == [64, 4210, 275]
+    with pytest.raises(ValueError, match=r"for spans, got '\\udcff' at position 2"):
+        gpt2.encode_with_spans("ab\udcff")
+
+
+@given(st.text() | st.text("ab '\n\t\x85\u2028stvm1²漢\U0001f600<|endoftext|>"))
+def test_spans_are_hfs_offsets(text):
+    encoded = Tokenizer.gpt2().encode_with_spans(text)
+    expected = HF.encode(text)
+    assert encoded.ids == expected.ids
+    assert encoded.spans == expected.offsets
+
+
+def test_spans_of_special_tokens_are_theirs(gpt2):
+    text = "né<|endoftext|> 漢"
+    ids, spans = gpt2.encode_with_spans(text, "all")
+    assert ids == gpt2.encode(text, "all")
+    # The space and the first byte of the character are one token.
+    assert spans == [(0, 1), (1, 2), (2, 15), (15, 17), (16, 17), (16, 17)]
+
+
+def test_bytes_without_a_token_are_dropped_as_by_hf(toy):
+    dropping = Tokenizer(toy.vocab, toy.merges, missing_bytes="drop")
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(toy.vocab, toy.merges))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in (" low\nlower", "x", "", " x low", "lox w", "l漢ower", " \n lo"):
+        encoded = dropping.encode_with_spans(text)
+        assert dropping.encode(text) == encoded.ids == hf.encode(text).ids
+        # HF's offsets count what was dropped as if it had not been there.
+        for id, (start, end) in zip(*encoded, strict=True):
+            assert dropping.decode([id]) == text[start:end]
+    with pytest.raises(ValueError, match="`missing_bytes` must be 'error' or 'drop', got 'skip'"):
+        Tokenizer(toy.vocab, toy.merges, missing_bytes="skip")
+
+
+def test_ids_without_a_token_decode_to_nothing(gpt2, toy):
+    # As HF's do: a model's table is often padded to 50,304 rows.
+    for ids in ([31373, 50257, 995, 60000], np.array([31373, 50257, 995])):
+        assert gpt2.decode(ids) == "hello world"
+    decoder = gpt2.stream_decoder()
+    assert [decoder.push([id]) for id in (50300, 31373)] == ["", "hello"]
+    assert Tokenizer(toy.vocab, toy.merges, {"<far>": 99}).decode([50, 99, 0]) == "<far>l"
+
+
 def test_the_longest_special_token_wins(toy):
     both = Tokenizer(toy.vocab, toy.merges, {"<l>": 20, "<l><l>": 21})
     assert both.encode("l<l><l><l>", "all") == [0, 21, 20]
@@ -250,7 +311,9 @@ def test_ids_are_not_negative():
 
 
 def test_what_cannot_be_encoded_or_decoded_is_named(gpt2, toy):
-    with pytest.raises(ValueError, match="no token for byte 120 of 'lowx'"):
+    with pytest.raises(
+        ValueError, match="no token for byte 120 of 'lowx'; `missing_bytes=\"drop\"` passes"
+    ):
         toy.encode("lowx x")
     with pytest.raises(ValueError, match="Ids must be 0 or greater, got -1"):
         gpt2.decode([-1])
