@@ -166,6 +166,11 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         help="read <|endoftext|> in a prompt as the special token",
     )
     group.add_argument(
+        "--no_special_tokens",
+        action="store_true",
+        help="add nothing to a prompt, where the tokenizer has tokens that begin and end each text",
+    )
+    group.add_argument(
         "--overflow",
         choices=("error", "stop", "slide"),
         default="error",
@@ -417,6 +422,7 @@ def stream(session: Session, prompts: list[str]) -> None:
         max_new_tokens=args.max_tokens,
         stop=args.stop,
         allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
         num_return_sequences=args.num_samples,
         overflow=args.overflow,
         sampler=session.sampler,
@@ -453,7 +459,12 @@ def search(session: Session, prompts: list[str]) -> None:
     begun = time.perf_counter()
     tokenizer = session.model.tokenizer
     # Outside of `unwinding`, as nothing is begun yet.
-    ids, lengths = gpt2_jax.encode_batch(tokenizer, prompts, allow_special=args.allow_special)
+    ids, lengths = gpt2_jax.encode_batch(
+        tokenizer,
+        prompts,
+        allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
+    )
     find = find_beams if args.num_beams > 1 else speculate
     with unwinding():
         texts = find(session, ids, lengths)
@@ -548,6 +559,7 @@ def converse(session: Session) -> None:
         config=session.model.config,
         sampler=session.sampler,
         stop=args.stop,
+        add_special_tokens=not args.no_special_tokens,
     )
     given = list(args.prompt)
     while True:

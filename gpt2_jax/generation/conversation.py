@@ -42,6 +42,7 @@ class Conversation:
         config: GPT2Config,
         sampler: Any = None,
         stop: Sequence[str] = (),
+        add_special_tokens: bool = True,
         chunk: int = 8,
     ):
         """Takes what `stream_text` takes; `key` is one key.
@@ -55,6 +56,7 @@ class Conversation:
         self.key = key
         self.sampler = check_sampler(sampler, key)
         self.stop = stop
+        self.add_special_tokens = add_special_tokens
         self.turn = 0
         self._chunk = as_count("chunk", chunk)
         # One size for the whole context, so that no turn waits for a compilation. A last block may
@@ -78,7 +80,10 @@ class Conversation:
         """
         max_new_tokens = as_count("max_new_tokens", max_new_tokens)
         # What the tokenizer adds to a text is added to its beginning, not to each turn.
-        ids = self.tokenizer.encode(text, add_special_tokens=not self.ids)
+        is_beginning = not self.ids
+        ids = self.tokenizer.encode(
+            text, add_special_tokens=is_beginning and self.add_special_tokens
+        )
         if not self.ids and not ids:
             raise ValueError("There is no text to continue.")
         self.ids += ids

@@ -101,6 +101,9 @@ def test_a_prompt_has_what_the_tokenizer_adds_to_a_text(model):
     talk = Conversation(params, framed, config=config)
     (*_, row) = talk.reply(PROMPTS[0], max_new_tokens=1)
     assert talk.ids == [0, 5, *bare, *row.ids]
+    bare_talk = Conversation(params, framed, config=config, add_special_tokens=False)
+    list(bare_talk.reply(PROMPTS[0], max_new_tokens=1))
+    assert bare_talk.ids[:-1] == bare
     list(talk.reply(PROMPTS[1], max_new_tokens=1))
     assert talk.ids[len(bare) + 3 : -1] == tokenizer.encode(PROMPTS[1])
 
