@@ -1,8 +1,9 @@
 """The files of a tokenizer in a checkpoint's folder, of both of HF's generations and OpenAI's.
 
 Knows what lies in files, and not how texts are encoded. What a folder holds is what `AutoTokenizer`
-of transformers 5 makes of it, but that an id which a file gives to an added token is that token's
-id: transformers 5 gives it the next one that is free.
+of transformers 5 makes of it, with two exceptions. An id that a file gives to an added token is
+that token's, where transformers 5 gives it the next one that is free. And a `tokenizer.json` is
+followed whatever class goes with it, where transformers 5 takes parts of it from GPT-2's class.
 """
 
 import contextlib
@@ -134,8 +135,13 @@ class _Folder(NamedTuple):
     path: Path
     class_name: str | None  # HF's
     config: Values  # tokenizer_config.json
-    named: Values  # HF's names -> tokens or lists of tokens, of all files that may hold them
+    token_map: Values  # special_tokens_map.json, where it counts
     model_config: Values  # config.json
+
+    @property
+    def named(self) -> Values:
+        """HF's names -> tokens, among other settings."""
+        return self.config | self.token_map
 
     @property
     def kind(self) -> str | None:
@@ -167,7 +173,7 @@ def read(path: Path) -> TokenizerFiles:
     # It has all that is in the other files, and is what HF reads if there are both.
     if file.is_file():
         return _read_tokenizer_json(folder, file)
-    check_kind(path)
+    _check_kind(folder)
     if folder.kind == BERT:
         return _read_bert(folder, path / "vocab.txt")
     for vocab_name, merges_name in VOCABULARIES:
@@ -188,15 +194,25 @@ def files_in(path: Path) -> list[str]:
     return sorted(file.name for file in files)
 
 
-def check_kind(path: Path) -> None:
-    """Raises `TokenizerKindError` if a folder holds a tokenizer of a kind that cannot be read.
+def _open_folder(path: Path) -> _Folder:
+    """Returns a folder's settings."""
+    config = _read_if_there(path / "tokenizer_config.json")
+    model_config = _read_if_there(path / "config.json")
+    # The table of added tokens came with the files' second generation, which needs no other file.
+    is_second = "added_tokens_decoder" in config
+    token_map = {} if is_second else _read_if_there(path / "special_tokens_map.json")
+    class_name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    if not isinstance(class_name, str):  # many files hold null
+        class_name = None
+    return _Folder(path, class_name, config, token_map, model_config)
+
+
+def _check_kind(folder: _Folder) -> None:
+    """Raises `TokenizerKindError` if a folder has a tokenizer of a kind that cannot be read.
 
     That is what its class says, or a file that only other kinds have, with none of ours beside it.
-    What a `tokenizer.json` describes can be read whatever the class.
     """
-    if (path / "tokenizer.json").is_file():
-        return
-    folder = _open_folder(path)
+    path = folder.path
     if folder.kind == BERT and (path / "vocab.txt").is_file():
         return
     is_other_class = folder.kind is not None and folder.kind not in GPT2_CLASSES
@@ -205,27 +221,13 @@ def check_kind(path: Path) -> None:
     has_other = any(any(path.glob(name)) for name in OTHER_KINDS)
     if is_other_class or (has_other and not has_own):
         files = ", ".join(files_in(path)) or "no file of it"
+        expected = "a byte-level BPE as GPT-2's, or a `tokenizer.json`"
         got = f"the class {folder.class_name or 'unknown'} and {files}"
         advice = (
-            "From a folder that transformers can read, its `save_pretrained` writes a "
-            "`tokenizer.json`, which can be read."
+            "Where transformers can read the folder, its `save_pretrained` writes a "
+            "`tokenizer.json`, which can be read here."
         )
-        expected = "a byte-level BPE as GPT-2's, or a `tokenizer.json`"
         raise TokenizerKindError(f"{path}: expected {expected}, got {got}. {advice}")
-
-
-def _open_folder(path: Path) -> _Folder:
-    """Returns a folder's settings."""
-    config = _read_if_there(path / "tokenizer_config.json")
-    model_config = _read_if_there(path / "config.json")
-    named = dict(config)
-    # The table of added tokens came with the files' second generation, which needs no other file.
-    if "added_tokens_decoder" not in config:
-        named |= _read_if_there(path / "special_tokens_map.json")
-    class_name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    if not isinstance(class_name, str):  # many files hold null
-        class_name = None
-    return _Folder(path, class_name, config, named, model_config)
 
 
 def _read_vocabulary(folder: _Folder, vocab_file: Path, merges_file: Path) -> TokenizerFiles:
@@ -247,38 +249,55 @@ def _read_tokenizer_json(folder: _Folder, file: Path) -> TokenizerFiles:
     """Returns what a file of HF's `tokenizers` holds, with the settings beside it."""
     values = _read_object(file)
     with _damaged(file, "a model, its vocabulary and added tokens as `tokenizers` writes them"):
-        model = values["model"]
         listed = [_added_token(token, token["id"]) for token in values.get("added_tokens") or []]
-        is_own = is_gpt2s_kind(values)
-        if is_own:
-            vocab = _checked_vocab(model["vocab"], file)
-            # Merges are lists since `tokenizers` 0.20, and were strings before.
-            merges = [_as_pair(merge, file) for merge in model["merges"]]
-        else:
-            # Each kind has a form of its own. The library knows them all.
-            vocab = {}
-            merges = []
-    if is_own:
-        added_tokens, roles = _special_tokens(folder, vocab, listed)
-    else:
-        declared = _declared(folder, listed)
-        # HF's class for a GPT-2 knows nothing of another kind's tokens.
-        added_tokens = [each for each in declared.tokens if each.content not in declared.assumed]
-        known = {token.content for token in added_tokens}
-        roles = {role: token for role, token in declared.roles.items() if token in known}
-    prefix_settings = folder.config
-    # Where no class says otherwise, the file does.
-    if folder.kind is not None and not folder.default_roles:
-        prefix_settings = values.get("pre_tokenizer") or {}
+        if is_gpt2s_kind(values):
+            return _read_own_kind(folder, file, values, listed)
+    declared = _declared(folder, listed)
+    # HF's class for a GPT-2 knows nothing of another kind's tokens.
+    added_tokens = [token for token in declared.tokens if token.content not in declared.assumed]
+    known = {token.content for token in added_tokens}
+    roles = {role: token for role, token in declared.roles.items() if token in known}
+    return _other_kind(folder, file, values, added_tokens, roles)
+
+
+def _read_own_kind(
+    folder: _Folder, file: Path, values: Values, listed: list[AddedToken]
+) -> TokenizerFiles:
+    """Returns what a `tokenizer.json` holds that describes GPT-2's kind."""
+    model = values["model"]
+    vocab = _checked_vocab(model["vocab"], file)
+    added_tokens, roles = _special_tokens(folder, vocab, listed)
+    # GPT-2's class has it from its own settings; a class that knows nothing has it from this file.
+    is_generic = folder.kind is not None and not folder.default_roles
+    settings = values["pre_tokenizer"] if is_generic else folder.config
     return TokenizerFiles(
         vocab=vocab,
-        merges=merges,
+        # Lists since `tokenizers` 0.20, and strings before.
+        merges=[_as_pair(merge, file) for merge in model["merges"]],
         added_tokens=added_tokens,
         roles=roles,
         template=_template_of_processor(values.get("post_processor")) or NO_TEMPLATE,
-        add_prefix_space=bool(prefix_settings.get("add_prefix_space")),
+        add_prefix_space=bool(settings.get("add_prefix_space")),
         files=(file,),
-        pipeline=None if is_own else values,
+    )
+
+
+def _other_kind(
+    folder: _Folder,
+    file: Path,
+    pipeline: Values,
+    added_tokens: list[AddedToken],
+    roles: dict[str, str],
+) -> TokenizerFiles:
+    """Returns what the library is to carry out. It knows the vocabulary, and what is added."""
+    return TokenizerFiles(
+        vocab={},
+        merges=[],
+        added_tokens=added_tokens,
+        roles=roles,
+        template=NO_TEMPLATE,
+        files=(file,),
+        pipeline=pipeline,
         clean_up=bool(folder.config.get("clean_up_tokenization_spaces")),
         model_ids=_model_ids(folder),
     )
@@ -286,15 +305,14 @@ def _read_tokenizer_json(folder: _Folder, file: Path) -> TokenizerFiles:
 
 def _read_bert(folder: _Folder, file: Path) -> TokenizerFiles:
     """Returns BERT's WordPiece, as a `tokenizer.json` would describe it."""
-    lines = _read_text(file).split("\n")
-    if not lines[-1]:
-        del lines[-1]
+    lines = _read_text(file).removesuffix("\n").split("\n")
     vocab = {line: id for id, line in enumerate(lines)}
     added_tokens, roles = _special_tokens(folder, vocab, [])
     ids = vocab | {token.content: token.id for token in added_tokens}
     config = folder.config
-    wrapping = {role: roles[role] for role in ("cls_token", "sep_token")}
-    template = Template((ids[wrapping["cls_token"]],), (ids[wrapping["sep_token"]],))
+    with _damaged(folder.path / "tokenizer_config.json", "BERT's special tokens"):
+        template = Template((ids[roles["cls_token"]],), (ids[roles["sep_token"]],))
+        unk_token = roles["unk_token"]
     pipeline = {
         "version": "1.0",
         "added_tokens": [],
@@ -310,22 +328,13 @@ def _read_bert(folder: _Folder, file: Path) -> TokenizerFiles:
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",
-            "unk_token": roles["unk_token"],
+            "unk_token": unk_token,
             "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
             "vocab": vocab,
         },
     }
-    return TokenizerFiles(
-        vocab={},
-        merges=[],
-        added_tokens=added_tokens,
-        roles=roles,
-        template=template,
-        files=(file,),
-        pipeline=pipeline,
-        clean_up=bool(config.get("clean_up_tokenization_spaces")),
-    )
+    return _other_kind(folder, file, pipeline, added_tokens, roles)
 
 
 def _read_merges(file: Path) -> list[Pair]:
@@ -544,11 +553,16 @@ def _named_tokens(folder: _Folder) -> dict[str, AddedToken]:
             if name.endswith("_token") and name not in ROLES:  # also `add_bos_token`, a bool
                 _add_named(named, name, value)
         for name in LISTS:
-            values = folder.named.get(name) or []
-            contents = values.values() if isinstance(values, dict) else values
-            for number, value in enumerate(contents):
+            # Those of one file and of the other.
+            values = [*_listed(folder.config.get(name)), *_listed(folder.token_map.get(name))]
+            for number, value in enumerate(values):
                 _add_named(named, f"{name}[{number}]", value)
     return named
+
+
+def _listed(tokens: Any) -> Iterable[Any]:
+    """Returns the tokens of a list, which may have names of their own."""
+    return tokens.values() if isinstance(tokens, dict) else tokens or ()
 
 
 def _add_named(named: dict[str, AddedToken], name: str, value: Any) -> None:
