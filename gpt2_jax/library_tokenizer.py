@@ -4,7 +4,6 @@ WordPiece, SentencePiece's models and whatever else a `tokenizer.json` describes
 extra; `tokenizer.py` imports this module where it meets such a file.
 """
 
-import json
 from collections.abc import Collection, Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -101,7 +100,7 @@ class LibraryTokenizer(Tokenizer):
         """
         try:
             made = LibraryTokenizer(
-                json.dumps(files.pipeline),
+                files.pipeline or "",
                 files.added_tokens,
                 roles=files.roles,
                 clean_up=files.clean_up,

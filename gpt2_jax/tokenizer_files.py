@@ -124,7 +124,7 @@ class TokenizerFiles(NamedTuple):
     template: Template
     add_prefix_space: bool = False
     files: tuple[Path, ...] = ()  # where it was read, for messages
-    pipeline: Values | None = None  # a whole `tokenizer.json`, where it is not GPT-2's kind
+    pipeline: str | None = None  # a whole `tokenizer.json`, where it is not GPT-2's kind
     clean_up: bool = False  # HF's `clean_up_tokenization_spaces`
     model_ids: ModelIds = {}  # of roles that no file of the tokenizer speaks of
 
@@ -257,7 +257,7 @@ def _read_tokenizer_json(folder: _Folder, file: Path) -> TokenizerFiles:
     added_tokens = [token for token in declared.tokens if token.content not in declared.assumed]
     known = {token.content for token in added_tokens}
     roles = {role: token for role, token in declared.roles.items() if token in known}
-    return _other_kind(folder, file, values, added_tokens, roles)
+    return _other_kind(folder, file, _read_text(file), added_tokens, roles)
 
 
 def _read_own_kind(
@@ -285,7 +285,7 @@ def _read_own_kind(
 def _other_kind(
     folder: _Folder,
     file: Path,
-    pipeline: Values,
+    pipeline: str,
     added_tokens: list[AddedToken],
     roles: dict[str, str],
 ) -> TokenizerFiles:
@@ -334,7 +334,7 @@ def _read_bert(folder: _Folder, file: Path) -> TokenizerFiles:
             "vocab": vocab,
         },
     }
-    return _other_kind(folder, file, pipeline, added_tokens, roles)
+    return _other_kind(folder, file, json.dumps(pipeline), added_tokens, roles)
 
 
 def _read_merges(file: Path) -> list[Pair]:
@@ -345,10 +345,11 @@ def _read_merges(file: Path) -> list[Pair]:
 
 
 def _as_pair(merge: Any, file: Path) -> Pair:
+    text = merge if isinstance(merge, str) else " ".join(merge)
     parts = merge.split(" ") if isinstance(merge, str) else merge
     if len(parts) != 2:
         expected = "a merge of two tokens with a space between"
-        raise ValueError(f"{file}: expected {expected}, got {' '.join(parts)!r}.")
+        raise ValueError(f"{file}: expected {expected}, got {text!r}.")
     left, right = parts
     return left, right
 

@@ -176,6 +176,13 @@ def test_tokenizer_json_beside_the_others_counts(folder, newer, tmp_path, class_
     assert_saved_whole(tokenizer, tmp_path)
 
 
+def test_merges_of_another_form_are_named(folder, newer):
+    for merges in ([["t", "h", "e"]], [[1, 2]], [["t", ["h"]]], [None], "th"):
+        write(folder, "tokenizer", newer | {"model": newer["model"] | {"merges": merges}})
+        with pytest.raises(ValueError, match=r"tokenizer\.json: expected a"):
+            Tokenizer.load(folder)
+
+
 def test_ids_that_a_file_gives_are_kept(folder):
     write(folder, "added_tokens", {"<pad>": 4500})
     tokenizer = Tokenizer.load(folder)
