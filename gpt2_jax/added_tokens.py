@@ -85,9 +85,11 @@ class _Search:
             end = match.end()
             if token.single_word and _is_in_word(text, within, start, end):
                 continue
-            # Spaces that the token before has taken stay with it.
-            while token.lstrip and start > done and SPACE.match(text[start - 1]):
-                start -= 1
+            # Spaces that the token before has taken stay with it; made of these alone, it is gone.
+            if token.lstrip:
+                start = _first_space(text, start, done)
+            if start >= end:
+                continue
             while token.rstrip and end < within.end and SPACE.match(text[end]):
                 end += 1
             if done < start:
@@ -96,6 +98,14 @@ class _Search:
             done = end
         if done < within.end:
             yield Part(done, within.end, None)
+
+
+def _first_space(text: str, start: int, done: int) -> int:
+    """Returns where the white space before a place begins, at or after `done`."""
+    start = max(start, done)
+    while start > done and SPACE.match(text[start - 1]):
+        start -= 1
+    return start
 
 
 def _is_in_word(text: str, within: Part, start: int, end: int) -> bool:

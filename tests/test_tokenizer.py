@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax import Tokenizer, load_tokenizer, tokenizer
+from gpt2_jax.added_tokens import AddedToken
 from tests.reference import DATA
 
 ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
@@ -99,6 +100,58 @@ def test_special_tokens_are_text_unless_allowed(gpt2):
     assert gpt2.encode(text) == [64, 27, 91, 437, 1659, 5239, 91, 29]
     assert gpt2.decode([64, 50256]) == gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.eot_id == 50256 and gpt2.vocab_size == 50257
+
+
+ADDED = [
+    AddedToken("<m>", 50257, lstrip=True, rstrip=True),
+    AddedToken("<m><n>", 50258, rstrip=True, normalized=True),
+    AddedToken("ab", 50259, single_word=True, special=False),
+    AddedToken("b é", 50260, normalized=True, special=False),
+]
+
+
+def added_to_hf():
+    """GPT-2's tokenizer with these tokens, by HF's library."""
+    made = tokenizers.Tokenizer.from_str(HF.to_str())
+    for token in ADDED:
+        flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
+        flags |= {"normalized": token.normalized, "special": token.special}
+        made.add_tokens([tokenizers.AddedToken(token.content, **flags)])
+    return made
+
+
+WITH_ADDED = Tokenizer(Tokenizer.gpt2().vocab, Tokenizer.gpt2().merges, ADDED)
+HF_WITH_ADDED = added_to_hf()
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "<m>",
+                "<m><n>",
+                "ab",
+                "b é",
+                "b",
+                "a",
+                " ",
+                "\n",
+                "\x1c",
+                "\u2003",
+                "_",
+                "é",
+                "1",
+                "\u0301",
+            ]
+        )
+    )
+)
+def test_added_tokens_are_found_as_by_hf(pieces):
+    text = "".join(pieces)
+    encoded = WITH_ADDED.encode_with_spans(text, "all")
+    expected = HF_WITH_ADDED.encode(text)
+    assert encoded.ids == expected.ids == WITH_ADDED.encode(text, "all")
+    assert encoded.spans == expected.offsets
 
 
 def test_disallowed_special_tokens_are_refused_as_by_tiktoken(gpt2):
