@@ -120,6 +120,7 @@ class Tokenizer:
                 self.special_tokens[token.content] = token.id
         self.roles = roles
         self.template = template
+        self._all_special = frozenset(self.special_tokens)
         self._finders: dict[frozenset[str], Finder | None] = {}  # by the tokens allowed
 
     @staticmethod
@@ -386,7 +387,7 @@ class Tokenizer:
     def _finder(self, allowed_special: Collection[str]) -> Finder | None:
         """Returns what looks for the tokens that are found in a text, or None if there are none."""
         is_all = allowed_special == "all"
-        allowed = frozenset(self.special_tokens if is_all else allowed_special)
+        allowed = self._all_special if is_all else frozenset(allowed_special)
         if allowed not in self._finders:
             found = []
             for token in self.added_tokens:

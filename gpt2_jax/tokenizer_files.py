@@ -7,6 +7,7 @@ followed whatever class goes with it, where transformers 5 takes parts of it fro
 """
 
 import contextlib
+import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -188,10 +189,13 @@ def read(path: Path) -> TokenizerFiles:
 
 def files_in(path: Path) -> list[str]:
     """Returns the names of a folder's files that belong to a tokenizer of any kind."""
-    files = []
-    for pattern in (*FILES, *OTHER_KINDS):
-        files += path.glob(pattern)
-    return sorted(file.name for file in files)
+    names = [file.name for file in path.glob("*")]
+    return sorted(filter(is_tokenizer_file, names))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Returns whether a file belongs to a tokenizer of any kind, by its name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*FILES, *OTHER_KINDS))
 
 
 def _open_folder(path: Path) -> _Folder:

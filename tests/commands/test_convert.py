@@ -6,6 +6,7 @@ import gpt2_jax
 import weights_convert
 from gpt2_jax.commands.main import run
 from gpt2_jax.pretrained import conversion
+from gpt2_jax.tokenizer_files import Template
 
 
 def test_what_was_written_is_printed(tmp_path, capsys):
@@ -41,6 +42,16 @@ def test_another_kinds_tokenizer_goes_with_its_model(tmp_path):
     # Without it the model would pass for one of GPT-2's.
     with pytest.raises(ValueError, match="got the class unknown and vocab.txt"):
         gpt2_jax.load_tokenizer(tmp_path / "out")
+
+
+def test_of_two_tokenizers_in_a_target_the_models_stays(tmp_path):
+    target = tmp_path / "target"
+    gpt2_jax.Tokenizer({"a": 0}, [], template=Template((0,), (0,))).save(target)
+    assert (target / "tokenizer.json").is_file()
+    (target / "notes.txt").touch()
+    assert run(["convert", "demo", str(target), "--overwrite"]) == 0
+    assert gpt2_jax.load_tokenizer(target).vocab == gpt2_jax.load_tokenizer("demo").vocab
+    assert (target / "notes.txt").is_file()
 
 
 def test_the_old_door_is_the_same_command(tmp_path, capsys):
