@@ -9,7 +9,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from gpt2_jax import tokenizer_files
+from gpt2_jax import tokenizer_files, tokenizer_settings
 from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.tokenizer import (
     EncodedText,
@@ -20,7 +20,8 @@ from gpt2_jax.tokenizer import (
     check_not_negative,
     without_surrogates,
 )
-from gpt2_jax.tokenizer_files import Template, TokenizerFiles
+from gpt2_jax.tokenizer_files import TokenizerFiles
+from gpt2_jax.tokenizer_template import Template
 
 try:
     import tokenizers
@@ -87,7 +88,7 @@ class LibraryTokenizer(Tokenizer):
         self.add_prefix_space = False
         known = []
         for id, token in self._engine.get_added_tokens_decoder().items():
-            flags = {name: getattr(token, name) for name in tokenizer_files.FLAGS}
+            flags = {name: getattr(token, name) for name in tokenizer_settings.FLAGS}
             known.append(AddedToken(token.content, id, special=token.special, **flags))
         self._set_special(known, dict(roles), _template(self._engine))
 
@@ -108,7 +109,7 @@ class LibraryTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f"{', '.join(map(str, files.files))}: {error}.") from error
         vocab = made._engine.get_vocab()
-        made.roles = tokenizer_files.roles_of_model(files.model_ids, vocab) | made.roles
+        made.roles = tokenizer_settings.roles_of_model(files.model_ids, vocab) | made.roles
         return made
 
     def _arguments(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _add_tokens(engine: tokenizers.Tokenizer, added_tokens: Sequence[AddedToken]
     for token in added_tokens:
         if token.content in known:
             continue
-        flags = {name: getattr(token, name) for name in tokenizer_files.FLAGS}
+        flags = {name: getattr(token, name) for name in tokenizer_settings.FLAGS}
         added = tokenizers.AddedToken(token.content, special=token.special, **flags)
         if token.special:
             engine.add_special_tokens([added])

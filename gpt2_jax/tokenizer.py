@@ -21,15 +21,10 @@ import regex
 
 from gpt2_jax import tokenizer_files
 from gpt2_jax.added_tokens import AddedToken, Finder, Part
-from gpt2_jax.tokenizer_files import (
-    END_OF_TEXT,
-    NO_TEMPLATE,
-    Pair,
-    Template,
-    TokenizerFiles,
-    Vocab,
-    byte_chars,
-)
+from gpt2_jax.byte_spelling import byte_chars, spelled_bytes
+from gpt2_jax.tokenizer_files import Pair, TokenizerFiles
+from gpt2_jax.tokenizer_settings import END_OF_TEXT, Vocab
+from gpt2_jax.tokenizer_template import NO_TEMPLATE, Template
 
 # OpenAI's, to the letter. That "'S" is cut otherwise than "'s" is an oversight there, and GPT-2
 # has learned it: anything else gives other ids.
@@ -95,7 +90,7 @@ class Tokenizer:
 
         self._bytes: dict[int, bytes] = {}
         for token, id in self.vocab.items():
-            self._bytes[id] = _spelled_bytes(token)
+            self._bytes[id] = spelled_bytes(token)
         # Added tokens are not spelled by bytes: a "Ġ" in one is the letter itself.
         for token in self.added_tokens:
             self._bytes[token.id] = token.content.encode()
@@ -637,20 +632,3 @@ def _bmp_pattern() -> re.Pattern[str]:
     pattern = pattern.replace(r"(?!\S)", f"(?![^{spaces}])")
     pattern = pattern.replace(r"\s", f"[{spaces}]")
     return re.compile(pattern)
-
-
-# Bytes and the characters that spell them.
-
-
-@cache
-def _char_bytes() -> Vocab:
-    return {char: byte for byte, char in byte_chars().items()}
-
-
-def _spelled_bytes(token: str) -> bytes:
-    """Returns the bytes that a token spells; one that is spelled otherwise stands for itself."""
-    # Otherwise: tokens that were added by hand, with a space in them, for example.
-    try:
-        return bytes(map(_char_bytes().__getitem__, token))
-    except KeyError:
-        return token.encode("utf-8")

@@ -176,6 +176,16 @@ def test_tokenizer_json_beside_the_others_counts(folder, newer, tmp_path, class_
     assert_saved_whole(tokenizer, tmp_path)
 
 
+def test_a_template_of_no_token_is_named(folder, newer):
+    specials = {"!": {"id": "!", "ids": [9999], "tokens": ["!"]}}
+    processor = TEMPLATE | {"special_tokens": TEMPLATE["special_tokens"] | specials}
+    write(folder, "tokenizer", newer | {"post_processor": processor})
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: expected ids of tokens .* got \[9999\]"
+    ):
+        Tokenizer.load(folder)
+
+
 def test_merges_of_another_form_are_named(folder, newer):
     for merges in ([["t", "h", "e"]], [[1, 2]], [["t", ["h"]]], [None], "th"):
         write(folder, "tokenizer", newer | {"model": newer["model"] | {"merges": merges}})

@@ -17,10 +17,12 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
+from gpt2_jax.byte_spelling import byte_chars
 from gpt2_jax.files import replacing, write_json
 from gpt2_jax.pretrained.loading import load_tokenizer
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.tokenizer_files import END_OF_TEXT, NO_TEMPLATE, byte_chars
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
+from gpt2_jax.tokenizer_template import NO_TEMPLATE
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
 from gpt2_jax.training.texts import Parts, Span, documents, read_texts, spans, split
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2_jax.tokenizer_files import END_OF_TEXT
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
 from gpt2_jax.training.data import DataError
 
 CHARACTERS_PER_PIECE = 2**20  # about so many are encoded at a time

@@ -6,7 +6,7 @@ import gpt2_jax
 import weights_convert
 from gpt2_jax.commands.main import run
 from gpt2_jax.pretrained import conversion
-from gpt2_jax.tokenizer_files import Template
+from gpt2_jax.tokenizer_template import Template
 
 
 def test_what_was_written_is_printed(tmp_path, capsys):

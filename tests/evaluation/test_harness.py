@@ -10,7 +10,7 @@ import gpt2_jax
 from gpt2_jax.evaluation import readers
 from gpt2_jax.evaluation.score import rolling_windows
 from gpt2_jax.evaluation.tasks import Model, hellaswag, lambada, wikitext
-from gpt2_jax.tokenizer_files import Template
+from gpt2_jax.tokenizer_template import Template
 from tests.reference import DATA, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -14,7 +14,7 @@ from gpt2_jax import (
     sampler_from_options,
     stream_text,
 )
-from gpt2_jax.tokenizer_files import Template
+from gpt2_jax.tokenizer_template import Template
 
 PROMPTS = ["Once upon a time there was a king", "The wolf said"]
 

@@ -11,7 +11,7 @@ import tokenizers
 from gpt2_jax import Tokenizer
 from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.tokenizer_files import Template
+from gpt2_jax.tokenizer_template import Template
 from gpt2_jax.training import corpus, texts
 from gpt2_jax.training.corpus import Piece, char_tokenizer, encode, open_corpus, prepare
 from gpt2_jax.training.data import DataError
