@@ -587,7 +587,7 @@ def check_no_surrogates(text: str) -> None:
     surrogate = re.search("[\ud800-\udfff]", text)
     if surrogate:
         got = f"{surrogate[0]!r} at position {surrogate.start()}"
-        raise ValueError(f"`text` must be spellable in UTF-8 for spans, got {got}.")
+        raise ValueError(f"`text` must be spellable in UTF-8, got {got}.")
 
 
 # Cutting a text into pieces.

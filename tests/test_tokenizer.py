@@ -169,7 +169,7 @@ def test_surrogates_are_read_as_by_tiktoken(gpt2):
     # tiktoken's own tests, tests/test_misc.py: a pair is its character, a lone one U+FFFD.
     assert gpt2.encode("\ud83d\udc4d") == gpt2.encode("\U0001f44d") == [41840, 235]
     assert gpt2.encode("a\ud83d b") == gpt2.encode("a\ufffd b") == [64, 4210, 275]
-    with pytest.raises(ValueError, match=r"for spans, got '\\udcff' at position 2"):
+    with pytest.raises(ValueError, match=r"in UTF-8, got '\\udcff' at position 2"):
         gpt2.encode_with_spans("ab\udcff")
 
 

@@ -33,7 +33,7 @@ from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
 
 # An option's kind in the table of generation options -> how `argparse` reads it.
 KINDS: dict[str, dict[str, Any]] = {
@@ -231,6 +231,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--stop does not act on beams, which end at the model's own stop ids.")
     if "" in args.stop:
         raise ValueError("--stop must not be empty.")
+    for prompt in args.prompt:
+        check_no_surrogates(prompt)  # bytes of the command line that are no UTF-8
     if args.prompt and args.lines:
         raise ValueError("--lines reads standard input: give no prompt with it.")
 
