@@ -44,6 +44,7 @@ CLEAN_UPS = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+SHOWN = 40  # characters of a text in a message
 UNFINISHED = "\ufffd"  # what a character decodes to whose bytes are not all there
 
 
@@ -81,7 +82,8 @@ class LibraryTokenizer(Tokenizer):
         self._engine.no_truncation()
         self._engine.no_padding()
         _add_tokens(self._engine, added_tokens)
-        self.clean_up = clean_up
+        # As with HF: of a BPE, whose tokens hold their spaces, it would take some away.
+        self.clean_up = clean_up and not isinstance(self._engine.model, tokenizers.models.BPE)
         self.vocab = self._engine.get_vocab(with_added_tokens=False)
         self.merges = []
         self.missing_bytes = "drop"
@@ -167,7 +169,12 @@ class LibraryTokenizer(Tokenizer):
             expected = "'all' or nothing for a tokenizer that is not GPT-2's kind"
             raise ValueError(f"`allowed_special` must be {expected}, got {sorted(allowed)}.")
         self._engine.encode_special_tokens = not is_all  # as ordinary text
-        return self._engine.encode(without_surrogates(text), add_special_tokens=add_special_tokens)
+        spelled = without_surrogates(text)
+        try:
+            return self._engine.encode(spelled, add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises no other kind
+            got = f"{text[:SHOWN]!r} and {error}"
+            raise ValueError(f"Expected a text that `tokenizers` encodes, got {got}.") from error
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Returns the UTF-8 of what `decode` returns."""
@@ -177,9 +184,11 @@ class LibraryTokenizer(Tokenizer):
         """Returns HF's text of ids; those that no token has stand for nothing.
 
         Raises:
-          ValueError: an id is negative.
+          ValueError: an id is negative, or `errors` is not "replace".
         """
-        del errors  # the library has one way: U+FFFD
+        if errors != "replace":
+            expected = "'replace' for a tokenizer that is not GPT-2's kind"
+            raise ValueError(f"`errors` must be {expected}, got {errors!r}.")
         listed = as_list(ids)
         check_not_negative(listed)
         text = self._engine.decode(list(map(index, listed)), skip_special_tokens=False)
@@ -236,7 +245,10 @@ class LibraryStreamDecoder(StreamDecoder):
 
 def _template(engine: tokenizers.Tokenizer) -> Template:
     """Returns what an engine adds to each text."""
-    encoded = engine.encode("a")  # any text that has a token
+    try:
+        encoded = engine.encode("a")  # any text that has a token
+    except Exception:  # what has no token, and no token for it, is an error to the library
+        encoded = engine.encode("")
     is_added = encoded.special_tokens_mask
     n_before = is_added.index(0) if 0 in is_added else len(is_added)
     n_after = is_added[::-1].index(0) if 0 in is_added else 0

@@ -120,6 +120,7 @@ def folder(request, tmp_path):
     else:
         KINDS[request.param]().save(str(made / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+        settings["clean_up_tokenization_spaces"] = True  # which counts for some kinds alone
         names = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
         write_json(made / "tokenizer_config.json", settings | names)
     return made
@@ -198,6 +199,17 @@ def test_ids_without_a_token_decode_to_nothing(folder):
     assert tokenizer.decode(np.array([*ids, 5000])) == tokenizer.decode(ids)
     with pytest.raises(ValueError, match="Ids must be 0 or greater, got -1"):
         tokenizer.decode([-1])
+
+
+def test_what_the_library_cannot_encode_or_decode_is_named(tmp_path):
+    made = tokenizers.Tokenizer(models.Unigram([("b", -1.0)]))  # without a token for the unknown
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = gpt2_jax.Tokenizer.load(tmp_path)
+    assert tokenizer.encode("bb") == [0, 0]
+    with pytest.raises(ValueError, match="that `tokenizers` encodes, got 'bab' and .*unk_id"):
+        tokenizer.encode("bab")
+    with pytest.raises(ValueError, match="`errors` must be 'replace' .*, got 'strict'"):
+        tokenizer.decode([0], errors="strict")
 
 
 @pytest.fixture(scope="module")
