@@ -17,6 +17,7 @@ from gpt2_jax.byte_spelling import byte_chars
 from gpt2_jax.files import listing, replacing
 from gpt2_jax.tokenizer_settings import (
     BERT,
+    END_OF_TEXT,
     GPT2_CLASSES,
     GPT2_ROLES,
     WRAPS_EACH_TEXT,
@@ -367,10 +368,9 @@ def write_texts(path: Path, texts: Mapping[str, str]) -> None:
 
 def role_settings(roles: Mapping[str, str], ids: Vocab) -> Values:
     """Returns the roles as settings, null where GPT-2's class would assume a token of its own."""
-    settings: Values = {}
-    for role, token in GPT2_ROLES.items():
-        settings[role] = token if token in ids else None
-    return settings | dict(roles)
+    if not roles and END_OF_TEXT in ids:
+        return dict(GPT2_ROLES)  # as of a vocabulary of which nothing else is said
+    return dict.fromkeys(GPT2_ROLES) | dict(roles)
 
 
 def as_json(values: Values) -> str:

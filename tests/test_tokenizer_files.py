@@ -58,6 +58,13 @@ FOLDERS = {
     "named": {
         "tokenizer_config": {"pad_token": "[PAD]", "bos_token": "<s>", "eos_token": "</s>"},
     },
+    "of older files": {
+        "tokenizer_config": {
+            "eos_token": PLAIN | {"__type": "AddedToken", "content": "</s>", "normalized": True},
+            "add_eos_token": True,
+        },
+        "special_tokens_map": {"eos_token": PLAIN | {"content": "</s>", "rstrip": True}},
+    },
     "bos": {"tokenizer_config": {"add_bos_token": True}},
     "eos": {"tokenizer_config": {"add_eos_token": True, "eos_token": "</s>"}},
     "prefix space": {"tokenizer_config": {"add_prefix_space": True}},
@@ -214,6 +221,16 @@ def test_what_only_hf_assumes_is_no_token(tmp_path):
 def hf_ids(folder, text):
     write(folder, "config", {"model_type": "gpt2"})
     return hf(folder)(text).input_ids
+
+
+def test_a_role_that_is_null_stays_so(folder, tmp_path):
+    write(folder, "tokenizer_config", {"eos_token": None, "pad_token": None})
+    Tokenizer.load(folder).save(tmp_path / "saved")
+    write(tmp_path / "saved", "config", {"model_type": "gpt2"})
+    for place in (folder, tmp_path / "saved"):
+        assert "eos_token" not in Tokenizer.load(place).roles
+        assert hf(place).eos_token is None
+        assert hf(place).bos_token == "<|endoftext|>"
 
 
 def test_the_end_of_a_text_is_the_models_where_no_file_names_it(tmp_path):
