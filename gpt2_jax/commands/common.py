@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 from gpt2_jax.generation.ranges import Range
+from gpt2_jax.tokenizer import MISSING_BYTES
 
 # Here and not in `main`: the help of `generate`, which is the default, lists them too.
 COMMANDS = {
@@ -43,6 +44,13 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         "--model_name",
         metavar="NAME",
         help="whose tokenizer to use: a folder, hub id or GPT-2 size (default: the model's own)",
+    )
+    parser.add_argument(
+        "--missing_bytes",
+        choices=MISSING_BYTES,
+        default="error",
+        help="what becomes of bytes that the vocabulary lacks: an error, or drop them as HF does "
+        "(default: error)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
 

@@ -104,6 +104,7 @@ def load_model(args: argparse.Namespace) -> Model:
         dtype=args.dtype,
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
     return Model(
         params=params,

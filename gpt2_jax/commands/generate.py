@@ -36,7 +36,7 @@ from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
 
 # An option's kind in the table of generation options -> how `argparse` reads it.
 KINDS: dict[str, dict[str, Any]] = {
@@ -180,6 +180,11 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         help="read <|endoftext|> in a prompt as the special token",
     )
     group.add_argument(
+        "--no_special_tokens",
+        action="store_true",
+        help="add nothing to a prompt, where the tokenizer has tokens that begin and end each text",
+    )
+    group.add_argument(
         "--overflow",
         choices=("error", "stop", "slide"),
         default="error",
@@ -241,6 +246,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--stop does not act on beams, which end at the model's own stop ids.")
     if "" in args.stop:
         raise ValueError("--stop must not be empty.")
+    for prompt in args.prompt:
+        check_no_surrogates(prompt)  # bytes of the command line that are no UTF-8
     if args.prompt and args.lines:
         raise ValueError("--lines reads standard input: give no prompt with it.")
 
@@ -346,6 +353,7 @@ def _load(args: argparse.Namespace) -> Pretrained:
         dtype=args.dtype,
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
 
 
@@ -463,6 +471,7 @@ def stream(session: Session, prompts: list[str]) -> None:
         max_new_tokens=args.max_tokens,
         stop=args.stop,
         allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
         num_return_sequences=args.num_samples,
         overflow=args.overflow,
         sampler=session.sampler,
@@ -500,16 +509,22 @@ def search(session: Session, prompts: list[str]) -> None:
     begun = time.perf_counter()
     tokenizer = session.model.tokenizer
     # Outside of `unwinding`, as nothing is begun yet.
-    ids, lengths = gpt2_jax.encode_batch(tokenizer, prompts, allow_special=args.allow_special)
+    ids, lengths = gpt2_jax.encode_batch(
+        tokenizer,
+        prompts,
+        allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
+    )
     find = find_beams if args.num_beams > 1 else speculate
     with unwinding():
         texts = find(session, ids, lengths)
         rows = []
         for number, length in enumerate(texts.lengths):
             # Texts of one prompt stand together.
-            prompt = prompts[number // args.num_samples]
+            source = number // args.num_samples
+            context = ids[source, : lengths[source]].tolist()
             stop_ids = session.model.config.eos_token_ids
-            row = Continuation(prompt, tokenizer, args.stop, stop_ids)
+            row = Continuation(prompts[source], tokenizer, args.stop, stop_ids, context)
             new_ids = texts.ids[number, :length].tolist()
             # Up to a stop text, of which a search knows nothing.
             row.push(new_ids, texts.logprobs[number, :length].tolist())
@@ -597,6 +612,7 @@ def converse(session: Session) -> None:
         config=session.model.config,
         sampler=session.sampler,
         stop=args.stop,
+        add_special_tokens=not args.no_special_tokens,
     )
     given = list(args.prompt)
     if sys.stdin.isatty():
@@ -695,7 +711,7 @@ def colour(row: Continuation, tokenizer: Tokenizer) -> str:
 
     A character made of several tokens has the colour of the least likely of them.
     """
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(row.context)
     coloured = ""
     n_shown = 0
     least_logprob = 0.0

@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         dtype="float32",  # figures are to show the model, not the rounding of its storage
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
     view = choose_view(model, args)
     if args.out:
@@ -241,4 +242,5 @@ def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, 
         raise ValueError("The --answers must not be empty.")
     first, second = answers
     # An answer of several tokens is told by its first.
-    return tokenizer.encode(first)[0], tokenizer.encode(second)[0]
+    bare = tokenizer.encode_batch([first, second], add_special_tokens=False)
+    return bare[0][0], bare[1][0]

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from gpt2_jax.commands.common import unwinding
+from gpt2_jax.tokenizer import MISSING_BYTES
 from gpt2_jax.training import corpus
 from gpt2_jax.training.texts import Reading
 
@@ -58,6 +59,13 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--workers", type=int, metavar="N", help="processes (default: one for each core)"
     )
     out.add_argument(
+        "--missing_bytes",
+        choices=MISSING_BYTES,
+        default="error",
+        help="what becomes of bytes that a model's vocabulary lacks: an error, or drop them as HF "
+        "does (default: error)",
+    )
+    out.add_argument(
         "--overwrite", action="store_true", help="replace the files that are in the folder"
     )
     out.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             val_fraction=args.val_fraction,
             reading=reading,
             workers=args.workers,
+            missing_bytes=args.missing_bytes,
             overwrite=args.overwrite,
             progress=not args.quiet,
         )

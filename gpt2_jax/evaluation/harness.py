@@ -180,22 +180,29 @@ class GPT2JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id of `<|endoftext|>`.
+        """The id of what ends a text, `<|endoftext|>` in GPT-2.
 
         Raises:
           ValueError: the tokenizer has none.
         """
         if self.tokenizer.eot_id is None:
             raise ValueError(
-                "A text without a context needs a tokenizer with the token <|endoftext|>, "
-                f"{self._tokenizer_name} has none: give a `prefix_token_id`."
+                "A text without a context needs a tokenizer that names its `eos_token`, or has the"
+                f" token <|endoftext|>; {self._tokenizer_name} does not: give a `prefix_token_id`."
             )
         return self.tokenizer.eot_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before a text that has no context."""
-        return self.eot_token_id if self._prefix_id is None else self._prefix_id
+        """The id that stands before a text that has no context: of what begins a text.
+
+        Raises:
+          ValueError: the tokenizer has neither a beginning nor an end of texts.
+        """
+        if self._prefix_id is not None:
+            return self._prefix_id
+        bot_id = self.tokenizer.bot_id
+        return self.eot_token_id if bot_id is None else bot_id
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Returns None, for no template; raises `ValueError` where one is asked for."""
@@ -217,23 +224,30 @@ class GPT2JaxLM(TemplateLM):
         left_truncate_len: int | None = None,
         **_: Any,
     ) -> list[int]:
-        """Returns a text's ids, in which `<|endoftext|>` is the special token, as HF has it.
+        """Returns a text's ids, in which special tokens are found, as HF has it.
 
-        With `add_bos_token` they begin with it, unless the text does or `add_special_tokens` is
-        false. Of them the last `left_truncate_len` are returned, where that is given.
+        What the tokenizer's template or `add_bos_token` adds is added unless the text begins with
+        it, or `add_special_tokens` says. Of the ids the last `left_truncate_len` are returned,
+        where that is given.
         """
-        ids = self._with_bos(string, self.tokenizer.encode(string, "all"), add_special_tokens)
+        if add_special_tokens is None:
+            add_special_tokens = self._adds_special_tokens(string)
+        ids = self.tokenizer.encode(string, "all", add_special_tokens=add_special_tokens)
+        if add_special_tokens and self.add_bos_token and not self.tokenizer.template.before:
+            ids = [self._bos_id, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
-    def _with_bos(self, string: str, ids: list[int], add_special_tokens: bool | None) -> list[int]:
-        """Returns a text's ids, after `<|endoftext|>` where it is to be added."""
-        if not self.add_bos_token or add_special_tokens is False:
-            return ids
-        prefix = self.tokenizer.decode([self.prefix_token_id])
-        # As the harness's `hf`, which looks no further where it is told to add.
-        if add_special_tokens is None and string.startswith(prefix):
-            return ids
-        return [self.eot_token_id, *ids]
+    @property
+    def _bos_id(self) -> int:
+        bot_id = self.tokenizer.bot_id
+        return self.eot_token_id if bot_id is None else bot_id
+
+    def _adds_special_tokens(self, string: str) -> bool:
+        """Returns whether a text gets what the tokenizer adds, where nobody says."""
+        has_prefix = self._prefix_id is not None or self.tokenizer.bot_id is not None
+        if has_prefix and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+            return False
+        return self.add_bos_token is not False
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Returns the ids of both, by the rule that the tasks of this library share."""

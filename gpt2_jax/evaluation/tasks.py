@@ -10,6 +10,7 @@ differ by more than models do.
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -106,15 +107,16 @@ class Model(NamedTuple):
         return self.stride or self.window // 2
 
     @property
-    def eot_id(self) -> int:
-        """The id of `<|endoftext|>`.
+    def prefix_id(self) -> int:
+        """The id that stands before a text: of what begins one, `<|endoftext|>` in GPT-2.
 
         Raises:
           ValueError: the tokenizer has none.
         """
-        if self.tokenizer.eot_id is None:
-            raise ValueError("This task needs a tokenizer with the token <|endoftext|>, got none.")
-        return self.tokenizer.eot_id
+        if self.tokenizer.bot_id is None:
+            expected = "names its `bos_token` or `eos_token`, or has the token <|endoftext|>"
+            raise ValueError(f"This task needs a tokenizer that {expected}, got none.")
+        return self.tokenizer.bot_id
 
     def score(self, title: str, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Scores requests and reports progress under a title: see `score.score`."""
@@ -210,7 +212,7 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
     requests: list[ScoreRequest] = []
     for page in pages:
         ids = model.tokenizer.encode(detokenized(page))
-        requests += rolling_windows(ids, prefix_id=model.eot_id, window=model.window)
+        requests += rolling_windows(ids, prefix_id=model.prefix_id, window=model.window)
     # All windows of all pages together, so that batches hold windows of like length.
     scored = model.score("wikitext, pages", requests)
 
@@ -363,7 +365,8 @@ def hellaswag(model: Model, file: Path) -> list[Figure]:
 
 
 def _hellaswag_of_llm_c(model: Model, questions: Sequence[EndingQuestion]) -> list[Figure]:
-    encode = model.tokenizer.encode
+    # The protocol knows GPT-2's own tokenizer, which adds nothing to a text.
+    encode = partial(model.tokenizer.encode, add_special_tokens=False)
     requests: list[list[ScoreRequest]] = []
     for question in questions:
         # Encoded apart from the ending, unlike the harness: no token spans both.
@@ -459,7 +462,7 @@ def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequ
     """Returns the request that scores a continuation, by the harness's rule: see `pairs.py`."""
     # Without special tokens: what looks like one in a set is text.
     return pair_request(
-        model.tokenizer.encode, context, continuation, prefix_id=lambda: model.eot_id
+        model.tokenizer.encode, context, continuation, prefix_id=lambda: model.prefix_id
     )
 
 

@@ -42,6 +42,7 @@ class Conversation:
         config: GPT2Config,
         sampler: Any = None,
         stop: Sequence[str] = (),
+        add_special_tokens: bool = True,
         chunk: int = 8,
     ):
         """Takes what `stream_text` takes; `key` is one key.
@@ -55,6 +56,7 @@ class Conversation:
         self.key = key
         self.sampler = check_sampler(sampler, key)
         self.stop = stop
+        self.add_special_tokens = add_special_tokens
         self.turn = 0
         self._chunk = as_count("chunk", chunk)
         # One size for the whole context, so that no turn waits for a compilation. A last block may
@@ -77,7 +79,11 @@ class Conversation:
           ValueError: the whole text is empty, or `max_new_tokens` is less than 1.
         """
         max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-        ids = self.tokenizer.encode(text)
+        # What the tokenizer adds to a text is added to its beginning, not to each turn.
+        is_beginning = not self.ids
+        ids = self.tokenizer.encode(
+            text, add_special_tokens=is_beginning and self.add_special_tokens
+        )
         if not self.ids and not ids:
             raise ValueError("There is no text to continue.")
         self.ids += ids
@@ -93,7 +99,8 @@ class Conversation:
             pad_id=jnp.int32(0),
             tap=None,
         )
-        row = Continuation(text, self.tokenizer, self.stop, self.config.eos_token_ids)
+        stop_ids = self.config.eos_token_ids
+        row = Continuation(text, self.tokenizer, self.stop, stop_ids, list(self.ids))
         # Returned, not yielded from: what the user said counts, even if nobody asks for an answer.
         return self._continue(row, rules, max_new_tokens)
 

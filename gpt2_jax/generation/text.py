@@ -28,6 +28,7 @@ class Continuation:
       finish_reason: "stop" after a stop text or a stop id, "length" when nothing more will come,
         None before.
       score: of the beam that found it, if one did.
+      context: the ids of the prompt, on which the text of the first token may depend.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Continuation:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
+        context: Sequence[int] = (),
     ):
         self.prompt = prompt
+        self.context = context
         self.text = ""
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -48,7 +51,7 @@ class Continuation:
         self._stop_ids = tuple(stop_ids)
         self._n_shown = 0  # characters of `text` that were in some `new`
         # A token may end within a character, which is shown when it is whole.
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream_decoder(context)
 
     def push(self, ids: Sequence[int], logprobs: Sequence[float]) -> str:
         """Takes the next tokens, up to a stop, and returns `new`."""
@@ -114,6 +117,7 @@ def stream_text(
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
     allow_special: bool = False,
+    add_special_tokens: bool = True,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] | None = None,
     **options: Any,
@@ -127,7 +131,9 @@ def stream_text(
       key, config, max_new_tokens, num_return_sequences, stop_ids: as for `generate`; continuations
         of the same prompt stand together.
       stop: texts before which a continuation ends, wherever they begin and end in its tokens.
-      allow_special: read `<|endoftext|>` in a prompt as the special token.
+      allow_special: read `<|endoftext|>` and the like in a prompt as special tokens.
+      add_special_tokens: add to a prompt what the tokenizer's template adds to a text, as HF does;
+        GPT-2's own adds nothing.
       **options: further arguments of `stream`, such as `sampler` and `overflow`.
 
     Raises:
@@ -136,7 +142,9 @@ def stream_text(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stop):
         raise ValueError("`stop` must not hold an empty text.")
-    ids, lengths = encode_batch(tokenizer, prompts, allow_special=allow_special)
+    ids, lengths = encode_batch(
+        tokenizer, prompts, allow_special=allow_special, add_special_tokens=add_special_tokens
+    )
     # Said here, and not left to `stream`: the rows must know where their text ends, too.
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     pieces = stream(
@@ -150,11 +158,11 @@ def stream_text(
         stop_ids=stop_ids,
         **options,
     )
-    rows = [
-        Continuation(prompt, tokenizer, stop, stop_ids)
-        for prompt in prompts
-        for _ in range(num_return_sequences)
-    ]
+    rows = []
+    for prompt, prompt_ids, length in zip(prompts, ids, lengths, strict=True):
+        context = prompt_ids[:length].tolist()
+        for _ in range(num_return_sequences):
+            rows.append(Continuation(prompt, tokenizer, stop, stop_ids, context))
     # Not a generator itself, so that arguments are checked when it is called: see `stream`.
     return _grow(rows, pieces)
 
@@ -186,9 +194,19 @@ def complete(
 
 
 def encode_batch(
-    tokenizer: Tokenizer, texts: Sequence[str], *, allow_special: bool = False
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    allow_special: bool = False,
+    add_special_tokens: bool = True,
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns texts as `generate` takes them: ids, padded on the right, and lengths, in int32.
+
+    Args:
+      tokenizer: of the model.
+      texts: what to encode.
+      allow_special: read `<|endoftext|>` and the like in a text as special tokens.
+      add_special_tokens: add what the tokenizer's template adds to a text, as HF does.
 
     Raises:
       ValueError: a text is empty, or `texts` is one text.
@@ -196,11 +214,10 @@ def encode_batch(
     if isinstance(texts, str):
         raise ValueError("A sequence of texts is expected, got one text.")
     allowed = "all" if allow_special else ()
-    encoded = [tokenizer.encode(text, allowed) for text in texts]
+    encoded = tokenizer.encode_batch(texts, allowed, add_special_tokens=add_special_tokens)
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
-            raise ValueError(
-                f"The prompt {text!r} is empty. To start from nothing, take '<|endoftext|>' with"
-                " `allow_special`."
-            )
+            eot_token = tokenizer.eot_token
+            advice = f"take {eot_token!r} with `allow_special`" if eot_token else "take any token"
+            raise ValueError(f"The prompt {text!r} is empty. To start from nothing, {advice}.")
     return pad_rows(encoded)

@@ -17,6 +17,7 @@ from gpt2_jax.files import CheckpointError, replacing
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.tokenizer_files import files_in, is_tokenizer_file
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -67,10 +68,17 @@ def convert(
         or the logits differ.
     """
     folder = None if is_params_file(source) else hub.resolve(source, revision=revision)
+    brings_tokenizer = folder is not None and bool(files_in(folder))
+
+    def is_kept(name: str) -> bool:
+        # Of two tokenizers in a folder, the old one might be the one that is read.
+        is_replaced = brings_tokenizer and is_tokenizer_file(name)
+        return weights.is_no_weight_file(name) and not is_replaced
+
     # So that float64 weights stay what they are.
     with (
         jax.enable_x64(True),
-        replacing(target, overwrite=overwrite, keep=weights.is_no_weight_file) as temporary,
+        replacing(target, overwrite=overwrite, keep=is_kept) as temporary,
     ):
         config, params = read(folder or source, config_file=config_file, dtype=dtype)
         write(temporary, params, config, tokenizer_folder=folder)
@@ -128,9 +136,12 @@ def write(
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
-    # Byte for byte: no tokenizer of ours has read them.
-    for name in hub.TOKENIZER_FILES:
-        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+    if tokenizer_folder is None:
+        return
+    # Byte for byte, and those of every kind: without its `vocab.txt` another kind's model would
+    # pass for one of GPT-2's. Generation's defaults go with them.
+    for name in (*files_in(tokenizer_folder), "generation_config.json"):
+        if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, target / name)
 
 

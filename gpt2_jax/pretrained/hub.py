@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2_jax import tokenizer
+from gpt2_jax import tokenizer_files
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.pretrained.formats import SAFETENSORS, TORCH
 
@@ -24,7 +24,7 @@ HUB_IDS = {
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # `name`, or `owner/name`
 
 # What goes with the weights when a model is copied. Generation's defaults count among them.
-TOKENIZER_FILES = (*tokenizer.FILES, "generation_config.json")
+TOKENIZER_FILES = (*tokenizer_files.FILES, "generation_config.json")
 
 
 class Source(NamedTuple):
@@ -109,7 +109,7 @@ def _snapshot(source: Source, weight_file: str) -> Path:
     stem, ending = weight_file.split(".")
     patterns = ["config.json", *TOKENIZER_FILES]
     # Small files, without which a model of another vocabulary would look like one of GPT-2's.
-    patterns += tokenizer.OTHER_KINDS
+    patterns += tokenizer_files.OTHER_KINDS
     patterns += [weight_file, f"{stem}-*.{ending}", f"{weight_file}.index.json"]
     folder = snapshot_download(
         source.repo,

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,14 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
+from gpt2_jax.byte_spelling import byte_chars
 from gpt2_jax.files import replacing, write_json
-from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
+from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
+from gpt2_jax.tokenizer_template import NO_TEMPLATE
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
-from gpt2_jax.training.texts import Parts, Reading, read_documents, spans, split
+from gpt2_jax.training.texts import Parts, Reading, Span, read_documents, spans, split
 
 MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
@@ -69,14 +73,16 @@ def prepare(
     val_fraction: float = 0.1,
     reading: Reading = READING,
     workers: int | None = None,
+    missing_bytes: str = "error",
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes a folder with `train.bin`, `val.bin`, `meta.json` and the tokenizer, all or nothing.
 
     The end of a text is marked after each document, if there are several and the vocabulary has a
-    token for it. So one text with `val_fraction=0.1` becomes the very files of nanoGPT's
-    `data/shakespeare` and `data/shakespeare_char`.
+    token for it; where the tokenizer itself adds tokens to each text, these mark it. So one text
+    with `val_fraction=0.1` becomes the very files of nanoGPT's `data/shakespeare` and
+    `data/shakespeare_char`.
 
     Args:
       inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input; or files of
@@ -92,6 +98,8 @@ def prepare(
         joined, as printed books need it; and whether `<|endoftext|>`, which parts the documents of
         a file wherever it stands, is text instead.
       workers: processes; by default one for each core.
+      missing_bytes: what becomes of bytes that a model's vocabulary lacks: "error" raises, "drop"
+        passes over them, as HF does.
       overwrite: replaces the files of an `out` that is not empty.
       progress: shows a bar on standard error.
 
@@ -115,7 +123,7 @@ def prepare(
         del files  # a document that was cut in two is held once from here on
         if not parts.train:
             raise DataError("There is nothing to train on: expected at least one text.")
-        made = make_tokenizer(tokenizer, parts, vocab_size)
+        made = make_tokenizer(tokenizer, parts, vocab_size, missing_bytes=missing_bytes)
         encoding = _make_encoding(made, n_documents, workers or os.cpu_count() or 1)
 
         folder.mkdir()
@@ -139,22 +147,29 @@ def prepare(
 
 def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[Piece]:
     """Yields texts piece by piece, in order. Short ones are encoded here, without workers."""
-    pieces = list(spans(texts))  # bounds alone, no text is copied
+    # Bounds alone, no text is copied.
+    if tokenizer.is_seamless:
+        pieces = list(spans(texts))
+    else:
+        pieces = [Span(text, 0, len(text)) for text in texts]
     # A generator: pieces are cut out as workers ask for them, since together they are the corpus.
     cut_out = (piece.cut() for piece in pieces)
     n_characters = sum(len(text) for text in texts)
     with contextlib.ExitStack() as stack:
         if n_workers == 1 or n_characters < MIN_CHARACTERS_FOR_WORKERS:
-            encoded = map(tokenizer.encode, cut_out)
+            encoded = map(partial(tokenizer.encode, add_special_tokens=False), cut_out)
         else:
             # Not forked: JAX, which `import gpt2_jax` brings, has threads, and a fork may hang.
             context = multiprocessing.get_context("spawn")
-            tokenizer_parts = (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
-            pool = stack.enter_context(context.Pool(n_workers, _start_worker, tokenizer_parts))
+            pool = stack.enter_context(context.Pool(n_workers, _start_worker, (tokenizer,)))
             # In order, and as they come: `map` would wait for the whole corpus and hold it.
             encoded = pool.imap(_encode_in_worker, cut_out)
         for piece, ids in zip(pieces, encoded, strict=True):
             ends_text = piece.end == len(piece.text)
+            if piece.start == 0:
+                ids = [*tokenizer.template.before, *ids]
+            if ends_text:
+                ids = [*ids, *tokenizer.template.after]
             yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
 
 
@@ -179,7 +194,8 @@ def _make_encoding(tokenizer: Tokenizer, n_documents: int, n_workers: int) -> En
     """Returns how documents are written with a tokenizer."""
     separator = []
     # A single text gets no mark, as in nanoGPT: nothing follows that it would be parted from.
-    if n_documents > 1 and tokenizer.eot_id is not None:
+    is_marked = tokenizer.template != NO_TEMPLATE  # by the tokenizer
+    if n_documents > 1 and tokenizer.eot_id is not None and not is_marked:
         separator = [tokenizer.eot_id]
     # `vocab_size` is the largest id plus one, so that 2^16 itself still fits.
     fits_16_bits = tokenizer.vocab_size <= 2**16
@@ -213,27 +229,27 @@ def _write_part(file: Path, texts: list[str], encoding: Encoding, progress: bool
 # What a worker does. It gets the tokenizer once, when its process starts, not with each piece.
 
 
-def _start_worker(
-    vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: dict[str, int]
-) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
-    _worker_tokenizer = Tokenizer(vocab, merges, special_tokens)
+    _worker_tokenizer = tokenizer
 
 
 def _encode_in_worker(text: str) -> list[int]:
-    return _worker_tokenizer.encode(text)
+    return _worker_tokenizer.encode(text, add_special_tokens=False)
 
 
 # Tokenizers.
 
 
-def make_tokenizer(kind: str | Path, parts: Parts, vocab_size: int | None) -> Tokenizer:
+def make_tokenizer(
+    kind: str | Path, parts: Parts, vocab_size: int | None, *, missing_bytes: str = "error"
+) -> Tokenizer:
     """Returns the tokenizer that `prepare` was asked for: "gpt2", "char", "bpe" or a model's.
 
     Raises:
       CheckpointError: there is no such model.
       DataError, ImportError: as `train_bpe`.
-      FileNotFoundError: the model has no tokenizer.
+      FileNotFoundError, ValueError: as `load_tokenizer`, of a model.
     """
     if kind == "gpt2":
         return Tokenizer.gpt2()
@@ -244,7 +260,7 @@ def make_tokenizer(kind: str | Path, parts: Parts, vocab_size: int | None) -> To
         if vocab_size is None:
             raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
         return train_bpe(parts.train, vocab_size)
-    return Tokenizer.load(resolve(kind))
+    return load_tokenizer(kind, missing_bytes=missing_bytes)
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -380,9 +396,19 @@ def _token_file(folder: Path, part: str) -> Path | None:
 def _tokenizer_in(folder: Path, meta: dict[str, Any]) -> Tokenizer | None:
     """Returns the tokenizer in a folder of token files; without one, GPT-2's if it may be that."""
     try:
-        return Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
-        pass
+        return _implied_tokenizer(meta)
+    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
+    if tokenizer.vocab_size > vocab_size:
+        expected = f"a tokenizer of ids below {vocab_size}, the data's `vocab_size`"
+        got = f"ids up to {tokenizer.vocab_size - 1}"
+        raise DataError(f"{folder}: expected {expected}, got {got}.")
+    return tokenizer
+
+
+def _implied_tokenizer(meta: dict[str, Any]) -> Tokenizer | None:
+    """Returns the tokenizer of a folder that holds none: of nanoGPT's characters, or GPT-2's."""
     tokens = meta.get("itos")
     if tokens is not None:
         # Tokens that are words or the like have no tokenizer here: their ids can be trained on.

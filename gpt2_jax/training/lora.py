@@ -79,18 +79,19 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
     Raises:
       ValueError: an adapter belongs to no kernel, or to one of another shape.
     """
-    flat_params = traverse_util.flatten_dict(params, sep=".")
-    flat_adapters = traverse_util.flatten_dict(adapters, sep=".")
+    flat_params: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
+    flat_adapters: dict[str, Any] = traverse_util.flatten_dict(adapters, sep=".")
     for name, a in flat_adapters.items():
         layer, _, part = name.rpartition(".")
         if part != "lora_A":
             continue
         b = flat_adapters[f"{layer}.lora_B"]
-        kernel = flat_params.get(f"{layer}.kernel")
+        kernel: Any = flat_params.get(f"{layer}.kernel")
         expected = [a.shape[0], b.shape[1]]
-        got = None if kernel is None else list(kernel.shape)
+        got = list(getattr(kernel, "shape", ()))
         if got != expected:
-            raise ValueError(f"An adapter of {layer} needs a kernel {expected}, got {got}.")
+            found = f"got {got}" if got else "and there is none"
+            raise ValueError(f"An adapter of {layer} needs a kernel {expected}, {found}.")
         change = alpha / a.shape[1] * (a @ b)
         merged = kernel.astype(change.dtype) + change
         flat_params[f"{layer}.kernel"] = merged.astype(kernel.dtype)
@@ -99,7 +100,7 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
 
 def _kernels(params: Params) -> dict[str, Float[jax.Array, "I O"]]:
     """Returns the kernels by the names of their layers."""
-    flat = traverse_util.flatten_dict(params, sep=".")
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     return {
         name.removesuffix(".kernel"): leaf
         for name, leaf in flat.items()

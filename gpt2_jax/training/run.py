@@ -9,6 +9,7 @@ Knows recipes, corpora and folders; the arithmetic is `step.py`'s. A run's folde
 * the tokenizer's files, where the data came with one.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.weights import load, save
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import Checkpoints
 from gpt2_jax.training.corpus import Corpus, open_corpus
 from gpt2_jax.training.data import Batches, DataError, windows
@@ -176,7 +178,7 @@ def export(
     # Cast last: a checkpoint is restored in the dtypes that it was saved in.
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
     save(target, params, run.config, overwrite=overwrite)
-    if (out / "vocab.json").is_file():
+    with contextlib.suppress(FileNotFoundError):  # data need not come with one
         Tokenizer.load(out).save(target)
     return step
 
@@ -296,6 +298,11 @@ def _pretrained_model(
         tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
         tokenizer = None  # then only the vocabularies' sizes can be compared
+    except TokenizerKindError as error:
+        # Whoever brings ids of his own can go on without.
+        if corpus.tokenizer:
+            raise DataError(f"The data was made with another kind of tokenizer: {error}") from error
+        tokenizer = None
     if tokenizer and corpus.tokenizer and corpus.tokenizer.vocab != tokenizer.vocab:
         raise DataError(
             f"The data was made with another vocabulary than {from_pretrained}'s: prepare it with "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.files import decode_text
-from gpt2_jax.tokenizer import END_OF_TEXT
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
 from gpt2_jax.training.data import DataError
 from gpt2_jax.training.records import (
     RECORD_READERS,

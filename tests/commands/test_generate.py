@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from gpt2_jax.commands.main import run
 from gpt2_jax.files import lines_of
 from gpt2_jax.generation.options import OPTIONS
 from gpt2_jax.tokenizer import Tokenizer
-from tests.reference import ROOT
+from tests.reference import ROOT, TINY
 
 # Users have neither of the two.
 COMMAND = """
@@ -304,6 +305,24 @@ def test_the_likelier_a_token_the_greener_it_is():
     assert shade_of(-np.inf) == 196
 
 
+def test_a_model_of_another_kind_of_tokenizer_is_read_or_named(tmp_path, capsys):
+    config = gpt2_jax.GPT2Config(**TINY)
+    gpt2_jax.save(tmp_path, gpt2_jax.init(jax.random.key(0), config), config)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    arguments = ["the cats", "--from_pretrained", str(tmp_path), "--max_tokens", "3", "--json"]
+    assert run(arguments) == 2
+    assert "got the class unknown and vocab.txt" in capsys.readouterr().err
+
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    params = gpt2_jax.load(tmp_path)[1]
+    for flags, ids in (([], [2, 5, 6, 7, 3]), (["--no_special_tokens"], [5, 6, 7])):
+        assert run([*arguments, *flags]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        out = gpt2_jax.generate(params, np.array([ids]), config=config, max_new_tokens=3)
+        assert json.loads(line)["ids"] == out.ids[0, : out.lengths[0]].tolist()
+
+
 # Mistakes.
 
 
@@ -370,6 +389,7 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
         (["--interactive", "--num_samples", "2", "--do_sample"], "--interactive writes one text"),
         (["--show_probs", "--json"], "--json has the probabilities already"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["b\udcff"], "spellable in UTF-8, got '\\udcff' at position 1"),
     ],
 )
 def test_options_out_of_range_are_named(capsys, monkeypatch, arguments, message):

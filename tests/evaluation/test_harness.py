@@ -13,7 +13,8 @@ import gpt2_jax
 from gpt2_jax.evaluation import readers
 from gpt2_jax.evaluation.score import rolling_windows
 from gpt2_jax.evaluation.tasks import Model, hellaswag, lambada, wikitext
-from tests.reference import DATA
+from gpt2_jax.tokenizer_template import Template
+from tests.reference import DATA, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
@@ -64,6 +65,34 @@ def harness_pages(articles):
     starts = [i for i, line in enumerate(lines) if line.startswith(" = Title")]
     ends = [*starts[1:], len(lines)]
     return ["\n".join(lines[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_texts_begin_and_end_as_with_the_harnesss_own_model(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    from gpt2_jax.evaluation.harness import GPT2JaxLM
+
+    config = gpt2_jax.GPT2Config(**TINY | {"vocab_size": 70})
+    gpt2_jax.save(tmp_path, gpt2_jax.init(jax.random.key(0), config), config)
+    vocab = {chr(byte): byte - 33 for byte in range(33, 100)} | {
+        "<s>": 67,
+        "</s>": 68,
+        "\u0120": 69,
+    }
+    roles = {"bos_token": "<s>", "eos_token": "</s>"}
+    specials = {"<s>": 67, "</s>": 68}
+    for template in ((), (67,)), ((67,), ()), ((67,), (68,)):
+        gpt2_jax.Tokenizer(vocab, [], specials, roles=roles, template=Template(*template)).save(
+            tmp_path
+        )
+        ours = GPT2JaxLM(pretrained=str(tmp_path))
+        theirs = HFLM(pretrained=str(tmp_path), device="cpu")
+        assert ours.prefix_token_id == theirs.prefix_token_id == 67
+        assert ours.eot_token_id == theirs.eot_token_id == 68
+        for text in ("AB A", "<s>AB", "A</s>B", ""):
+            for add_special_tokens in (None, True, False):
+                ids = ours.tok_encode(text, add_special_tokens)
+                assert ids == theirs.tok_encode(text, add_special_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -205,9 +205,9 @@ def test_progress_reaches_its_total(model, tmp_path):
 
 
 def test_a_tokenizer_without_end_of_text_is_named(model, tmp_path):
-    without = types.SimpleNamespace(encode=model.tokenizer.encode, eot_id=None)
+    without = types.SimpleNamespace(encode=model.tokenizer.encode, bot_id=None)
     (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
-    with pytest.raises(ValueError, match=r"needs a tokenizer with the token <\|endoftext\|>"):
+    with pytest.raises(ValueError, match="a tokenizer that names its `bos_token` or"):
         tasks.wikitext(model._replace(tokenizer=without), tmp_path / "w")
 
 

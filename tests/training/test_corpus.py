@@ -10,7 +10,9 @@ import pytest
 import tokenizers
 
 from gpt2_jax import Tokenizer
+from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.tokenizer_template import Template
 from gpt2_jax.training import corpus, texts
 from gpt2_jax.training.corpus import Piece, char_tokenizer, encode, open_corpus, prepare
 from gpt2_jax.training.data import DataError
@@ -139,6 +141,49 @@ def test_a_models_tokenizer_is_used(tmp_path):
         [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
     )
     assert read(tmp_path / "out", "train") == [sorted(set(PAGE)).index(char) for char in PAGE]
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_each_document_has_what_the_tokenizer_adds_to_a_text(
+    tmp_path, monkeypatch, add_prefix_space
+):
+    monkeypatch.setattr(texts, "CHARACTERS_PER_PIECE", 40)
+    gpt2 = Tokenizer.gpt2()
+    framed = Tokenizer(
+        gpt2.vocab,
+        gpt2.merges,
+        [*gpt2.added_tokens, AddedToken("a  b", 50257, special=False)],
+        template=Template((50256, 7), (8,)),
+        add_prefix_space=add_prefix_space,
+    )
+    framed.save(tmp_path / "tokenizer")
+    page = PAGE[:300] + "a  b" * 50
+    write(tmp_path / "a.txt", f"{page}\n<|endoftext|>\n{PAGE[:50]}")
+    prepare(
+        [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
+    )
+    first, second = texts.documents((tmp_path / "a.txt").read_text(encoding="utf-8"), False)
+    # These part documents; there is no further mark.
+    assert read(tmp_path / "out", "train") == framed.encode(first) + framed.encode(second)
+    assert framed.encode(first)[:2] == [50256, 7]
+
+
+def test_bytes_that_a_models_vocabulary_lacks_are_dropped_if_asked(tmp_path):
+    Tokenizer({"a": 0, "b": 1}, []).save(tmp_path / "tokenizer")
+    write(tmp_path / "a.txt", "a b\na")
+    options = {"tokenizer": tmp_path / "tokenizer", "val_fraction": 0}
+    with pytest.raises(ValueError, match="no token for byte 32"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", **options)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", missing_bytes="drop", **options)
+    assert read(tmp_path / "out", "train") == [0, 1, 0]
+
+
+def test_a_tokenizer_larger_than_the_datas_vocabulary_is_refused(tmp_path):
+    write(tmp_path / "a.txt", PAGE)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="char")
+    Tokenizer.gpt2().save(tmp_path / "out")
+    with pytest.raises(DataError, match=r"the data's `vocab_size`, got ids up to 50256"):
+        open_corpus(tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

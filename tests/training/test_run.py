@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,6 +263,26 @@ def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
         np.testing.assert_allclose(tuned[name]["embedding"], params[name]["embedding"], atol=1e-3)
     with pytest.raises(CheckpointError, match="from_pretrained: '.*base' then, None now"):
         fit(gentle, corpus, tmp_path / "tuned", resume=True, say=quiet)
+
+
+def test_a_base_with_another_kind_of_tokenizer_takes_ids_alone(corpus, finished, tmp_path):
+    base = tmp_path / "base"
+    export(finished, base)
+    assert gpt2_jax.Tokenizer.load(base).vocab == gpt2_jax.Tokenizer.load(corpus).vocab
+    for file in (*base.glob("*vocab*"), *base.glob("*merges*"), *base.glob("*token*")):
+        file.unlink()
+    (base / "spiece.model").touch()
+    gentle = dataclasses.replace(SMALL, length=4, steps=1, warmup_steps=0)
+    with pytest.raises(DataError, match="another kind of tokenizer: .*spiece.model"):
+        fit(gentle, corpus, tmp_path / "run", from_pretrained=str(base), say=quiet)
+    ids = tmp_path / "ids"
+    ids.mkdir()
+    for name in ("train.bin", "meta.json"):
+        shutil.copy(corpus / name, ids / name)
+    fit(gentle, ids, tmp_path / "run", from_pretrained=str(base), say=quiet)
+    export(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        gpt2_jax.Tokenizer.load(tmp_path / "out")
 
 
 def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
