@@ -5,7 +5,8 @@ its arguments, and `run(args)` does what they ask for. The exit codes, and the o
 error that explains each but the first, are decided here:
 
 * 0: done, or nobody reads the output any more, as behind `| head`;
-* 1: a run cannot go on (`CommandFailed`), such as training whose loss is not finite;
+* 1: a run cannot go on (`CommandFailed`), such as training whose loss is not finite, or a model
+  whose logits are not;
 * 2: a mistake of the user, which the library reports as a `ValueError`, `OSError` or `ImportError`;
 * 130: Ctrl-C, which `gpt2_jax_cli` answers, as it must be there before this module is.
 
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
     # Before `OSError`, of which it is one.
     except BrokenPipeError:
         return 0
-    except CommandFailed as error:
+    except (CommandFailed, FloatingPointError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:

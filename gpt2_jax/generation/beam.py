@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.decode import check_numbers
 from gpt2_jax.generation.request import (
     Keys,
     Request,
@@ -111,6 +112,7 @@ def beam_search(
         probability of the whole beam.
 
     Raises:
+      FloatingPointError: as `generate`.
       ValueError: as `generate`, or an argument is out of its range, or the sampler has no
         transform.
     """
@@ -151,6 +153,9 @@ def beam_search(
         num_beams=num_beams,
         early_stopping=early_stopping,
     )
+    # A search finds no text where no score is a number: none is larger than another.
+    is_none = found.lengths[:, :1, None] == 0
+    check_numbers(jnp.where(is_none, jnp.nan, found.logprobs), config=config)
     return jax.tree.map(lambda x: x[:, :num_return_sequences], found)
 
 

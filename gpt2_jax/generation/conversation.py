@@ -1,5 +1,7 @@
 """A text that a user and a model write in turns, of which nothing is read twice."""
 
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +13,14 @@ from jaxtyping import PRNGKeyArray
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config, as_count
-from gpt2_jax.generation.decode import Generation, State, advance, choose, read
+from gpt2_jax.generation.decode import (
+    Generation,
+    State,
+    advance,
+    check_numbers,
+    choose,
+    read,
+)
 from gpt2_jax.generation.request import Rules, check_sampler
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.modules import Params
@@ -58,6 +67,7 @@ class Conversation:
         self.stop = stop
         self.add_special_tokens = add_special_tokens
         self.turn = 0
+        self._busy = threading.Lock()
         self._chunk = as_count("chunk", chunk)
         # One size for the whole context, so that no turn waits for a compilation. A last block may
         # be half empty, and a last chunk too long.
@@ -75,10 +85,20 @@ class Conversation:
 
         Turn `t` draws with `fold_in(key, t)`, as `generate` would with this for the key of its row.
 
+        Another turn ends this one, as far as it has come.
+
         Raises:
           ValueError: the whole text is empty, or `max_new_tokens` is less than 1.
+          RuntimeError: two threads ask at once; or, while it is iterated, another turn has begun.
         """
         max_new_tokens = as_count("max_new_tokens", max_new_tokens)
+        with self._alone():
+            row, rules = self._open_turn(text)
+        # Returned, not yielded from: what the user said counts, even if nobody asks for an answer.
+        return self._guarded(self.turn, self._continue(row, rules, max_new_tokens))
+
+    def _open_turn(self, text: str) -> tuple[Continuation, Rules]:
+        """Adds the user's text; returns the row of the answer, still empty, and how it is made."""
         # What the tokenizer adds to a text is added to its beginning, not to each turn.
         is_beginning = not self.ids
         ids = self.tokenizer.encode(
@@ -101,8 +121,31 @@ class Conversation:
         )
         stop_ids = self.config.eos_token_ids
         row = Continuation(text, self.tokenizer, self.stop, stop_ids, list(self.ids))
-        # Returned, not yielded from: what the user said counts, even if nobody asks for an answer.
-        return self._continue(row, rules, max_new_tokens)
+        return row, rules
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other threads out, by an error: two would give the cache away twice."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("A conversation must be used by one thread at a time, got two.")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _guarded(self, turn: int, rows: Iterator[Continuation]) -> Iterator[Continuation]:
+        """Yields what a turn does, as long as it is the last one."""
+        while True:
+            with self._alone():
+                if turn != self.turn:
+                    raise RuntimeError(
+                        f"Turn {turn} of the conversation was ended by turn {self.turn}: its"
+                        " continuation cannot go on."
+                    )
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
 
     def _continue(
         self, row: Continuation, rules: Rules, max_new_tokens: int
@@ -143,6 +186,7 @@ class Conversation:
 
     def _take(self, row: Continuation, made: Generation, room: int) -> None:
         """Adds what was made to the row, and what the row took of it to the text."""
+        check_numbers(made.logprobs, config=self.config)
         n_known = len(row.ids)
         # A chunk is filled up with padding behind the tokens that there was room for.
         ids = np.asarray(made.ids)[0, :room].tolist()

@@ -280,6 +280,19 @@ class _Ahead:
         wait([self.compiling[slots]])
 
 
+def check_numbers(logprobs: Float[ArrayLike, "..."], *, config: GPT2Config) -> None:
+    """Raises `FloatingPointError` for log-probabilities that are NaN.
+
+    The largest of such logits is the first, so that a text of them is all "!".
+    """
+    if np.isnan(np.asarray(logprobs)).any():
+        advice = "" if config.dtype in ("float32", "float64") else ": `load` them as float32"
+        raise FloatingPointError(
+            f"The model's logits are NaN. Its weights are no numbers, or overflow in"
+            f" {config.dtype}{advice}."
+        )
+
+
 def pieces(
     params: Params,
     request: Request,
@@ -321,6 +334,7 @@ def pieces(
             num_return_sequences=plan.num_return_sequences,
         )
     # Before the loop, and what it compiles: the first token waits for its own program alone.
+    check_numbers(made.logprobs, config=config)
     yield made
 
     n_generated = 1
@@ -343,6 +357,7 @@ def pieces(
             )
             n_generated += steps
             used += steps
+            check_numbers(made.logprobs, config=config)
             # Cut on the host: on the device, each size would compile a program of its own.
             yield Generation(
                 ids=jnp.asarray(np.asarray(made.ids)[:, :steps]),

@@ -87,6 +87,7 @@ def generate(
         (HF's `past_key_values`). It stays as it is, for other calls.
 
     Raises:
+      FloatingPointError: the logits are NaN.
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
         `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or a call
         inside `jax.jit` or `jax.vmap`.

@@ -20,11 +20,17 @@ from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 from gpt2_jax.pytrees import classes_of, dataclass, static
+from gpt2_jax.rebuilt import Watch
 
 # One key, or one for each row; typed, or the raw data of one.
 Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
 
 OVERFLOWS = ("error", "stop", "slide")
+
+_TAPS = Watch(
+    "`tap` is a new function at each call, and each compiles its own programs: define it once, or"
+    " use `make_tap`, whose arrays may change without compiling."
+)
 
 
 @dataclass
@@ -299,6 +305,8 @@ def as_pytree(tap: Tap | None) -> Any:
         raise ValueError(f"`tap` must be callable, such as `make_tap` returns, got {kind}.")
     # A function is its own only leaf, and no array; a tap that is a pytree has arrays, or none.
     is_plain = jax.tree_util.all_leaves([tap])
+    if is_plain:
+        _TAPS.see(tap)
     return jax.tree_util.Partial(tap) if is_plain else tap
 
 

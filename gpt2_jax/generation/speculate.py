@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.generation.decode import check_numbers
 from gpt2_jax.generation.request import (
     Keys,
     Request,
@@ -135,6 +136,7 @@ def speculate(
         from the start of the text, at first; then one less, down to 1.
 
     Raises:
+      FloatingPointError: as `generate`.
       ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the
         sampler has no transform.
     """
@@ -165,7 +167,9 @@ def speculate(
     draft = None
     if draft_params is not None and draft_config is not None:
         draft = _Draft(draft_params, draft_config)
-    return _speculate(params, draft, request, config=config, sizes=sizes)
+    made = _speculate(params, draft, request, config=config, sizes=sizes)
+    check_numbers(made.logprobs, config=config)
+    return made
 
 
 @partial(jax.jit, static_argnames="sizes")

@@ -16,6 +16,7 @@ only predicted.
 """
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,6 +34,12 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
+from gpt2_jax.rebuilt import Watch
+
+_OPTIMIZERS = Watch(
+    "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
+    " learning rate as a schedule where it is to change."
+)
 
 Metrics = dict[str, Array]  # scalars by name
 # `(params, batch, *, config, dropout_key) -> (loss, metrics)`
@@ -263,6 +270,7 @@ def train_step(
     _check_parts(batch, micro_batches)
     if trainable is not None and not isinstance(trainable, str):
         trainable = tuple(trainable)
+    _OPTIMIZERS.see(tx)
     program = _Program(tx, micro_batches, remat, loss_fn, trainable)
     return _train_step(_unshared(state), batch, key, config=config, program=program)
 
@@ -310,28 +318,36 @@ def _train_step(
         of_part = partial(jax.value_and_grad(loss_of, has_aux=True), trained)
         return _summed(of_part, batch, step_key, program.micro_batches)
 
-    def value_fn(trained: Params) -> Float[Array, ""]:
+    # A line search hands on what it does not know itself, and refuses what nobody takes.
+    def value_fn(trained: Params, obj_fn: Any = None) -> Float[Array, ""]:
+        del obj_fn
         loss, _ = _summed(partial(loss_of, trained), batch, step_key, program.micro_batches)
         return loss
 
     (loss, metrics), grads = value_and_grads(trained)
     # Before clipping, which is the optimizer's: the norm shows a step that clipping hides.
     grad_norm = optax.tree.norm(grads)
-    # By the names that optax's line searches, plateaus, SAM and Sophia ask for. What none asks for
-    # is not traced.
-    updates, opt_state = optax.with_extra_args_support(program.tx).update(
-        grads,
-        state.opt_state,
-        trained,
-        value=loss,
-        grad=grads,
-        value_fn=value_fn,
-        obj_fn=value_fn,
-        grad_fn=lambda params, _: value_and_grads(params)[1],
-    )
+    extras = {
+        "value": loss,
+        "grad": grads,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,  # Sophia's name for it
+        "grad_fn": lambda params, _: value_and_grads(params)[1],  # SAM's
+    }
+    tx = optax.with_extra_args_support(program.tx)
+    updates, opt_state = tx.update(grads, state.opt_state, trained, **_asked_for(extras, tx))
     params = combine(optax.apply_updates(trained, updates), frozen)
     next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
     return next_state, metrics | {"loss": loss, "grad_norm": grad_norm}
+
+
+def _asked_for(extras: dict[str, Any], tx: optax.GradientTransformation) -> dict[str, Any]:
+    """Returns what an optimizer takes beside gradients. What it does not use is never traced."""
+    parameters = inspect.signature(tx.update).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # SAM's is a gradient at other params: who takes anything has no use for it.
+    anything = set(extras) - {"grad_fn"} if takes_any else set()
+    return {name: extras[name] for name in extras if name in parameters or name in anything}
 
 
 def _summed(

@@ -436,3 +436,20 @@ def test_the_bucket_changes_nothing(params, rng):
     alone = generate(params, short, None, keys(2)[:1], **options)
     together = generate(params, both, np.array([5, 40]), keys(2), **options)
     np.testing.assert_array_equal(alone.ids[0], together.ids[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *args, **options: generate(*args, **options),
+        lambda *args, **options: list(gpt2_jax.stream(*args, **options)),
+        lambda *args, **options: gpt2_jax.beam_search(*args, num_beams=2, **options),
+        lambda *args, **options: gpt2_jax.speculate(*args, **options),
+    ],
+)
+def test_logits_that_are_no_numbers_are_an_error(make):
+    params = gpt2_jax.init(jax.random.key(0), TINY)
+    params["ln_f"]["scale"] = params["ln_f"]["scale"].at[3].set(jnp.inf)
+    config = TINY.replace(dtype="bfloat16")
+    with pytest.raises(FloatingPointError, match="overflow in bfloat16: `load` them"):
+        make(params, np.array([[1, 2]]), config=config, max_new_tokens=2)

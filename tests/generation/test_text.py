@@ -1,5 +1,7 @@
 """Texts, stop texts and conversations, on the packaged model."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -230,6 +232,42 @@ def test_a_turn_that_is_broken_off_leaves_its_text_behind(model, monkeypatch):
         params, np.array([[*ids, *tokenizer.encode(" so")]]), config=config, max_new_tokens=6
     )
     assert row.ids == expected.ids[0].tolist()
+
+
+def test_a_turn_ends_when_another_begins(model):
+    params, tokenizer, config = model
+    talk = Conversation(params, tokenizer, config=config)
+    first = talk.reply(PROMPTS[0], max_new_tokens=30)
+    next(first)
+    second = talk.reply(PROMPTS[1], max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="Turn 1 of the conversation was ended by turn 2"):
+        next(first)
+    *_, row = second
+    assert len(row.ids) == 3
+
+
+def test_one_thread_speaks_at_a_time(model, monkeypatch):
+    params, tokenizer, config = model
+    talk = Conversation(params, tokenizer, config=config)
+    growing = talk.reply(PROMPTS[0], max_new_tokens=3)
+    read = gpt2_jax.generation.conversation.read
+    refused = []
+
+    def meanwhile():
+        try:
+            talk.reply(PROMPTS[1], max_new_tokens=3)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def slow(*args, **options):
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        thread.join()
+        return read(*args, **options)
+
+    monkeypatch.setattr(gpt2_jax.generation.conversation, "read", slow)
+    assert len([*growing][-1].ids) == 3
+    assert refused == ["A conversation must be used by one thread at a time, got two."]
 
 
 def test_bad_turns_are_named(model):

@@ -62,7 +62,7 @@ def test_adapters_learn_while_the_model_stays(params, rng):
             state, ids, config=CONFIG, tx=tx, loss_fn=loss_fn, trainable="lora.*"
         )
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     jax.tree.map(np.testing.assert_array_equal, state.params["model"], params)
     merged = merge_lora(params, state.params["lora"])
     loss, _ = gpt2_jax.next_token_loss(merged, ids, config=CONFIG)
