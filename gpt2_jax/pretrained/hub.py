@@ -43,12 +43,12 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Returns the local folder of "demo", of a path, or of a hub id, downloaded unless cached.
+    """Returns the local folder of "demo" or of a hub id, downloaded unless cached, or a path itself.
 
-    A folder that exists wins over a hub id of the same name.
+    A folder or file that exists wins over a hub id of the same name.
 
     Args:
-      name_or_path: "demo", a folder, or a hub id. A `Path` is never taken for a hub id.
+      name_or_path: "demo", a folder or file, or a hub id. A `Path` is never taken for a hub id.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
@@ -61,12 +61,10 @@ def resolve(
     path = Path(name_or_path).expanduser()
     if name == "demo":
         return DEMO
-    if name and path.is_dir():  # "" would be the current folder
+    if name and path.exists():  # "" would be the current folder
         return path
-    if path.is_file():
-        raise CheckpointError(f"Expected a folder in HF's layout or a hub id, got the file {path}.")
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
-        expected = 'a folder, a hub id such as "gpt2", or "demo"'
+        expected = 'a folder, a hub id such as "gpt2", a file of weights, or "demo"'
         raise CheckpointError(f"There is no folder {path}. Expected {expected}.")
     repo = HUB_IDS.get(name, name)
     return _download(Source(repo, revision, cache_dir, local_files_only))

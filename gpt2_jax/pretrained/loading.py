@@ -13,11 +13,14 @@ from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import read_json_object
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained.foreign import find
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
 from gpt2_jax.tokenizer import Tokenizer, TokenizerKindError, check_kind, files_in
 
 GPT2_NAMES = {*PRESETS, *HUB_IDS.values()}  # models that share GPT-2's tokenizer
+# Rows of its table: as they are, and padded to a multiple of 64 or 128, as nanoGPT's and llm.c's.
+GPT2_SIZES = (50257, 50304)
 ADVICE = (
     "Name the tokenizer that the model was trained with, as in `--model_name gpt2` on the command "
     'line or `tokenizer_name="gpt2"`.'
@@ -36,6 +39,7 @@ def load_pretrained(
     name_or_path: str | Path,
     *,
     dtype: DTypeLike | None = None,
+    config: GPT2Config | None = None,
     tokenizer_name: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -44,9 +48,10 @@ def load_pretrained(
     """Returns a checkpoint's config, params and tokenizer: what `load` and `load_tokenizer` return.
 
     Args:
-      name_or_path: "demo" (comes with the package), a folder in HF's layout, or a hub id such as
-        "gpt2".
+      name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
+        any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      config: to take instead of the checkpoint's own, or where it has none.
       tokenizer_name: whose tokenizer to take instead of the checkpoint's own: see `load_tokenizer`.
       revision: branch, tag or commit of the model on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
@@ -72,7 +77,7 @@ def load_pretrained(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config, params = weights.load(folder, dtype=dtype)
+        config, params = weights.load(folder, dtype=dtype, config=config)
         return Pretrained(config, params, parsing.result())
 
 
@@ -120,8 +125,14 @@ def load_tokenizer(
         raise type(error)(f"{error} {ADVICE}") from error
 
 
-def _own(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in a folder; of one that is not there, says of which kind it is."""
+def _own(place: Path) -> Tokenizer:
+    """Returns the tokenizer in a folder, or in a file or beside it.
+
+    Of one that is not there, it says of which kind it is.
+    """
+    if find.has_tokenizer(place):
+        return find.read_tokenizer(place)
+    folder = _folder_of(place)
     try:
         return Tokenizer.load(folder)
     except FileNotFoundError:
@@ -129,22 +140,31 @@ def _own(folder: Path) -> Tokenizer:
         raise
 
 
-def _own_or_gpt2s(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in a checkpoint's folder, or GPT-2's where there is no trace of one."""
+def _folder_of(place: Path) -> Path:
+    """Returns a folder itself, or the one that a file lies in."""
+    return place.parent if place.is_file() else place
+
+
+def _own_or_gpt2s(place: Path) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint, or GPT-2's where there is no trace of one."""
     try:
-        return _own(folder)
+        return _own(place)
     except FileNotFoundError:
         # Half a tokenizer, its vocabulary lost on the way, may have been any.
-        if files_in(folder) or not _holds_gpt2(folder):
+        if files_in(_folder_of(place)) or not _holds_gpt2(place):
             raise
         return Tokenizer.gpt2()
 
 
-def _holds_gpt2(folder: Path) -> bool:
-    """Returns whether a GPT-2 lies in a folder, by its config or else by its weights' names."""
+def _holds_gpt2(place: Path) -> bool:
+    """Returns whether a GPT-2 lies there, by its config or else by its weights' names or sizes."""
+    folder = _folder_of(place)
     config = folder / "config.json"
     # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():
         return read_json_object(config).get("model_type", "gpt2") == "gpt2"
     # Weights without a config: `load` says so, which tells more than the lack of a tokenizer.
-    return any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())
+    if any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir()):
+        return True
+    # Other tools' files need not be of text at all: only the size of GPT-2's vocabulary tells.
+    return find.n_tokens(place) in GPT2_SIZES
