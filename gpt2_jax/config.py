@@ -134,7 +134,7 @@ class GPT2Config:
             self._store(name, _as_probability(name, getattr(self, name)))
         for name in POSITIVE:
             self._store(name, _as_positive(name, getattr(self, name)))
-        # As JSON has it: 0 and "false" would be taken for their opposites by one or the other reader.
+        # Not what is true or false to Python: "false" is true.
         if not isinstance(self.bias, bool):
             raise ValueError(f"`bias` must be true or false, got {self.bias!r}.")
         for name, allowed in CHOICES.items():

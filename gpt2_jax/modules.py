@@ -152,7 +152,7 @@ class Pass(NamedTuple):
 
 
 class Dense(nn.Module):
-    """`x @ kernel`, plus a bias where there are any, `[..., I] -> [..., O]`: the one door to kernels.
+    """`x @ kernel + bias`, if any, `[..., I] -> [..., O]`: the one door to kernels.
 
     The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on
     CPU.

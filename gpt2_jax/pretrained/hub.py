@@ -43,7 +43,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Returns the local folder of "demo" or of a hub id, downloaded unless cached, or a path itself.
+    """Returns the local folder of "demo" or a hub id, downloaded unless cached, or a path itself.
 
     A folder or file that exists wins over a hub id of the same name.
 

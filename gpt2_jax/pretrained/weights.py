@@ -258,7 +258,7 @@ def to_hf(params: Params) -> dict[str, Tensor]:
 
 
 def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
-    """Returns a state dict of HF's whole model: biases that `config` has not are zeros, with a warning.
+    """Returns the state dict of HF's model: biases that `config` has not are zeros, with a warning.
 
     Raises:
       CheckpointError: the params are not `config`'s.

@@ -56,7 +56,7 @@ def open_checkpoint(path: Path, config: GPT2Config | None) -> tuple[Checkpoint, 
     Raises:
       CheckpointError: nothing here is a checkpoint, or there is no config.
     """
-    if path.is_dir() and _is_hf_folder(path):
+    if is_hf_folder(path):
         # The config first: without it nobody needs the weights.
         config = config or config_in(path)
         return Checkpoint("a folder", upright(formats.open_folder(path)), None), config
@@ -104,7 +104,7 @@ def config_in(folder: Path) -> GPT2Config:
 
 
 def n_tokens(path: Path) -> int | None:
-    """Returns how many tokens the model at a path has, or `None` where that is no sound checkpoint."""
+    """Returns how many tokens the model at a path has, or `None` where no sound one is."""
     try:
         file = path if path.is_file() else _only_checkpoint_in(path)
         return said_by_shapes(open_file(file).reader.shapes).get("vocab_size")
@@ -207,9 +207,11 @@ FORMATS = (
 # Folders.
 
 
-def _is_hf_folder(folder: Path) -> bool:
-    """Returns whether weights lie there under HF's names for PyTorch's, whole or in shards."""
-    return any(formats.WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())
+def is_hf_folder(path: Path) -> bool:
+    """Returns whether a path is a folder of weights under HF's names for PyTorch's."""
+    if not path.is_dir():
+        return False
+    return any(formats.WEIGHT_FILE.fullmatch(file.name) for file in path.iterdir())
 
 
 def _only_checkpoint_in(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""`flax_model.msgpack`, in which HF's Flax models were saved until transformers 5: read and written.
+"""`flax_model.msgpack`, HF's Flax models until transformers 5: read and written.
 
 The file is what `flax.serialization.msgpack_serialize` makes of nested dicts: a map of maps whose
 leaves are of msgpack's extension type 1, with a shape, the name of a dtype and the bytes inside.
@@ -9,7 +9,6 @@ import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import msgpack

@@ -283,7 +283,7 @@ def _check_llama_cpp_computes(file: Path, config: GPT2Config, dtype_name: str) -
 
 
 def _add_tokenizer(writer: Any, config: GPT2Config, tokenizer: Tokenizer) -> None:
-    """Adds a tokenizer to what is written; ids that it lacks are filled, as llama.cpp counts them."""
+    """Adds a tokenizer; ids that it lacks are filled, as llama.cpp wants one for each row."""
     import gguf
 
     by_id = {id: token for token, id in tokenizer.vocab.items()}

@@ -41,7 +41,7 @@ def prefix_of(names: Iterable[str]) -> str:
 
 
 def bare(name: str) -> str:
-    """Returns HF's name of a tensor, without prefix: `module.transformer.wte.weight` is `wte.weight`."""
+    """`module.transformer.h.0.ln_1.gamma` -> `h.0.ln_1.weight`."""
     without_prefix = PREFIXES.sub("", name, count=1) if PREFIXES.match(name) else name
     return NORM_WORDS.sub(_norm_word, without_prefix)
 

@@ -8,9 +8,9 @@ openai/gpt-2, `src/model.py`: a kernel, `w`, is `[1, I, O]`; `g` and `b` are a L
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -189,8 +189,8 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         yield key, entries.bytes(n_value)
 
 
-def _fields(message: bytes) -> Iterable[tuple[int, int | bytes]]:
-    """Yields the numbers and values of a message's fields, in the encoding of protocol buffers."""
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields the numbers and values of a protocol buffer's fields: integers or bytes."""
     stream = _Varints(message)
     while stream.at < len(message):
         tag = stream.next()
