@@ -107,7 +107,18 @@ def test_only_the_needed_files_are_fetched(tmp_path, monkeypatch):
             ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
             "v1",
         ),
+    ] + [
+        (
+            "some/model",
+            (f"{stem}.{ending}", f"{stem}-*.{ending}", f"{stem}.{ending}.index.json"),
+            "v1",
+        )
+        for stem, ending in (("flax_model", "msgpack"), ("tf_model", "h5"))
     ]
+    asked.clear()
+    (tmp_path / "pytorch_model.bin").touch()
+    hub.resolve("some/model")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
