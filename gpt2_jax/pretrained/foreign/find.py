@@ -20,6 +20,7 @@ from gpt2_jax.pretrained.foreign import (
     openai,
     torch_file,
 )
+from gpt2_jax.pretrained.foreign.damage import naming
 from gpt2_jax.pretrained.foreign.names import (
     Checkpoint,
     Renamed,
@@ -85,7 +86,8 @@ def open_file(file: Path) -> Checkpoint:
     if format is None:
         got = f"got one that begins with {_head(file)[:16]!r}"
         raise CheckpointError(f"{file}: expected a file of {EXPECTED}, {got}.")
-    return format.read(file)
+    with naming(file):
+        return format.read(file)
 
 
 def config_in(folder: Path) -> GPT2Config:

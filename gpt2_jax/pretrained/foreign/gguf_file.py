@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.pretrained.foreign.damage import naming
 from gpt2_jax.pretrained.foreign.names import DENSE_WEIGHT, Checkpoint, Renamed, bare, upright
 from gpt2_jax.pretrained.foreign.raw import Place, RawTensors
 from gpt2_jax.pretrained.formats import Shape, Tensor
@@ -127,10 +128,8 @@ def _open(file: Path) -> Any:
     except ImportError:
         advice = "which is not installed. Install `gpt2_jax[gguf]`."
         raise CheckpointError(f"{file}: reading it needs the package gguf, {advice}") from None
-    try:
+    with naming(file):
         return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError) as error:  # by where the file ends
-        raise CheckpointError(f"{file}: expected a whole GGUF file, got {error}.") from error
 
 
 def _is_same(head: Any, table: Any) -> bool:

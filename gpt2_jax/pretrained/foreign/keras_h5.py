@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.pretrained.foreign.damage import naming
 from gpt2_jax.pretrained.foreign.names import Checkpoint, Renamed
 from gpt2_jax.pretrained.formats import Shape, Tensor
 
@@ -26,7 +27,7 @@ class H5File:
     """The arrays of an h5 file.
 
     Raises:
-      CheckpointError: h5py is not installed, or the file is damaged.
+      CheckpointError: h5py is not installed.
     """
 
     def __init__(self, file: Path):
@@ -41,7 +42,7 @@ class H5File:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
-        with self._open() as opened:
+        with naming(self.file), self._open() as opened:
             return np.asarray(opened[name])
 
     def _open(self) -> Any:
@@ -50,10 +51,7 @@ class H5File:
         except ImportError:
             advice = "which is not installed. Install `gpt2_jax[h5]`."
             raise CheckpointError(f"{self.file}: reading it needs h5py, {advice}") from None
-        try:
-            return h5py.File(self.file, "r")
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: expected a whole h5 file, got {error}.") from error
+        return h5py.File(self.file, "r")
 
 
 def is_it(head: bytes) -> bool:

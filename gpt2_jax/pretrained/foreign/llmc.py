@@ -64,14 +64,22 @@ def read(file: Path) -> Checkpoint:
         bos_token_id=end,
         eos_token_id=end,
     )
-    places = _places(file, config, n_rows=n_rows, dtype=DTYPES[version])
-    reader = RawTensors(places)
-    last = places["ln_f.bias"]
-    expected_bytes = last.offset + last.n_bytes
+    dtype = DTYPES[version]
+    # Before anything is laid out by it: a damaged header may speak of a billion layers.
+    expected_bytes = 4 * N_HEADER + _n_parameters(config, n_rows) * dtype.itemsize
     n_bytes = file.stat().st_size
     if n_bytes != expected_bytes:
         raise CheckpointError(f"{file}: expected {expected_bytes:,} bytes, got {n_bytes:,}.")
-    return Checkpoint(KIND, upright(reader), config)
+    places = _places(file, config, n_rows=n_rows, dtype=dtype)
+    return Checkpoint(KIND, upright(RawTensors(places)), config)
+
+
+def _n_parameters(config: GPT2Config, n_rows: int) -> int:
+    width = config.n_embd
+    # Twelve square matrices' worth, nine widths of biases, two LayerNorms.
+    per_layer = 12 * width**2 + 9 * width + 4 * width
+    tables = (n_rows + config.n_positions) * width
+    return tables + config.n_layer * per_layer + 2 * width
 
 
 def _places(file: Path, config: GPT2Config, *, n_rows: int, dtype: np.dtype) -> dict[str, Place]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.files import CheckpointError
 from gpt2_jax.pretrained.foreign import openai
+from gpt2_jax.pretrained.foreign.damage import naming
 from gpt2_jax.pretrained.foreign.names import Checkpoint, Renamed, upright
 from gpt2_jax.pretrained.formats import Shape, Tensor
 
@@ -15,31 +15,21 @@ ENDING = ".npy"
 
 
 class NpzFile:
-    """A zip of `.npy` files, of which each is read on its own.
-
-    Raises:
-      CheckpointError: the file is damaged, or holds Python objects.
-    """
+    """A zip of `.npy` files, of which each is read on its own."""
 
     def __init__(self, file: Path):
         self.file = file
         self.shapes: dict[str, Shape] = {}
-        try:
-            with zipfile.ZipFile(file) as archive:
-                for name in archive.namelist():
-                    # The head of each alone: numpy's own reader takes whole arrays.
-                    with archive.open(name) as member:
-                        self.shapes[name.removesuffix(ENDING)] = _shape(member)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{file}: expected a whole .npz file, got {error}.") from error
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                # The head of each alone: numpy's own reader takes whole arrays.
+                with archive.open(name) as member:
+                    self.shapes[name.removesuffix(ENDING)] = _shape(member)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
-        try:
-            with np.load(self.file, allow_pickle=False) as arrays:
-                return arrays[name]
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{self.file}: {name} cannot be read: {error}.") from error
+        with naming(self.file), np.load(self.file, allow_pickle=False) as arrays:
+            return arrays[name]
 
 
 def _shape(member) -> Shape:
@@ -57,17 +47,13 @@ def is_npz(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        return False
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False  # PyTorch's reader, whose turn is next, says that it is damaged
     return bool(names) and all(name.endswith(ENDING) for name in names)
 
 
 def read(file: Path) -> Checkpoint:
-    """Returns what an `.npz` file holds, with a config where `hparams.json` lies beside it.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
+    """Returns what an `.npz` file holds, with a config where `hparams.json` lies beside it."""
     stored = NpzFile(file)
     names = {openai.hf_name(name): name for name in stored.shapes}
     return Checkpoint(KIND, upright(Renamed(stored, names)), openai.config_in(file.parent))

@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import CheckpointError, read_json_object
+from gpt2_jax.pretrained.foreign.damage import naming
 from gpt2_jax.pretrained.foreign.names import Checkpoint, Renamed
 from gpt2_jax.pretrained.foreign.raw import Place, RawTensors
 
@@ -71,13 +72,8 @@ def read(index: Path) -> Checkpoint:
     Raises:
       CheckpointError: a file is damaged or missing.
     """
-    try:
+    with naming(index):
         places = _places(index)
-    except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        expected = "expected the index of a TensorFlow checkpoint"
-        raise CheckpointError(f"{index}: {expected}, got one that is damaged ({error}).") from error
     names = {}
     for name in places:
         if not OPTIMIZER.fullmatch(name):
