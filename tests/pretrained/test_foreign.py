@@ -325,6 +325,7 @@ def openai_name(name):
 # GGUF.
 
 GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+GGUF_NAMES |= {"lm_head": "output"}
 GGUF_LAYER = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -344,7 +345,7 @@ def gguf_name(name):
     return f"{GGUF_NAMES[module]}.{leaf}"
 
 
-def write_gguf(file, model, kind="F32", arch="gpt2"):
+def write_gguf(file, model, kind="F32", arch="gpt2", head=False):
     """Writes a model with `gguf`'s own writer; returns its weights as the file has them."""
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(16)
@@ -357,7 +358,7 @@ def write_gguf(file, model, kind="F32", arch="gpt2"):
     stored = {}
     for name, tensor in linear_state(model).items():
         array = tensor.numpy()
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and not head:
             continue
         if array.ndim == 1:
             writer.add_tensor(gguf_name(name), array)
@@ -385,6 +386,22 @@ def test_gguf(tmp_path, kind):
         assert_same_model(tmp_path / "m.gguf", model)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_gguf(tmp_path, tied):
+    model = reference(tie_word_embeddings=tied)
+    write_gguf(tmp_path / "m.gguf", model, head=True)
+    config, params = assert_same_model(tmp_path / "m.gguf", model)
+    assert (config.tie_word_embeddings, "lm_head" in params) == (tied, not tied)
+
+
+def test_gguf_without_a_field(tmp_path):
+    write_gguf(tmp_path / "m.gguf", reference())
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"gpt2.block_count", b"gpt2.block_cound"))
+    with pytest.raises(CheckpointError, match="expected gpt2.block_count, which a GGUF file of"):
+        gpt2_jax.load(tmp_path / "m.gguf")
+
+
 def test_gguf_of_another_architecture(tmp_path):
     write_gguf(tmp_path / "m.gguf", reference(), arch="llama")
     with pytest.raises(CheckpointError, match='expected the architecture "gpt2", got "llama"'):
@@ -392,6 +409,14 @@ def test_gguf_of_another_architecture(tmp_path):
 
 
 # Files of HF's and ours.
+
+
+def test_a_container_under_hfs_name(tmp_path):
+    model = reference()
+    model.config.save_pretrained(tmp_path)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert_same_model(tmp_path, model)
 
 
 def test_files_instead_of_folders(tmp_path):

@@ -28,7 +28,7 @@ from gpt2_jax.pretrained.foreign.names import (
     said_by_shapes,
     upright,
 )
-from gpt2_jax.pretrained.formats import SafetensorsFile
+from gpt2_jax.pretrained.formats import SafetensorsFile, TensorReader
 from gpt2_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path, config: GPT2Config | None) -> tuple[Checkpoint, 
     if is_hf_folder(path):
         # The config first: without it nobody needs the weights.
         config = config or config_in(path)
-        return Checkpoint("a folder", upright(formats.open_folder(path)), None), config
+        return Checkpoint("a folder", upright(_hf_reader(path)), None), config
     file = path if path.is_file() else _only_checkpoint_in(path)
     checkpoint = open_file(file)
     prefix = prefix_of(checkpoint.reader.shapes)
@@ -214,6 +214,15 @@ def is_hf_folder(path: Path) -> bool:
     if not path.is_dir():
         return False
     return any(formats.WEIGHT_FILE.fullmatch(file.name) for file in path.iterdir())
+
+
+def _hf_reader(folder: Path) -> TensorReader:
+    """Returns a reader of a folder's weights under HF's names."""
+    whole = folder / formats.TORCH
+    # Training codes save under HF's name too, and keep the weights in a container.
+    if whole.is_file() and not any(folder.glob("model*.safetensors*")):
+        return torch_file.ContainedTensors(whole)
+    return formats.open_folder(folder)
 
 
 def _only_checkpoint_in(folder: Path) -> Path:
