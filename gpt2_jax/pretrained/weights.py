@@ -349,18 +349,17 @@ def _from_reader(reader: TensorReader, config: GPT2Config, target: np.dtype | No
     tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
     allowed = dict(expected)
     if not config.bias:
-        # Zeros, in HF's layout; none of them is kept.
-        allowed |= param_shapes(config.replace(bias=True))
-        found_biases = [bare for bare in names if bare in allowed and bare not in expected]
-        allowed = {bare: allowed[bare] for bare in (*expected, *found_biases)}
+        # HF's layout has them all the same, as zeros.
+        whole = param_shapes(config.replace(bias=True))
+        allowed |= {bare: whole[bare] for bare in names if bare in whole}
     if tied_head is not None:
         allowed["lm_head.weight"] = expected["wte.weight"]
     found = {bare: reader.shapes[name] for bare, name in names.items()}
-    _check_names(found, allowed)
+    _check_names(_without_other_heads(found, allowed), allowed)
 
-    for bare in allowed:
-        if bare.endswith(".bias") and bare not in expected:
-            _check_no_bias(reader.read(names[bare]), bare)
+    zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
+    for bare in zeros:
+        _check_no_bias(reader.read(names[bare]), bare)
     # One by one, each checked and on its way before the next is read.
     leaves = {}
     for bare in _largest_first(expected):
@@ -401,8 +400,28 @@ def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
     return sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True)
 
 
+def _without_other_heads(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Returns names and shapes without heads that stand beside a whole GPT-2, with a warning."""
+    rest = {name: shape for name, shape in found.items() if not OTHER_HEADS.fullmatch(name)}
+    # Beside half a model they stay, in a report of problems that they may explain.
+    if len(rest) == len(found) or _misfits(rest, expected):
+        return dict(found)
+    heads = ", ".join(name for name in found if name not in rest)
+    warnings.warn(f"A GPT-2 with other heads, which are left out: {heads}.", stacklevel=4)
+    return rest
+
+
 def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raises one error for all names that are missing, unexpected or of another shape."""
+    misfits = _misfits(found, expected)
+    if misfits:
+        raise CheckpointError(misfits)
+
+
+def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Returns a report of names that do not fit, or ""."""
     # All together: a renamed tensor is both missing and unexpected, and only the pair explains it.
     missing = []
     misshapen = []
@@ -417,21 +436,19 @@ def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> N
         if name not in expected:
             unexpected.append(f"unexpected: {name} {list(shape)}")
 
-    other_heads = [name for name in found if name not in expected and OTHER_HEADS.fullmatch(name)]
-    # Beside a whole GPT-2 they are no problem; in a report of problems they may explain one.
-    if len(other_heads) == len(unexpected) and not missing and not misshapen:
-        if other_heads:
-            heads = ", ".join(other_heads)
-            warnings.warn(f"A GPT-2 with other heads, which are left out: {heads}.", stacklevel=4)
-        return
     problems = missing + unexpected + misshapen
+    if not problems:
+        return ""
+    lacks_biases_alone = problems == missing and all(".bias [" in line for line in missing)
     n_more = len(problems) - MAX_PROBLEMS
     if n_more > 0:
         problems[MAX_PROBLEMS:] = [f"and {n_more} more"]
+    if lacks_biases_alone:
+        problems.append("For a model without biases, as nanoGPT's, set `bias` to false.")
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected"
     counts += f", {len(misshapen)} of another shape"
     lines = "\n  ".join(problems)
-    raise CheckpointError(f"The weights do not fit the config: {counts}.\n  {lines}")
+    return f"The weights do not fit the config: {counts}.\n  {lines}"
 
 
 def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"]) -> None:

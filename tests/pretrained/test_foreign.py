@@ -454,10 +454,10 @@ def test_a_missing_config_says_what_is_needed(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         gpt2_jax.load(tmp_path / "m.pt")
     assert str(caught.value) == (
-        f"{tmp_path}/m.pt holds no config: give one with `--config config.json`, or "
-        "`load(path, config=GPT2Config(...))`. As a PyTorch file, its weights say vocab_size=40, "
-        "n_embd=32, n_positions=16, n_layer=2; `n_head`, and `activation_function` if it is not "
-        "gelu_new, they do not."
+        f"{tmp_path}/m.pt holds no config: give one with `--config config.json` of `gpt2-jax "
+        "convert`, with `load(path, config=GPT2Config(...))`, or as `config.json` beside it. As a "
+        "PyTorch file, its weights say vocab_size=40, n_embd=32, n_positions=16, n_layer=2; "
+        "`n_head`, and `activation_function` if it is not gelu_new, they do not."
     )
 
 
@@ -480,6 +480,18 @@ def test_a_file_of_no_format(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(CheckpointError, match="x: expected a file of safetensors, PyTorch's, Flax"):
         gpt2_jax.load(tmp_path / "x")
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "flax_model.msgpack").write_text(text)
+    with pytest.raises(CheckpointError, match="got Git LFS's pointer to one: fetch it with"):
+        gpt2_jax.load(tmp_path)
+
+
+def test_missing_biases_alone_are_explained():
+    with pytest.raises(CheckpointError, match="(?s)13 missing.*without biases.*`bias` to false"):
+        gpt2_jax.from_hf(linear_state(reference(), bias=False), CONFIG)
 
 
 def sound_files(folder):

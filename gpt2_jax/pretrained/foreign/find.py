@@ -33,6 +33,7 @@ from gpt2_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 HEAD_BYTES = 256
+LFS = b"version https://git-lfs"  # a clone without Git LFS has a few such lines in a file's place
 # Of several in one folder, these are HF's, with the same weights in each.
 HF_FILES = (flax_msgpack.FILE, keras_h5.FILE)
 EXPECTED = (
@@ -85,6 +86,8 @@ def open_file(file: Path) -> Checkpoint:
     format = _format_of(file)
     if format is None:
         got = f"got one that begins with {_head(file)[:16]!r}"
+        if _head(file).startswith(LFS):
+            got = "got Git LFS's pointer to one: fetch it with `git lfs pull`"
         raise CheckpointError(f"{file}: expected a file of {EXPECTED}, {got}.")
     with naming(file):
         return format.read(file)
@@ -234,15 +237,15 @@ def _only_checkpoint_in(folder: Path) -> Path:
     index = openai.find_index(folder)
     if index is not None:
         return index
+    for name in HF_FILES:
+        if (folder / name).is_file():  # also where it is damaged, which its reader says
+            return folder / name
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _format_of(file)]
     if not files:
         config_in(folder)  # without one this is no folder of HF's at all
         formats.open_folder(folder)  # which says what it expects
-    names = [file.name for file in files]
-    for name in HF_FILES:
-        if name in names:
-            return folder / name
     if len(files) > 1:
+        names = [file.name for file in files]
         expected = "one checkpoint in this folder"
         got = f"got {', '.join(names)}: give the path of one of them"
         raise CheckpointError(f"{folder}: expected {expected}, {got}.")
@@ -269,7 +272,7 @@ def _no_config(file: Path, checkpoint: Checkpoint) -> CheckpointError:
     known = ", ".join(f"{name}={value}" for name, value in said.items())
     needed = "`n_head`, and `activation_function` if it is not gelu_new, they do not"
     return CheckpointError(
-        f"{file} holds no config: give one with `--config config.json`, or "
-        f"`load(path, config=GPT2Config(...))`. As {checkpoint.kind}, its weights say {known}; "
-        f"{needed}."
+        f"{file} holds no config: give one with `--config config.json` of `gpt2-jax convert`, with "
+        f"`load(path, config=GPT2Config(...))`, or as `{CONFIG}` beside it. As {checkpoint.kind}, "
+        f"its weights say {known}; {needed}."
     )
