@@ -99,7 +99,8 @@ def load(
     except CheckpointError as error:
         reason = str(error)
         if not reason.startswith(str(path)):  # what speaks of names alone does not say of where
-            reason = f"{path}, {checkpoint.kind}: {reason}"
+            place = ", ".join(filter(None, (str(path), checkpoint.kind)))
+            reason = f"{place}: {reason}"
         raise CheckpointError(reason) from error
     # A model computes in the dtype of its weights unless it is told otherwise.
     return config.replace(dtype=_dtype_of(params)), params

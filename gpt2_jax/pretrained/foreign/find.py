@@ -61,7 +61,7 @@ def open_checkpoint(path: Path, config: GPT2Config | None) -> tuple[Checkpoint, 
     if is_hf_folder(path):
         # The config first: without it nobody needs the weights.
         config = config or config_in(path)
-        return Checkpoint("a folder", upright(_hf_reader(path)), None), config
+        return Checkpoint("", upright(_hf_reader(path)), None), config
     file = path if path.is_file() else _only_checkpoint_in(path)
     checkpoint = open_file(file)
     prefix = prefix_of(checkpoint.reader.shapes)

@@ -27,7 +27,7 @@ OTHER_HEADS = re.compile(r"(score|classifier|qa_outputs|multiple_choice_head|v_h
 class Checkpoint(NamedTuple):
     """What a file of some tool holds."""
 
-    kind: str  # of format, in messages
+    kind: str  # of format, in messages; "" in HF's layout, which goes without saying
     reader: TensorReader  # in HF's names, perhaps with a prefix; kernels `[I, O]`
     config: GPT2Config | None  # where the file has one
 
