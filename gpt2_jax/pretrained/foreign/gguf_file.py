@@ -27,6 +27,9 @@ KIND = "a GGUF file"
 MAGIC = b"GGUF"
 ARCHITECTURE = "gpt2"
 OUR_CONFIG = "gpt2_jax.config"
+TOKENIZER = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
+# GGUF's names of dtypes that are no quantisation.
+PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": jnp.bfloat16}
 
 # GGUF's names of modules -> HF's, outside the layers and in them.
 MODULES = {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "output": "lm_head"}
@@ -76,9 +79,8 @@ def _unpacked(data: Tensor, packed: Packed) -> Tensor:
     """Returns what bytes hold."""
     import gguf
 
-    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": jnp.bfloat16}
-    if packed.type.name in plain:
-        return data.view(plain[packed.type.name]).reshape(packed.shape)
+    if packed.type.name in PLAIN:
+        return data.view(PLAIN[packed.type.name]).reshape(packed.shape)
     # A row is a whole number of blocks, each with a scale of its own.
     rows = data.reshape(*packed.shape[:-1], -1)
     return gguf.dequantize(rows, packed.type)
@@ -97,7 +99,10 @@ def read(file: Path) -> Checkpoint:
         architecture, or lacks a field.
     """
     opened = _open(file)
-    fields = {name: field.contents() for name, field in opened.fields.items()}
+    fields = {}
+    for name, field in opened.fields.items():
+        if name not in TOKENIZER:  # tens of thousands of texts, which nobody wants here
+            fields[name] = field.contents()
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         expected = f'the architecture "{ARCHITECTURE}"'
@@ -107,6 +112,18 @@ def read(file: Path) -> Checkpoint:
     if _is_same(tensors.get("output.weight"), tensors.get("token_embd.weight")):
         del tensors["output.weight"]
     config = _config(file, fields, tensors)
+    dtype = None
+    if any(tensor.tensor_type.name not in PLAIN for tensor in tensors.values()):
+        dtype = np.dtype(np.float32)
+    elif OUR_CONFIG in fields:  # also what llama.cpp wants in float32 was once in the model's dtype
+        dtype = np.dtype(jnp.dtype(config.dtype))
+    names = {_hf_name(name): name for name in tensors}
+    reader = Renamed(_reader(file, tensors, dtype), names)
+    return Checkpoint(KIND, upright(reader), config)
+
+
+def _reader(file: Path, tensors: Mapping[str, Any], dtype: np.dtype | None) -> GGUFTensors:
+    """Returns a reader of the tensors that `gguf` has found in a file."""
     places = {}
     packed = {}
     for name, tensor in tensors.items():
@@ -114,12 +131,7 @@ def read(file: Path) -> Checkpoint:
         places[name] = Place(file, int(tensor.data_offset), (n_bytes,), np.dtype(np.uint8))
         shape = tuple(int(length) for length in tensor.shape[::-1])  # the last axis comes first
         packed[name] = Packed(tensor.tensor_type, shape)
-    dtype = np.dtype(jnp.dtype(config.dtype)) if OUR_CONFIG in fields else None
-    if any(_is_quantised(each) for each in packed.values()):
-        dtype = np.dtype(np.float32)
-    reader = GGUFTensors(RawTensors(places), packed, dtype)
-    names = {_hf_name(name): name for name in tensors}
-    return Checkpoint(KIND, upright(Renamed(reader, names)), config)
+    return GGUFTensors(RawTensors(places), packed, dtype)
 
 
 def _open(file: Path) -> Any:
@@ -137,10 +149,6 @@ def _is_same(head: Any, table: Any) -> bool:
     if head is None or table is None or head.tensor_type != table.tensor_type:
         return False
     return np.array_equal(head.data, table.data)
-
-
-def _is_quantised(packed: Packed) -> bool:
-    return packed.type.name not in ("F32", "F16", "BF16", "F64")
 
 
 def _config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> GPT2Config:
