@@ -465,6 +465,12 @@ def test_a_missing_config_says_what_is_needed(tmp_path):
     )
 
 
+def test_a_lack_of_biases_is_told_by_the_names(tmp_path):
+    torch.save(linear_state(reference(), bias=False), tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="n_layer=2, bias=False; `n_head`"):
+        gpt2_jax.load(tmp_path / "m.pt")
+
+
 def test_a_folder_with_several(tmp_path):
     nanogpt(tmp_path / "a.pt")
     nanogpt(tmp_path / "b.pt")

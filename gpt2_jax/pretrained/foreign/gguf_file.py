@@ -242,9 +242,9 @@ def write(
         import gguf
     except ImportError:
         advice = "which is not installed. Install `gpt2_jax[gguf]`."
-        raise CheckpointError(f"{file}: writing it needs the package gguf, {advice}") from None
+        raise CheckpointError(f"Writing GGUF needs the package gguf, {advice}") from None
     dtype_name = state["transformer.wte.weight"].dtype.name
-    _check_llama_cpp_computes(file, config, dtype_name)
+    _check_llama_cpp_computes(config, dtype_name)
     writer = gguf.GGUFWriter(file, ARCHITECTURE)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype_name]])
     writer.add_context_length(config.n_positions)
@@ -271,20 +271,21 @@ def write(
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 
 
-def _check_llama_cpp_computes(file: Path, config: GPT2Config, dtype_name: str) -> None:
+def _check_llama_cpp_computes(config: GPT2Config, dtype_name: str) -> None:
     """Raises unless llama.cpp's GPT-2 is this config's; warns where only its GELU is another."""
     if dtype_name not in FILE_TYPES:
         expected = f"weights in one of {', '.join(FILE_TYPES)}"
-        raise CheckpointError(f"{file}: expected {expected}, got {dtype_name}: give `--dtype`.")
+        raise CheckpointError(f"For GGUF expected {expected}, got {dtype_name}: give `--dtype`.")
     expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise CheckpointError(f"{file}: llama.cpp's GPT-2 has {name}={value} only.")
+        got = getattr(config, name)
+        if got != value:
+            raise CheckpointError(f"llama.cpp's GPT-2 has {name}={value} only, got {got}.")
     if config.activation_function not in LLAMA_CPP_GELU:
         used = f"this model was trained with {config.activation_function}"
         warnings.warn(
-            f"{file}: llama.cpp computes gelu_new, and {used}: its logits will differ. Read back "
-            "here, the file keeps its own.",
+            f"llama.cpp computes gelu_new, and {used}: its logits will differ. Read back here, the "
+            "file keeps its own.",
             stacklevel=2,
         )
 

@@ -120,7 +120,7 @@ def _keeps_outputs_first(shapes: Mapping[str, Shape]) -> bool:
 
 
 def said_by_shapes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Returns the fields of a config that shapes tell: all of its sizes but `n_head`."""
+    """Returns the fields of a config that shapes tell: sizes but `n_head`, and a lack of biases."""
     by_name = {bare(name): shape for name, shape in shapes.items()}
     said: dict[str, Any] = {}
     if len(by_name.get("wte.weight", ())) == 2:
@@ -130,4 +130,7 @@ def said_by_shapes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     layers = {name.split(".")[1] for name in by_name if re.match(r"h\.\d+\.", name)}
     if layers:
         said["n_layer"] = len(layers)
+    # Told apart from the rest, as every model of HF's has them.
+    if layers and "ln_f.weight" in by_name and "ln_f.bias" not in by_name:
+        said["bias"] = False
     return said

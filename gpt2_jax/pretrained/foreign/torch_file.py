@@ -120,10 +120,9 @@ def write(file: Path, state: Mapping[str, Tensor], config: GPT2Config) -> None:
     try:
         import torch
     except ImportError:
-        raise CheckpointError(
-            f"{file}: writing it needs PyTorch, which is not installed. Install `gpt2_jax[torch]`."
-        ) from None
-    _check_nanogpt_computes(file, config)
+        advice = "which is not installed. Install `gpt2_jax[torch]`."
+        raise CheckpointError(f"Writing nanoGPT's files needs PyTorch, {advice}") from None
+    _check_nanogpt_computes(config)
     model = {}
     for name, array in state.items():
         tensor = _to_torch(array)
@@ -154,7 +153,7 @@ def _to_torch(array: Tensor) -> Any:
     return torch.from_numpy(array.copy())
 
 
-def _check_nanogpt_computes(file: Path, config: GPT2Config) -> None:
+def _check_nanogpt_computes(config: GPT2Config) -> None:
     """Raises unless nanoGPT's model is this config's; warns where only its GELU is another."""
     expected = {
         "tie_word_embeddings": True,
@@ -166,11 +165,11 @@ def _check_nanogpt_computes(file: Path, config: GPT2Config) -> None:
     for name, value in expected.items():
         got = getattr(config, name)
         if got != value:
-            raise CheckpointError(f"{file}: nanoGPT has {name}={value} only, got {got}.")
+            raise CheckpointError(f"nanoGPT has {name}={value} only, got {got}.")
     if config.activation_function not in ("gelu", "gelu_python"):
         used = f"this model was trained with {config.activation_function}"
         warnings.warn(
-            f"{file}: nanoGPT computes the exact GELU, and {used}: its logits will differ "
-            "a little. Read back here, the file keeps its own.",
+            f"nanoGPT computes the exact GELU, and {used}: its logits will differ a little. Read "
+            "back here, the file keeps its own.",
             stacklevel=2,
         )
