@@ -116,6 +116,8 @@ def save(
 ) -> None:
     """Writes a folder that `load` and HF's `GPT2LMHeadModel.from_pretrained` read, all or nothing.
 
+    HF's models have biases: where this one has none they are zeros, with a warning.
+
     Args:
       folder: where to; an existing folder must be empty unless `overwrite`, which keeps its other
         files.
