@@ -74,6 +74,7 @@ def write_openai(folder, state):
         session.run(tf.compat.v1.global_variables_initializer())
         saver = tf.compat.v1.train.Saver(variables)
         saver.save(session, str(folder / "model.ckpt"), write_meta_graph=False)
+    (folder / "checkpoint").unlink()  # the path that it was written to, for TensorFlow's own sake
     (folder / "hparams.json").write_text(json.dumps(HPARAMS))
 
 
