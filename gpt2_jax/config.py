@@ -111,8 +111,10 @@ class GPT2Config:
     """The shape and the arithmetic of a GPT-2, under the names of HF's `GPT2Config`.
 
     Frozen and hashable: to JAX it is static, a part of the program (`modules.py` registers it so).
-    Numbers of numpy are stored as Python's. The two last fields are ours:
+    Numbers of numpy are stored as Python's. The three last fields are ours:
 
+    * `bias`: whether dense layers and LayerNorms have biases. nanoGPT's models may have none; then
+      none is among the params, none is trained and none is added. HF's models always have them.
     * `dtype`: the dtype of matrix products and activations. LayerNorm statistics, softmax and
       logits are computed in float32 (float64 when `dtype` is float64). Parameters keep the dtype
       they come in.
@@ -144,6 +146,7 @@ class GPT2Config:
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
     pad_token_id: int | None = None
+    bias: bool = True
     dtype: str = "float32"
     precision: str = "highest"
 
@@ -159,6 +162,9 @@ class GPT2Config:
             self._store(name, _as_probability(name, getattr(self, name)))
         for name in POSITIVE:
             self._store(name, _as_positive(name, getattr(self, name)))
+        # Not what is true or false to Python: "false" is true.
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"`bias` must be true or false, got {self.bias!r}.")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -226,6 +232,8 @@ class GPT2Config:
         """Returns the contents of an HF `config.json` for a `GPT2LMHeadModel` of this shape."""
         values = dataclasses.asdict(self)
         del values["precision"]  # says how to compute, not what the model is
+        if self.bias:
+            del values["bias"]  # HF's models have them, and its files no such field
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | values

@@ -155,7 +155,7 @@ class Pass:
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias`, `[..., I] -> [..., O]`: the one door to kernels.
+    """`x @ kernel + bias`, if any, `[..., I] -> [..., O]`: the one door to kernels.
 
     The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on
     CPU.
@@ -172,12 +172,13 @@ class Dense(nn.Module):
         # Fresh params are wide even where the model computes in 16 bits; those that are given stay
         # in the dtype they came in.
         kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], self.features), wide)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), wide)
 
         tokens = x.reshape(-1, x.shape[-1]).astype(config.dtype)
         out = product(tokens, kernel.astype(config.dtype), precision=config.precision)
-        # With its row axis, for programs that forbid ranks to be promoted in silence.
-        out += bias.astype(config.dtype)[None]
+        if config.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), wide)
+            # With its row axis, for programs that forbid ranks to be promoted in silence.
+            out += bias.astype(config.dtype)[None]
         return out.reshape(*x.shape[:-1], self.features)
 
 
@@ -194,11 +195,9 @@ class LayerNorm(nn.Module):
         wide = wide_dtype(self.config)
         width = x.shape[-1]
         weight = self.param("scale", nn.initializers.ones, (width,), wide)
-        bias = self.param("bias", nn.initializers.zeros, (width,), wide)
         # With all axes of `x`, so that nothing relies on silent broadcasting of ranks.
         aligned = (1,) * (x.ndim - 1) + (width,)
         weight = weight.reshape(aligned)
-        bias = bias.reshape(aligned)
 
         x = x.astype(wide)
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -211,7 +210,10 @@ class LayerNorm(nn.Module):
             scale = jnp.sqrt(variance)
             inverse *= scale / tap("scale", scale)
         # In the order of linen's products: `(centred * inverse) * weight` rounds otherwise.
-        normed = centred * (inverse * weight) + bias
+        normed = centred * (inverse * weight)
+        if self.config.bias:
+            bias = self.param("bias", nn.initializers.zeros, (width,), wide)
+            normed += bias.reshape(aligned)
         return tap("out", normed.astype(self.config.dtype))
 
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "prepare": "turn texts into token files",
     "evaluate": "measure a model by the protocols of the published figures",
     "inspect": "draw what a model computes for a prompt",
-    "convert": "convert weights between HF's layout and one file of params",
+    "convert": "convert weights between formats: HF's, GGUF, nanoGPT's, Flax's, one file of params",
 }
 
 DEFAULT_MODEL = "gpt2"
@@ -37,8 +37,8 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         default=DEFAULT_MODEL,
         metavar="MODEL",
         help="a Hugging Face hub id (gpt2, gpt2-medium, distilgpt2, user/name, ...), a local "
-        "folder, or demo, the model in the package (default: gpt2; to continue a prompt without a "
-        "network, demo)",
+        "folder or file, or demo, the model in the package (default: gpt2; to continue a prompt "
+        "without a network, demo)",
     )
     parser.add_argument(
         "--model_name",

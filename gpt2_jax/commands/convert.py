@@ -1,4 +1,4 @@
-"""The command `convert`: turns weights in HF's layout into one file of params, or back."""
+"""The command `convert`: turns a checkpoint of any format into one that is written here."""
 
 import argparse
 
@@ -6,15 +6,17 @@ from gpt2_jax.commands.common import unwinding
 from gpt2_jax.pretrained import conversion
 
 DESCRIPTION = """\
-Convert GPT-2 weights between HF's folder layout and one file of params, in either direction.
+Convert GPT-2 weights: any format that is read into any that is written (docs/checkpoints.md).
 
     {program} gpt2 params.safetensors --dtype bfloat16
-    {program} params.safetensors my-gpt2 --verify
+    {program} out/ckpt.pt my-gpt2 --verify
+    {program} my-gpt2 my-gpt2.gguf
 
-SRC is "demo", a folder, a hub id or a file *.safetensors of params; DST is a file if it ends in
-.safetensors and a folder otherwise. A file holds its config; a folder gets SRC's tokenizer files as
-well. Prints one line and, with --verify, the largest difference between these logits and PyTorch's.
-Nothing is left at DST unless all went well.
+SRC is "demo", a hub id, a folder or a file. DST is a file of params if it ends in .safetensors, a
+file for llama.cpp in .gguf, for nanoGPT in .pt or .pth, for Flax in .msgpack; and otherwise a
+folder in HF's layout, which gets SRC's tokenizer files as well. Prints one line and, with --verify,
+the largest difference between these logits and PyTorch's. Nothing is left at DST unless all went
+well.
 """
 
 
@@ -26,8 +28,8 @@ def parser(program: str) -> argparse.ArgumentParser:
         # As it is written: the examples keep their lines.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("src", help='"demo", a folder, a hub id, or a .safetensors file of params')
-    out.add_argument("dst", help="a folder, or a .safetensors file of params")
+    out.add_argument("src", help='"demo", a hub id, a folder, or a file')
+    out.add_argument("dst", help="a folder, or a file by its ending")
     # No `choices`: `convert` refuses others itself, for callers in Python too.
     out.add_argument(
         "--dtype", help="cast to float32, float16, bfloat16 or float64 (default: as they are)"

@@ -15,7 +15,8 @@ Any other exception is a defect here and ends in its traceback.
 
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 from gpt2_jax.commands.common import COMMANDS, CommandFailed
 
@@ -39,7 +40,9 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
         arguments = arguments[1:]
         program = f"{program} {command}"
     try:
-        return _run(command or DEFAULT, arguments, program)
+        with warnings.catch_warnings():  # which puts back what shows them elsewhere
+            warnings.showwarning = _shower(program)
+            return _run(command or DEFAULT, arguments, program)
     # Before `OSError`, of which it is one.
     except BrokenPipeError:
         return 0
@@ -49,6 +52,15 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
     except (ValueError, OSError, ImportError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+
+
+def _shower(program: str) -> Callable[..., None]:
+    """Returns what shows a warning in one line, without the place in the library it comes from."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"{program}: {message}", file=sys.stderr)
+
+    return show
 
 
 def _run(command: str, arguments: Sequence[str], program: str) -> int:

@@ -87,10 +87,9 @@ def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, 
     weight = norm["scale"]
     # Where the weight is 0 the head reads nothing, and 0 / 0 would be NaN.
     divisor = jnp.where(weight == 0, 1, weight)
-    ln_f = {
-        "scale": weight / divisor,
-        "bias": norm["bias"] / divisor,
-    }
+    ln_f = {"scale": weight / divisor}
+    if "bias" in norm:
+        ln_f["bias"] = norm["bias"] / divisor
     head = head_matrix(params, config=config)
     lm_head = {"embedding": head * divisor[None]}
     folded = {"h": blocks, "ln_f": ln_f, "lm_head": lm_head}
@@ -113,10 +112,10 @@ def _fold_block(block: Params) -> Params:
 
 def _plain_norm(norm: Params) -> Params:
     """Returns a LayerNorm that only normalises."""
-    return {
-        "scale": jnp.ones_like(norm["scale"]),
-        "bias": jnp.zeros_like(norm["bias"]),
-    }
+    plain = {"scale": jnp.ones_like(norm["scale"])}
+    if "bias" in norm:
+        plain["bias"] = jnp.zeros_like(norm["bias"])
+    return plain
 
 
 def _behind_plain_norm(dense: Params, norm: Params) -> Params:
@@ -125,12 +124,10 @@ def _behind_plain_norm(dense: Params, norm: Params) -> Params:
     `(n * weight + bias) @ kernel = n @ (weight * kernel) + bias @ kernel`.
     """
     kernel = dense_kernel(dense)
-    weight = norm["scale"]
-    bias = norm["bias"]
-    return {
-        "kernel": weight[:, None] * kernel,
-        "bias": dense["bias"] + bias @ kernel,
-    }
+    behind = {"kernel": norm["scale"][:, None] * kernel}
+    if "bias" in norm:
+        behind["bias"] = dense["bias"] + norm["bias"] @ kernel
+    return behind
 
 
 def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:

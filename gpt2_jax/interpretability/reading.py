@@ -24,7 +24,7 @@ from gpt2_jax.interpretability.taps import (
     find_sites,
 )
 from gpt2_jax.model import Params, head_matrix, unembed
-from gpt2_jax.modules import LayerNorm
+from gpt2_jax.modules import LayerNorm, wide_dtype
 
 # A function of the logits after each row's last token, `[B, V]`, such as a difference of two.
 Metric = Callable[[Array], Array]
@@ -145,7 +145,7 @@ def direct_logit_attribution(
         weights = head_weights(params, layer, config=config)
         projections.append(weights.o)
         attn = params["h"][str(layer)]["attn"]
-        biases.append(attn["c_proj"]["bias"])
+        biases.append(_bias_or_zeros(attn["c_proj"], config))
     out = jnp.stack(projections)  # [L, H, K, D]
     bias = jnp.stack(biases)  # [L, D]
     z = by_layer(acts, "attn.z")  # [L, B, T, H, K]
@@ -157,8 +157,13 @@ def direct_logit_attribution(
         heads=jnp.einsum("lbthk,lhkd,btd->lbth", z, out, direction),
         attn_bias=jnp.einsum("ld,btd->lbt", bias, direction),
         mlps=jnp.einsum("lbtd,btd->lbt", mlps, direction),
-        ln_f_bias=head @ params["ln_f"]["bias"],
+        ln_f_bias=head @ _bias_or_zeros(params["ln_f"], config),
     )
+
+
+def _bias_or_zeros(layer: Params, config: GPT2Config) -> Float[Array, " D"]:
+    """Returns what a layer adds to the stream, zeros in a model without biases."""
+    return layer["bias"] if config.bias else jnp.zeros(config.n_embd, wide_dtype(config))
 
 
 def attribution(

@@ -1,10 +1,11 @@
-"""Conversion of weights between HF's folder layout and one file of params, in either direction.
+"""Conversion of weights between formats: any that is read to any that is written.
 
-Knows folders and files; names and formats are `weights.py`'s and `formats.py`'s.
+Knows folders and files; names and formats are its neighbours'.
 """
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import CheckpointError, replacing
+from gpt2_jax.files import CheckpointError, replacing, write_json
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
-from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.pretrained import hub, loading, weights
+from gpt2_jax.pretrained.foreign import export, find, flax_msgpack
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import files_in, is_tokenizer_file
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
@@ -54,12 +57,13 @@ def convert(
     """Writes the weights of `source` to `target`, all or nothing.
 
     Args:
-      source: "demo", a folder, a hub id, or a file `*.safetensors` of params.
-      target: a file if it ends in `.safetensors`, otherwise a folder, which gets the source's
-        tokenizer files as well.
+      source: whatever `load` takes: "demo", a hub id, a folder or a file.
+      target: a file of params if it ends in `.safetensors`; a file for llama.cpp, Flax or nanoGPT
+        if it ends in `.gguf`, `.msgpack`, or `.pt` or `.pth`; otherwise a folder in HF's layout,
+        which gets the source's tokenizer files as well.
       dtype: to cast to; by default the weights stay as they are.
       revision: branch, tag or commit on the hub.
-      config_file: `config.json`, or a folder with one, for a file of params that holds none.
+      config_file: `config.json`, or a folder with one, for weights that hold none.
       verified: compares the logits with PyTorch's before anything takes the target's place.
       overwrite: replaces what is at the target.
 
@@ -67,8 +71,8 @@ def convert(
       CheckpointError: the source is no sound GPT-2, the target is in use, PyTorch is not installed,
         or the logits differ.
     """
-    folder = None if is_params_file(source) else hub.resolve(source, revision=revision)
-    brings_tokenizer = folder is not None and bool(files_in(folder))
+    place = hub.resolve(source, revision=revision)
+    brings_tokenizer = bool(files_in(_folder_of(place))) or find.has_tokenizer(place)
 
     def is_kept(name: str) -> bool:
         # Of two tokenizers in a folder, the old one might be the one that is read.
@@ -80,14 +84,18 @@ def convert(
         jax.enable_x64(True),
         replacing(target, overwrite=overwrite, keep=is_kept) as temporary,
     ):
-        config, params = read(folder or source, config_file=config_file, dtype=dtype)
-        write(temporary, params, config, tokenizer_folder=folder)
+        config, params = read(place, config_file=config_file, dtype=dtype)
+        write(temporary, params, config, source=place)
         dtype_name = params["wte"]["embedding"].dtype.name
         n_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         difference = None
         if verified:
-            difference = compare(temporary, folder)
+            difference = compare(temporary, place, config)
             _check(difference, TOLERANCE[dtype_name])
+    beside = Path(target).expanduser().parent / find.CONFIG
+    # Under HF's name it is part of a folder, where HF and `load` look for the config beside it.
+    if Path(target).name == flax_msgpack.FILE and not beside.exists():
+        write_json(beside, config.to_dict() | {"dtype": dtype_name})
     return Conversion(n_parameters, dtype_name, difference)
 
 
@@ -97,58 +105,55 @@ def read(
     config_file: str | Path | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[GPT2Config, Params]:
-    """Returns the config and params of a folder, or of a file of params.
+    """Returns the config and params of a folder or file, with the config in `config_file` if given.
 
     Raises:
-      CheckpointError: a folder, which has a config of its own, is given another, or a file needs
-        one; or there is no sound GPT-2.
+      CheckpointError: there is no config, or no sound GPT-2.
     """
-    if not is_params_file(source):
-        if config_file is not None:
-            raise CheckpointError(
-                "`--config` is for a single file of params: a folder has its own."
-            )
-        return weights.load(source, dtype=dtype)
-    config = _read_config(source, config_file)
-    # Through HF's names, which finds what is missing or misshapen.
-    state = weights.to_hf(weights.load_params(source))
-    params = weights.from_hf(state, config, dtype)
-    return config.replace(dtype=params["wte"]["embedding"].dtype.name), params
-
-
-def _read_config(params_file: str | Path, config_file: str | Path | None) -> GPT2Config:
-    """Returns the config given by the user, else the one in the metadata of a file of params."""
+    config = None
     if config_file is not None:
         path = Path(config_file)
-        return GPT2Config.from_json_file(path / "config.json" if path.is_dir() else path)
-    stored = weights.load_config(params_file)
-    if stored is None:
-        advice = "give one with `--config config.json`"
-        raise CheckpointError(f"{params_file} holds no config: {advice}.")
-    return stored
+        config = GPT2Config.from_json_file(path / find.CONFIG if path.is_dir() else path)
+    return weights.load(source, dtype=dtype, config=config)
 
 
-def write(
-    target: Path, params: Params, config: GPT2Config, *, tokenizer_folder: Path | None = None
-) -> None:
-    """Writes a file of params, or a folder, with the tokenizer's files of another folder."""
+def write(target: Path, params: Params, config: GPT2Config, *, source: Path) -> None:
+    """Writes a file, by the ending of its name, or a folder, with the source's tokenizer."""
     if is_params_file(target):
         weights.save_params(target, params, config)
         return
-    weights.save(target, params, config)
-    if tokenizer_folder is None:
+    if export.is_written(target):
+        export.write(target, params, config, lambda: _tokenizer_of(source))
         return
+    weights.save(target, params, config)
+    folder = _folder_of(source)
     # Byte for byte, and those of every kind: without its `vocab.txt` another kind's model would
     # pass for one of GPT-2's. Generation's defaults go with them.
-    for name in (*files_in(tokenizer_folder), "generation_config.json"):
-        if (tokenizer_folder / name).is_file():
-            shutil.copyfile(tokenizer_folder / name, target / name)
+    for name in (*files_in(folder), "generation_config.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    # A file that holds a tokenizer has none beside it.
+    if find.has_tokenizer(source) and not files_in(target):
+        find.read_tokenizer(source).save(target)
 
 
-def compare(written: Path, source: Path | None) -> Difference:
+def _folder_of(place: Path) -> Path:
+    """Returns a folder itself, or the one that a file lies in."""
+    return place.parent if place.is_file() else place
+
+
+def _tokenizer_of(source: Path) -> Tokenizer:
+    try:
+        return loading.load_tokenizer(source)
+    except FileNotFoundError as error:
+        expected = "a tokenizer beside the weights, as GGUF holds one"
+        raise CheckpointError(f"{source}: expected {expected}, got none.") from error
+
+
+def compare(written: Path, source: Path, config: GPT2Config) -> Difference:
     """Returns how far the logits of what was written are from PyTorch's for `source`.
 
-    Without a source PyTorch reads what was written.
+    Where PyTorch cannot read the source, it reads the weights that were written.
 
     Raises:
       CheckpointError: PyTorch or transformers is not installed.
@@ -162,17 +167,20 @@ def compare(written: Path, source: Path | None) -> Difference:
     # Its bar for loading is none of this command's output.
     transformers.utils.logging.disable_progress_bar()
     # Read again from the disk: what is checked is the file, not what it was written from.
-    config, params = read(written)
+    is_bare = written.suffix == export.FLAX  # without a config of its own
+    config, params = weights.load(written, config=config if is_bare else None)
     # Random ids, as any text will do: no logit is to differ.
     shape = (N_ROWS, min(LONGEST_ROW, config.n_positions))
     ids = np.random.default_rng(0).integers(config.vocab_size, size=shape)
     # In float32 on both sides, so that what is compared is the weights, as they were stored.
     ours = np.asarray(apply(params, ids, config=config.replace(dtype="float32")))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = source or written
-        if is_params_file(folder):  # which PyTorch cannot read
+        folder = source
+        if not find.is_hf_folder(source):
             folder = Path(scratch) / "model"
-            weights.save(folder, params, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it says was said when the target was written
+                weights.save(folder, params, config)
         model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
             theirs = model(torch.from_numpy(ids)).logits.numpy()

@@ -30,7 +30,7 @@ WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin
 ZIP_MAGIC = b"PK\x03\x04"
 # Pages of a mapped file count as this process's memory once they are read. After so many bytes the
 # file is mapped anew, which gives them back; a new map for each tensor would take too long.
-MAX_MAPPED_BYTES = 2**26
+MAX_MAPPED_BYTES = 2**25
 
 Shape = tuple[int, ...]
 Tensor = Shaped[np.ndarray, "..."]  # on the host, in the dtype of its file; bfloat16 is ml_dtypes'

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gpt2_jax import tokenizer_files
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.pretrained.foreign import flax_msgpack, keras_h5
 from gpt2_jax.pretrained.formats import SAFETENSORS, TORCH
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -21,6 +22,8 @@ HUB_IDS = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
+# In the order in which they are wanted.
+WEIGHT_FILES = (SAFETENSORS, TORCH, flax_msgpack.FILE, keras_h5.FILE)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # `name`, or `owner/name`
 
 # What goes with the weights when a model is copied. Generation's defaults count among them.
@@ -43,12 +46,12 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Returns the local folder of "demo", of a path, or of a hub id, downloaded unless cached.
+    """Returns the local folder of "demo" or a hub id, downloaded unless cached, or a path itself.
 
-    A folder that exists wins over a hub id of the same name.
+    A folder or file that exists wins over a hub id of the same name.
 
     Args:
-      name_or_path: "demo", a folder, or a hub id. A `Path` is never taken for a hub id.
+      name_or_path: "demo", a folder or file, or a hub id. A `Path` is never taken for a hub id.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
@@ -61,12 +64,10 @@ def resolve(
     path = Path(name_or_path).expanduser()
     if name == "demo":
         return DEMO
-    if name and path.is_dir():  # "" would be the current folder
+    if name and path.exists():  # "" would be the current folder
         return path
-    if path.is_file():
-        raise CheckpointError(f"Expected a folder in HF's layout or a hub id, got the file {path}.")
     if isinstance(name_or_path, Path) or not HUB_ID.fullmatch(name):
-        expected = 'a folder, a hub id such as "gpt2", or "demo"'
+        expected = 'a folder, a hub id such as "gpt2", a file of weights, or "demo"'
         raise CheckpointError(f"There is no folder {path}. Expected {expected}.")
     repo = HUB_IDS.get(name, name)
     return _download(Source(repo, revision, cache_dir, local_files_only))
@@ -82,9 +83,11 @@ def _download(source: Source) -> Path:
         errors.HFValidationError,
     )
     try:
-        folder = _snapshot(source, SAFETENSORS)
-        if not any(folder.glob("model*.safetensors")):
-            folder = _snapshot(source, TORCH)  # only then: it would double the download
+        # One after the other: several would multiply the download.
+        for weight_file in WEIGHT_FILES:
+            folder = _snapshot(source, weight_file)
+            if any(any(folder.glob(pattern)) for pattern in _patterns(weight_file)):
+                break
         return folder
     except refusals as error:
         reason = str(error).strip().splitlines()[0]  # links and advice follow
@@ -101,16 +104,21 @@ def _download(source: Source) -> Path:
         ) from error
 
 
+def _patterns(weight_file: str) -> list[str]:
+    """Returns the names of a weight file, whole and in shards."""
+    stem, ending = weight_file.split(".")
+    return [weight_file, f"{stem}-*.{ending}"]
+
+
 def _snapshot(source: Source, weight_file: str) -> Path:
     """Returns the folder of a model's files, with its weights in the format of `weight_file`."""
     from huggingface_hub import snapshot_download  # a second to import, and seldom needed
 
     # Never all of a repository: many hold the same weights for TensorFlow, ONNX and Rust as well.
-    stem, ending = weight_file.split(".")
     patterns = ["config.json", *TOKENIZER_FILES]
     # Small files, without which a model of another vocabulary would look like one of GPT-2's.
     patterns += tokenizer_files.OTHER_KINDS
-    patterns += [weight_file, f"{stem}-*.{ending}", f"{weight_file}.index.json"]
+    patterns += [*_patterns(weight_file), f"{weight_file}.index.json"]
     folder = snapshot_download(
         source.repo,
         allow_patterns=patterns,

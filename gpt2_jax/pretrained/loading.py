@@ -13,12 +13,15 @@ from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import read_json_object
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained.foreign import find
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError, files_in
 
 GPT2_NAMES = {*PRESETS, *HUB_IDS.values()}  # models that share GPT-2's tokenizer
+# Rows of its table: as they are, and padded to a multiple of 64 or 128, as nanoGPT's and llm.c's.
+GPT2_SIZES = (50257, 50304)
 ADVICE = (
     "Name the tokenizer that the model was trained with, as in `--model_name gpt2` on the command "
     'line or `tokenizer_name="gpt2"`.'
@@ -37,6 +40,7 @@ def load_pretrained(
     name_or_path: str | Path,
     *,
     dtype: DTypeLike | None = None,
+    config: GPT2Config | None = None,
     tokenizer_name: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -46,9 +50,10 @@ def load_pretrained(
     """Returns a checkpoint's config, params and tokenizer: what `load` and `load_tokenizer` return.
 
     Args:
-      name_or_path: "demo" (comes with the package), a folder in HF's layout, or a hub id such as
-        "gpt2".
+      name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
+        any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      config: to take instead of the checkpoint's own, or where it has none.
       tokenizer_name: whose tokenizer to take instead of the checkpoint's own: see `load_tokenizer`.
       revision: branch, tag or commit of the model on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
@@ -78,7 +83,7 @@ def load_pretrained(
             local_files_only=local_files_only,
             missing_bytes=missing_bytes,
         )
-        config, params = weights.load(folder, dtype=dtype)
+        config, params = weights.load(folder, dtype=dtype, config=config)
         tokenizer = parsing.result()
     check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")
     return Pretrained(config, params, tokenizer)
@@ -141,22 +146,38 @@ def load_tokenizer(
         local_files_only=local_files_only,
     )
     try:
-        return Tokenizer.load(found, missing_bytes=missing_bytes)
+        return _own(found, missing_bytes)
     except TokenizerKindError as error:
         raise TokenizerKindError(f"{error} {ADVICE}") from error
     except FileNotFoundError as error:
         # One who names a tokenizer wants that one and no other; and half a tokenizer, its
         # vocabulary lost on the way, may have been any.
-        if name is None and not files_in(found) and _holds_gpt2(found):
+        if name is None and not files_in(_folder_of(found)) and _holds_gpt2(found):
             return Tokenizer.gpt2()
         raise FileNotFoundError(f"{error} {ADVICE}") from error
 
 
-def _holds_gpt2(folder: Path) -> bool:
-    """Returns whether a GPT-2 lies in a folder, by its config or else by its weights' names."""
+def _own(place: Path, missing_bytes: str) -> Tokenizer:
+    """Returns the tokenizer in a folder, or in a file or beside it."""
+    if find.has_tokenizer(place):
+        return find.read_tokenizer(place)
+    return Tokenizer.load(_folder_of(place), missing_bytes=missing_bytes)
+
+
+def _folder_of(place: Path) -> Path:
+    """Returns a folder itself, or the one that a file lies in."""
+    return place.parent if place.is_file() else place
+
+
+def _holds_gpt2(place: Path) -> bool:
+    """Returns whether a GPT-2 lies there, by its config or else by its weights' names or sizes."""
+    folder = _folder_of(place)
     config = folder / "config.json"
     # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():
         return read_json_object(config).get("model_type", "gpt2") == "gpt2"
     # Weights without a config: `load` says so, which tells more than the lack of a tokenizer.
-    return any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())
+    if any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir()):
+        return True
+    # Other tools' files need not be of text at all: only the size of GPT-2's vocabulary tells.
+    return find.n_tokens(place) in GPT2_SIZES

@@ -6,6 +6,7 @@ Knows names and shapes; nothing of the forward pass, and of files only what thei
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from gpt2_jax.config import DTYPES, GPT2Config
-from gpt2_jax.files import CheckpointError, listing, replacing, write_json
+from gpt2_jax.files import CheckpointError, replacing, write_json
 from gpt2_jax.modules import Params
+from gpt2_jax.pretrained.foreign.find import open_checkpoint
+from gpt2_jax.pretrained.foreign.names import OTHER_HEADS, upright
+from gpt2_jax.pretrained.foreign.names import bare as bare_name
 from gpt2_jax.pretrained.formats import (
     SAFETENSORS,
     WEIGHT_FILE,
@@ -28,7 +32,6 @@ from gpt2_jax.pretrained.formats import (
     StateDict,
     Tensor,
     TensorReader,
-    open_folder,
     save_file,
 )
 from gpt2_jax.pretrained.hub import resolve
@@ -65,6 +68,7 @@ def load(
     name_or_path: str | Path,
     *,
     dtype: DTypeLike | None = None,
+    config: GPT2Config | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -72,9 +76,10 @@ def load(
     """Returns a checkpoint's config and params.
 
     Args:
-      name_or_path: "demo" (comes with the package), a folder in HF's layout, or a hub id such as
-        "gpt2".
+      name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
+        any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      config: to take instead of the checkpoint's own, or where it has none.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
@@ -84,17 +89,18 @@ def load(
       ConnectionError: the hub could not be reached and nothing is cached.
     """
     target = checked_dtype(dtype)  # before a download of gigabytes, not after it
-    folder = resolve(
+    path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    # The config first: it says what the tensors must be called, and how large they are.
-    config = _read_config(folder)
+    # The config with the file: it says what the tensors must be called, and how large they are.
+    checkpoint, config = open_checkpoint(path, config)
     try:
-        params = _from_reader(open_folder(folder), config, target)
+        params = _from_reader(checkpoint.reader, config, target)
     except CheckpointError as error:
         reason = str(error)
-        if not reason.startswith(str(folder)):  # what speaks of names alone does not say of where
-            reason = f"{folder}: {reason}"
+        if not reason.startswith(str(path)):  # what speaks of names alone does not say of where
+            place = ", ".join(filter(None, (str(path), checkpoint.kind)))
+            reason = f"{place}: {reason}"
         raise CheckpointError(reason) from error
     # A model computes in the dtype of its weights unless it is told otherwise.
     return config.replace(dtype=_dtype_of(params)), params
@@ -110,6 +116,8 @@ def save(
 ) -> None:
     """Writes a folder that `load` and HF's `GPT2LMHeadModel.from_pretrained` read, all or nothing.
 
+    HF's models have biases: where this one has none they are zeros, with a warning.
+
     Args:
       folder: where to; an existing folder must be empty unless `overwrite`, which keeps its other
         files.
@@ -121,12 +129,7 @@ def save(
     Raises:
       CheckpointError: the params are not `config`'s, or `folder` is in use.
     """
-    state = to_hf(params)
-    shapes = {}
-    for name, array in state.items():
-        shapes[name.removeprefix(PREFIX)] = array.shape
-    # Before a file is written: HF fills what it does not find with fresh weights, and only warns.
-    _check_names(shapes, param_shapes(config))
+    state = whole_state(params, config)
     # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     with replacing(folder, overwrite=overwrite, keep=is_no_weight_file) as temporary:
@@ -140,16 +143,6 @@ def is_no_weight_file(name: str) -> bool:
     """Returns whether a file may stay where new weights are written."""
     # An old file in a format that comes first would be read instead of the new ones.
     return not WEIGHT_FILE.fullmatch(name)
-
-
-def _read_config(folder: Path) -> GPT2Config:
-    try:
-        return GPT2Config.from_json_file(folder / "config.json")
-    except FileNotFoundError:
-        expected = "`config.json` in this folder"
-        raise CheckpointError(f"{folder}: expected {expected}, got {listing(folder)}.") from None
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
@@ -249,7 +242,8 @@ def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | Non
     """Returns params from HF's names and arrays (numpy, JAX or PyTorch), checked and copied.
 
     Args:
-      state: arrays by HF's names, with or without the prefix `transformer.`.
+      state: arrays by HF's names, with or without prefixes such as `transformer.` and `module.`;
+        kernels as HF's, or as `nn.Linear` has them.
       config: the config that they should fit.
       dtype: dtype of the params; by default that of the arrays.
 
@@ -257,13 +251,38 @@ def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | Non
       CheckpointError: names are missing or unexpected or have another shape (all are reported
         together), a weight is not a finite float, or a tied head differs from `wte`.
     """
-    return _from_reader(StateDict(state), config, checked_dtype(dtype))
+    return _from_reader(upright(StateDict(state)), config, checked_dtype(dtype))
 
 
 def to_hf(params: Params) -> dict[str, Tensor]:
     """Returns the state dict that `GPT2LMHeadModel.save_pretrained` writes for these params."""
     leaves = flatten_dict(params, sep=".")
     return {_hf_name(path): np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
+    """Returns the state dict of HF's model: biases that `config` has not are zeros, with a warning.
+
+    Raises:
+      CheckpointError: the params are not `config`'s.
+    """
+    state = to_hf(params)
+    shapes = {name.removeprefix(PREFIX): array.shape for name, array in state.items()}
+    # Before a file is written: HF fills what it does not find with fresh weights, and only warns.
+    _check_names(shapes, param_shapes(config))
+    if config.bias:
+        return state
+    warnings.warn(
+        "The model has no biases (`bias` is false), and HF's has: they are written as zeros.",
+        stacklevel=3,
+    )
+    dtype = params["wte"]["embedding"].dtype
+    whole = {}
+    # In the order of HF's modules.
+    for bare, shape in param_shapes(config.replace(bias=True)).items():
+        name = bare if bare.startswith("lm_head.") else PREFIX + bare
+        whole[name] = state[name] if name in state else np.zeros(shape, dtype)
+    return whole
 
 
 def param_shapes(config: GPT2Config) -> dict[str, Shape]:
@@ -275,6 +294,8 @@ def param_shapes(config: GPT2Config) -> dict[str, Shape]:
     for layer in range(config.n_layer):
         shapes |= _layer_shapes(f"h.{layer}", config)
     shapes |= _norm_shapes("ln_f", width)
+    if not config.bias:
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(".bias")}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = vocabulary
     return shapes
@@ -330,11 +351,18 @@ def _from_reader(reader: TensorReader, config: GPT2Config, target: np.dtype | No
     # A tied head is in what PyTorch saved, and not in what HF wrote as safetensors.
     tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
     allowed = dict(expected)
+    if not config.bias:
+        # HF's layout has them all the same, as zeros.
+        whole = param_shapes(config.replace(bias=True))
+        allowed |= {bare: whole[bare] for bare in names if bare in whole}
     if tied_head is not None:
         allowed["lm_head.weight"] = expected["wte.weight"]
     found = {bare: reader.shapes[name] for bare, name in names.items()}
-    _check_names(found, allowed)
+    _check_names(_without_other_heads(found, allowed), allowed)
 
+    zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
+    for bare in zeros:
+        _check_no_bias(reader.read(names[bare]), bare)
     # One by one, each checked and on its way before the next is read.
     leaves = {}
     for bare in _largest_first(expected):
@@ -351,15 +379,17 @@ def _by_bare_name(names: Iterable[str]) -> dict[str, str]:
     """Returns a file's own names by HF's names without prefix, mask buffers left out."""
     own_names = {}
     twice = []
+    prefix = PREFIX
     for name in names:
-        bare = name.removeprefix(PREFIX)
+        bare = bare_name(name)
         if MASK_BUFFER.fullmatch(bare):
             continue  # a constant that was saved with the weights: the model makes its own
         if bare in own_names:
             twice.append(bare)
+            prefix = max(name, own_names[bare], key=len).removesuffix(bare)
         own_names[bare] = name
     if twice:
-        got = f"with and without `{PREFIX}`: {', '.join(twice)}"
+        got = f"with and without `{prefix}`: {', '.join(twice)}"
         raise CheckpointError(f"Expected each weight once, got {got}.")
     return own_names
 
@@ -373,8 +403,28 @@ def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
     return sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True)
 
 
+def _without_other_heads(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Returns names and shapes without heads that stand beside a whole GPT-2, with a warning."""
+    rest = {name: shape for name, shape in found.items() if not OTHER_HEADS.fullmatch(name)}
+    # Beside half a model they stay, in a report of problems that they may explain.
+    if len(rest) == len(found) or _misfits(rest, expected):
+        return dict(found)
+    heads = ", ".join(name for name in found if name not in rest)
+    warnings.warn(f"A GPT-2 with other heads, which are left out: {heads}.", stacklevel=4)
+    return rest
+
+
 def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raises one error for all names that are missing, unexpected or of another shape."""
+    misfits = _misfits(found, expected)
+    if misfits:
+        raise CheckpointError(misfits)
+
+
+def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Returns a report of names that do not fit, or ""."""
     # All together: a renamed tensor is both missing and unexpected, and only the pair explains it.
     missing = []
     misshapen = []
@@ -391,14 +441,17 @@ def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> N
 
     problems = missing + unexpected + misshapen
     if not problems:
-        return
+        return ""
+    lacks_biases_alone = problems == missing and all(".bias [" in line for line in missing)
     n_more = len(problems) - MAX_PROBLEMS
     if n_more > 0:
         problems[MAX_PROBLEMS:] = [f"and {n_more} more"]
+    if lacks_biases_alone:
+        problems.append("For a model without biases, as nanoGPT's, set `bias` to false.")
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected"
     counts += f", {len(misshapen)} of another shape"
     lines = "\n  ".join(problems)
-    raise CheckpointError(f"The weights do not fit the config: {counts}.\n  {lines}")
+    return f"The weights do not fit the config: {counts}.\n  {lines}"
 
 
 def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"]) -> None:
@@ -409,6 +462,16 @@ def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"])
             "`tie_word_embeddings` is true, but `lm_head.weight` differs from `wte.weight` in "
             f"{n_differing} of {wte.size} values: set `tie_word_embeddings` to false in "
             "config.json to keep both."
+        )
+
+
+def _check_no_bias(array: Tensor, name: str) -> None:
+    """Raises unless a bias is zero: by the config, it would be dropped."""
+    n_others = np.count_nonzero(array)
+    if n_others:
+        raise CheckpointError(
+            f"`bias` is false, but {name} differs from 0 in {n_others} of {array.size} values: set "
+            "`bias` to true to keep them."
         )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from gpt2_jax.config import GPT2Config
 
-SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")  # what a pretrained model brings with it
+# What a pretrained model brings with it.
+SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "bias")
 COUNTS = ("batch_size", "micro_batches", "steps", "eval_every", "save_every", "keep", "log_every")
 
 
@@ -34,6 +35,9 @@ class Recipe:
     n_head: int = option(12, "attention heads of a layer")
     n_embd: int = option(768, "width")
     n_positions: int = option(1024, "longest context")
+    bias: bool = option(
+        True, "biases in dense layers and LayerNorms, as in GPT-2; nanoGPT has none"
+    )
     length: int = option(0, "tokens of a training window; 0 means n_positions")
     dropout: float = option(0.0, "rate of all three dropouts: embeddings, attention, residuals")
     dtype: str = option(
@@ -100,6 +104,7 @@ class Recipe:
             n_embd=self.n_embd,
             n_layer=self.n_layer,
             n_head=self.n_head,
+            bias=self.bias,
             bos_token_id=eot_id,  # GPT-2 has one token for both ends of a text
             eos_token_id=eot_id,
         )

@@ -1,5 +1,7 @@
 """The command `convert`: what it prints, and that it leaves nothing where it fails."""
 
+import warnings
+
 import pytest
 
 import gpt2_jax
@@ -21,6 +23,14 @@ def test_the_difference_from_pytorchs_logits_is_printed_first(tmp_path, capsys, 
     first, second = capsys.readouterr().out.splitlines()
     assert first == "largest difference from PyTorch's logits: 0.0123 (largest logit: 150)"
     assert second.startswith(f"{tmp_path / 'demo'}: ")
+
+
+def test_a_warning_is_one_line(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run(["convert", "demo", str(tmp_path / "ckpt.pt")]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpt2-jax convert: ") and "nanoGPT computes the exact GELU" in line
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])

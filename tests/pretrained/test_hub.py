@@ -24,12 +24,9 @@ def test_missing_folder(name):
         hub.resolve(name)
 
 
-def test_a_file_is_not_a_folder(tmp_path):
+def test_a_file_is_its_own_place(tmp_path):
     (tmp_path / "x").touch()
-    with pytest.raises(
-        CheckpointError, match="Expected a folder in HF's layout or a hub id, got the file"
-    ):
-        hub.resolve(tmp_path / "x")
+    assert hub.resolve(tmp_path / "x") == tmp_path / "x"
 
 
 def test_a_local_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -110,7 +107,18 @@ def test_only_the_needed_files_are_fetched(tmp_path, monkeypatch):
             ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
             "v1",
         ),
+    ] + [
+        (
+            "some/model",
+            (f"{stem}.{ending}", f"{stem}-*.{ending}", f"{stem}.{ending}.index.json"),
+            "v1",
+        )
+        for stem, ending in (("flax_model", "msgpack"), ("tf_model", "h5"))
     ]
+    asked.clear()
+    (tmp_path / "pytorch_model.bin").touch()
+    hub.resolve("some/model")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

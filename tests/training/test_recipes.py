@@ -81,3 +81,9 @@ def test_dropout_and_dtype_are_the_recipes_and_the_rest_the_models():
     recipe = dataclasses.replace(SMALL, dropout=0.2, dtype="bfloat16")
     expected = config.replace(dtype="bfloat16", resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
     assert recipe.adapt(config) == expected
+
+
+def test_a_recipe_without_biases_makes_a_model_without():
+    config = dataclasses.replace(SMALL, bias=False).config(vocab_size=65, eot_id=None)
+    assert config.bias is False
+    assert SMALL.config(vocab_size=65, eot_id=None).bias is True
