@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import CheckpointError, replacing
+from gpt2_jax.files import CheckpointError, local_path, replacing
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import hub, weights
@@ -67,10 +67,13 @@ def convert(
         or the logits differ.
     """
     folder = None if is_params_file(source) else hub.resolve(source, revision=revision)
+    keep = None
+    if not is_params_file(target):
+        keep = weights.kept_files(with_tokenizer=bool(folder and _tokenizer_files(folder)))
     # So that float64 weights stay what they are.
     with (
         jax.enable_x64(True),
-        replacing(target, overwrite=overwrite, keep=weights.is_no_weight_file) as temporary,
+        replacing(target, overwrite=overwrite, keep=keep) as temporary,
     ):
         config, params = read(folder or source, config_file=config_file, dtype=dtype)
         write(temporary, params, config, tokenizer_folder=folder)
@@ -103,15 +106,16 @@ def read(
         return weights.load(source, dtype=dtype)
     config = _read_config(source, config_file)
     # Through HF's names, which finds what is missing or misshapen.
-    state = weights.to_hf(weights.load_params(source))
-    params = weights.from_hf(state, config, dtype)
+    with weights.naming(Path(source)):
+        state = weights.to_hf(weights.load_params(source))
+        params = weights.from_hf(state, config, dtype)
     return config.replace(dtype=params["wte"]["embedding"].dtype.name), params
 
 
 def _read_config(params_file: str | Path, config_file: str | Path | None) -> GPT2Config:
     """Returns the config given by the user, else the one in the metadata of a file of params."""
     if config_file is not None:
-        path = Path(config_file)
+        path = local_path(config_file)
         return GPT2Config.from_json_file(path / "config.json" if path.is_dir() else path)
     stored = weights.load_config(params_file)
     if stored is None:
@@ -129,9 +133,14 @@ def write(
         return
     weights.save(target, params, config)
     # Byte for byte: no tokenizer of ours has read them.
-    for name in hub.TOKENIZER_FILES:
-        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
-            shutil.copyfile(tokenizer_folder / name, target / name)
+    for file in _tokenizer_files(tokenizer_folder) if tokenizer_folder else ():
+        shutil.copyfile(file, target / file.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """Returns a folder's files that go with the weights when a model is copied."""
+    files = [folder / name for name in hub.TOKENIZER_FILES]
+    return [file for file in files if file.is_file()]
 
 
 def compare(written: Path, source: Path | None) -> Difference:

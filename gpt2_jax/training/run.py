@@ -172,9 +172,8 @@ def export(
             raise CheckpointError(f"{out} holds no checkpoint yet.")
         params = checkpoints.restore(_state_shapes(run.recipe, run.config), step).params
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
-    save(target, params, run.config, overwrite=overwrite)
-    if (out / "vocab.json").is_file():
-        Tokenizer.load(out).save(target)
+    tokenizer = Tokenizer.load(out) if (out / "vocab.json").is_file() else None
+    save(target, params, run.config, tokenizer=tokenizer, overwrite=overwrite)
     return step
 
 
