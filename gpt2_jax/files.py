@@ -380,7 +380,8 @@ def lock(path: Path) -> int:
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path))
-    descriptor = os.open(path, os.O_RDONLY)
+    # Over NFS only what may be written can be locked; no folder can be opened for that.
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.commands.common import CommandFailed, reporter
-from gpt2_jax.files import read_json_object
+from gpt2_jax.files import local_path, read_json_object
 from gpt2_jax.training.recipes import RECIPES, SHAPE, Recipe
 
 
@@ -88,12 +87,15 @@ def choose_start(args: argparse.Namespace) -> Start:
             given[field.name] = value
     recipe = RECIPES[args.recipe or "gpt2"]
     from_pretrained = args.from_pretrained
-    description = Path(args.out) / "run.json"
+    description = local_path(args.out) / "run.json"
     if args.resume and description.is_file():
         run = read_json_object(description)
-        if not args.recipe:
-            recipe = Recipe(**run["recipe"])
-        from_pretrained = from_pretrained or run["from_pretrained"]
+        try:
+            recipe = recipe if args.recipe else Recipe.from_dict(run["recipe"])
+            from_pretrained = from_pretrained or run["from_pretrained"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            got = f"no {error}" if isinstance(error, KeyError) else f"got {error}"
+            raise ValueError(f"{description}: expected what this command writes, {got}.") from error
     fixed = [f"--{name}" for name in SHAPE if name in given]
     # Rather than to pass it over: who asks for another shape wants another model.
     if from_pretrained and fixed:
@@ -130,6 +132,6 @@ def run(args: argparse.Namespace) -> int:
         report(f"{where}; --resume goes on from there.")
         return 130
     if args.export:
-        step = export(args.out, args.export, dtype=args.export_dtype)
+        step = export(args.out, args.export, dtype=args.export_dtype, say=report)
         report(f"Wrote the weights of step {step} to {args.export}.")
     return 0
