@@ -111,6 +111,7 @@ def load_tokenizer(
         revision=revision if name is None else None,  # that of the model, not of the one named
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        with_weights=False,
     )
     try:
         # One who names a tokenizer wants that one and no other.

@@ -40,7 +40,7 @@ from gpt2_jax.pretrained.formats import (
     open_folder,
     save_file,
 )
-from gpt2_jax.pretrained.hub import TOKENIZER_FILES, resolve
+from gpt2_jax.pretrained.hub import TOKENIZER_FILES, naming_download, resolve
 from gpt2_jax.tokenizer import Tokenizer
 
 State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
@@ -99,8 +99,10 @@ def load(
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    config = _read_config(folder)
-    params = _from_reader(open_folder(folder), config, target, what=f"{folder / 'config.json'}")
+    with naming_download(folder):
+        config = _read_config(folder)
+        config_file = str(folder / "config.json")
+        params = _from_reader(open_folder(folder), config, target, what=config_file)
     # A model computes in the dtype of its weights unless it is told otherwise.
     return config.replace(dtype=_dtype_of(params)), params
 
