@@ -48,7 +48,7 @@ def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None
     for name, expected in ranges.items():
         value = getattr(args, name)
         if value is not None and not expected.contains(value):
-            raise ValueError(f"--{name} must be {expected}, got {value}.")
+            raise ValueError(f"--{name} must be {expected.asked(value)}, got {value}.")
 
 
 def reporter(quiet: bool) -> Report:

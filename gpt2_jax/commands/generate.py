@@ -55,8 +55,8 @@ EARLY_STOPPING = {None: False, "false": False, "true": True, "never": "never"}
 NEEDS = {"do_sample": ("random draws", "--do_sample"), "num_beams": ("beams", "--num_beams")}
 
 NUMBERS = {
-    "num_samples": ranges.AT_LEAST_1,
-    "max_tokens": ranges.AT_LEAST_1,
+    "num_samples": ranges.COUNT,
+    "max_tokens": ranges.COUNT,
     "seed": Range(low=0, high=2**32, high_open=True),
 }
 DEFAULT_GUESSES = 5  # at a time, HF's `num_assistant_tokens` having no fixed number of its own
@@ -248,7 +248,7 @@ def _check_option(option: Option, args: argparse.Namespace) -> None:
         raise ValueError(f"--{option.name} acts on {what}: add {remedy}.")
     if option.range is not None and not option.range.contains(value):
         hint = f"; {option.hint}" if option.hint else ""
-        raise ValueError(f"--{option.name} must be {option.range}, got {value}{hint}.")
+        raise ValueError(f"--{option.name} must be {option.range.asked(value)}, got {value}{hint}.")
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -334,8 +334,8 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if not jax.config.values["jax_compilation_cache_dir"]:
-        # Where XDG's base directories have it.
-        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        # Where XDG's base directories have it. A user without a home is left with `~` as it is.
+        cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = Path(cache_home) / "gpt2_jax" / "xla"
         if is_writable(folder):
             jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -352,12 +352,15 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        found = f"JAX finds no such device here ({error})"
+        reason = str(error).partition("\n")[0]  # advice for developers follows
+        found = f"JAX finds no such device here ({reason})"
         raise ValueError(f"--device {args.device}: {found}.") from error
 
 
 def is_writable(folder: Path) -> bool:
     """Returns whether files can be written in a folder, which is made if need be."""
+    if not folder.is_absolute():  # `~` of a user without a home
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

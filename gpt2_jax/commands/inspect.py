@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Looks, draws and prints."""
     if not (args.out or args.json):
         raise ValueError("Expected --out FILE, --json, or both.")
-    check_numbers(args, {"batch_size": ranges.AT_LEAST_1})
+    check_numbers(args, {"batch_size": ranges.COUNT})
     if not args.prompt or args.donor == "":
         raise ValueError("The texts must not be empty.")
     model = load_pretrained(

@@ -19,9 +19,11 @@ from tqdm import tqdm
 from gpt2_jax.files import replacing, write_json
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
+from gpt2_jax.tokenizer import FILES as TOKENIZER_FILES
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
 from gpt2_jax.training.texts import Parts, documents, read_texts, spans, split
 
+MAX_BPE = 2**24  # tokens of a "bpe", a hundred times the largest in use
 MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
 SMALLEST_BPE = 257  # the bytes and the end of a text
@@ -100,7 +102,7 @@ def prepare(
     """
     _check_arguments(tokenizer, vocab_size, val_fraction, workers)
     names = [str(name) for name in inputs]
-    with replacing(out, overwrite=overwrite) as folder:
+    with replacing(out, overwrite=overwrite, keep=_is_no_file_of_ours) as folder:
         files = [documents(text, unwrap) for text in read_texts(names)]
         n_documents = sum(len(texts) for texts in files)
         parts = split(files, val_fraction)
@@ -149,6 +151,11 @@ def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[P
             yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
 
 
+def _is_no_file_of_ours(name: str) -> bool:
+    """Returns whether a file may stay where token files are written anew: a text, for one."""
+    return name not in ("train.bin", "val.bin", "meta.json", *TOKENIZER_FILES)
+
+
 def _check_arguments(
     tokenizer: str | Path, vocab_size: int | None, val_fraction: float, workers: int | None
 ) -> None:
@@ -162,6 +169,8 @@ def _check_arguments(
             '`vocab_size` is for the tokenizer "bpe", which needs it; '
             f'got {vocab_size} for "{tokenizer}".'
         )
+    if vocab_size is not None and vocab_size > MAX_BPE:  # it would be made room for at once
+        raise DataError(f"`vocab_size` must be at most {MAX_BPE}, got {vocab_size}.")
     if workers is not None and workers < 1:
         raise DataError(f"`workers` must be at least 1, got {workers}.")
 

@@ -13,6 +13,7 @@ Knows recipes, corpora and folders; the arithmetic is `step.py`'s. A run's folde
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -41,7 +42,7 @@ from gpt2_jax.generation.sampling import Categorical, Chain, Temperature, TopK
 from gpt2_jax.model import init
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.pretrained.weights import load, save
+from gpt2_jax.pretrained.weights import load, param_shapes, save
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
 from gpt2_jax.training.corpus import Corpus, open_corpus
@@ -69,6 +70,7 @@ from gpt2_jax.training.step import (
 # Of the samples at each evaluation: nanoGPT's `sample.py`.
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 200
+TRAINING_BYTES = 12  # of each parameter, at the least: its value, gradient and mean in float32
 
 
 class Summary(NamedTuple):
@@ -304,9 +306,31 @@ def _initial_model(
     # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
+    _check_size(config)
     # In float32 whatever the model computes in, as the recipe's `dtype` promises.
     params = init(jax.random.key(recipe.seed), config.replace(dtype="float32"))
     return config, params
+
+
+def _check_size(config: GPT2Config) -> None:
+    """Raises `ValueError` if a model cannot be trained in the memory that there is."""
+    smallest = config.replace(n_layer=1)
+    one_layer = _n_parameters(smallest)
+    each_layer = _n_parameters(smallest.replace(n_layer=2)) - one_layer
+    n_params = one_layer + (config.n_layer - 1) * each_layer  # no names for millions of layers
+    needed = TRAINING_BYTES * n_params
+    stats = jax.devices()[0].memory_stats() or {}  # None on CPU
+    there = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        sizes = (
+            f"{needed / 2**30:,.0f} GB of memory to be trained, and there are {there / 2**30:,.0f}"
+        )
+        raise ValueError(f"{n_params:,} parameters need at least {sizes}: make the model smaller.")
+
+
+def _n_parameters(config: GPT2Config) -> int:
+    """Returns how many numbers the weights of a model are."""
+    return sum(math.prod(shape) for shape in param_shapes(config).values())
 
 
 def _pretrained_model(

@@ -307,6 +307,10 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
             ["--prompt_lookup_num_tokens", "0"],
             "--prompt_lookup_num_tokens must be at least 1, got 0",
         ),
+        (["--max_tokens", "3000000000"], "--max_tokens must be at most 2147483647, got 3000000000"),
+        (["--seed", "1180591620717411303424"], "--seed must be in [0, 4294967296), got 11805916"),
+        (["--num_beams", "3000000000"], "--num_beams must be at most 2147483647"),
+        (["--min_length", "3000000000"], "--min_length must be at most 2147483647"),
         (["--interactive", "--json"], "--interactive and --json cannot be combined"),
         (
             ["--interactive", "--overflow", "stop"],

@@ -664,7 +664,7 @@ def test_a_device_in_place_of_weights_is_not_read(tmp_path):
         weights.load_params(tmp_path / "p.safetensors")
 
 
-@pytest.mark.parametrize("n_layer", [10**7, 10**15])
+@pytest.mark.parametrize("n_layer", [10**7, 2**31 - 1])
 def test_layers_are_counted_before_they_are_named(tmp_path, n_layer):
     hf_folder(tmp_path)
     set_config(tmp_path, n_layer=n_layer)
@@ -739,12 +739,12 @@ def sparse_file(file, shapes):
 
 
 def test_a_tensor_larger_than_the_memory_is_named(tmp_path):
-    config = CONFIG.replace(vocab_size=2**38)
+    config = CONFIG.replace(vocab_size=2**31 - 1, n_embd=512)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     try:
         sparse_file(tmp_path / "model.safetensors", weights.param_shapes(config))
     except OSError:
-        pytest.skip("this file system has no sparse files of 8 TB")
+        pytest.skip("this file system has no sparse files of 4 TB")
     message = "model.safetensors: wte.weight: Expected room for it in memory"
     with pytest.raises(CheckpointError, match=message):
         weights.load(tmp_path)

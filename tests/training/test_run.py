@@ -279,6 +279,14 @@ def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
         export(tmp_path, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("changes", [{"n_embd": 10**9}, {"n_layer": 10**9}, {"n_positions": 10**9}])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(corpus, tmp_path, changes):
+    huge = dataclasses.replace(SMALL, length=8, **changes)
+    with pytest.raises(ValueError, match=r"parameters need at least [\d,]+ GB of memory"):
+        fit(huge, corpus, tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_says_what_it_is(finished):
     run = read_run(finished)
     assert run.recipe == SMALL
