@@ -206,7 +206,7 @@ def replacing(
     target = local_path(target)
     # Not `target.resolve()`, which would write to what a link leads to.
     target = target.parent.resolve() / target.name
-    _check_free(target, overwrite, keep)
+    check_free(target, overwrite=overwrite, keep=keep)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _workspace(target) as workspace:
         new = workspace / "new" / target.name  # its own name, as its ending may say its format
@@ -217,12 +217,17 @@ def replacing(
                 raise
             # A disk that fills up while something is written has no name for the file.
             raise type(error)(error.errno, error.strerror, str(target)) from error
-        _check_free(target, overwrite, keep)  # again: another writer may have come first
+        check_free(
+            target, overwrite=overwrite, keep=keep
+        )  # again: another writer may have come first
         _put(new, target, workspace, keep)
 
 
-def _check_free(target: Path, overwrite: bool, keep: NameFilter | None) -> None:
-    """Raises `CheckpointError` unless something may be written to `target`."""
+def check_free(
+    target: str | Path, *, overwrite: bool = False, keep: NameFilter | None = None
+) -> None:
+    """Raises `CheckpointError` where `replacing` would, before there is anything to write."""
+    target = local_path(target)
     kind = kind_of(target)
     if kind is not None:
         raise CheckpointError(f"{target}: expected a file, a folder or nothing, got {kind}.")

@@ -351,9 +351,9 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     # JAX looks for devices when it is first asked for one.
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the second where its plugin is not installed
         reason = str(error).partition("\n")[0]  # advice for developers follows
-        found = f"JAX finds no such device here ({reason})"
+        found = f"JAX finds no such device here ({reason or 'it has no plugin for one'})"
         raise ValueError(f"--device {args.device}: {found}.") from error
 
 

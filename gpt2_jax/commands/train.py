@@ -5,7 +5,7 @@ import dataclasses
 from typing import NamedTuple
 
 from gpt2_jax.commands.common import CommandFailed, reporter
-from gpt2_jax.files import local_path, read_json_object
+from gpt2_jax.files import check_free, local_path, read_json_object
 from gpt2_jax.training.recipes import RECIPES, SHAPE, Recipe
 
 
@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
     report = reporter(args.quiet)
     recipe, from_pretrained = choose_start(args)
+    if args.export:
+        check_free(args.export)  # now, not after days of training
     # Not `unwinding`: `fit` answers Ctrl-C itself, by saving a checkpoint.
     try:
         summary = fit(

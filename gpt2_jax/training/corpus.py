@@ -17,9 +17,8 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from gpt2_jax.files import replacing, write_json
-from gpt2_jax.pretrained.hub import resolve
+from gpt2_jax.pretrained.hub import TOKENIZER_FILES, resolve
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
-from gpt2_jax.tokenizer import FILES as TOKENIZER_FILES
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
 from gpt2_jax.training.texts import Parts, documents, read_texts, spans, split
 

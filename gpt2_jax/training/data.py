@@ -50,7 +50,24 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     dtype = meta.get("dtype", "uint16")
     if dtype not in ("uint16", "uint32"):
         raise DataError(f'{file}: expected the `dtype` "uint16" or "uint32", got {dtype!r}.')
+    _check_counts(file, meta)
     return meta
+
+
+def _check_counts(file: Path, meta: dict[str, Any]) -> None:
+    """Raises `DataError` where a `meta.json` has something else in the place of a count."""
+    counts = {name: meta[name] for name in ("vocab_size",) if name in meta}
+    for part in ("train", "val"):
+        values = meta.get(part, {})
+        if not isinstance(values, dict):
+            raise DataError(f"{file}: expected an object as `{part}`, got {values!r:.60}.")
+        counts |= {f"{part}.{name}": values[name] for name in values if name in ("tokens", "bytes")}
+        if "tokens" in values and "bytes" not in values:
+            raise DataError(f"{file}: expected `{part}.bytes` beside `{part}.tokens`, got none.")
+    for name, count in counts.items():
+        # `type`, as `True` would be an integer.
+        if type(count) is not int or count < 0:
+            raise DataError(f"{file}: expected a count as `{name}`, got {count!r:.60}.")
 
 
 def open_tokens(file: str | Path, *, vocab_size: int) -> Integer[np.ndarray, " N"]:

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +95,23 @@ def test_a_device_that_is_not_there_is_named(process, environment):
     assert done.stdout == b""
     assert b"--device tpu: JAX finds no such device here" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_device_without_a_plugin_is_named(monkeypatch):
+    def fail():
+        raise AssertionError  # as JAX does
+
+    updates = []
+    monkeypatch.setattr(generate.jax.config, "update", lambda *change: updates.append(change))
+    monkeypatch.setattr(generate.jax, "devices", fail)
+    args = types.SimpleNamespace(dtype="float32", device="gpu")
+    with pytest.raises(ValueError, match="--device gpu: JAX finds no such device here"):
+        generate.set_up_jax(args, lambda line: None)
+    assert ("jax_platforms", "cuda") in updates
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    assert not generate.is_writable(Path("~/.cache/gpt2_jax/xla"))
 
 
 # What is written.

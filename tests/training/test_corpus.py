@@ -157,6 +157,16 @@ def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
     assert not (tmp_path / "out" / "val.bin").exists()
 
 
+def test_what_is_no_file_of_ours_stays_where_token_files_are_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "text.txt").write_text("some text of mine")
+    (out / "val.bin").write_bytes(b"of before")
+    prepare([out / "text.txt"], out, tokenizer="char", val_fraction=0, overwrite=True)
+    assert (out / "text.txt").read_text() == "some text of mine"
+    assert (out / "train.bin").is_file() and not (out / "val.bin").exists()
+
+
 @pytest.mark.parametrize(
     "content, options, message",
     [
