@@ -7,6 +7,7 @@ imported only to read a `pytorch_model.bin`.
 
 import contextlib
 import math
+import os
 import pickle
 import re
 import warnings
@@ -267,7 +268,8 @@ def _files_of_index(index: Path) -> dict[Path, list[str]]:
     except (TypeError, AttributeError) as error:
         expected = "a `weight_map` from names to files"
         raise CheckpointError(f"{index}: expected {expected}, got {error!r}.") from error
-    missing = [file.name for file in sorted(names_in) if not file.is_file()]
+    # Not `Path.is_file`, which raises for a name that is too long.
+    missing = [file.name for file in sorted(names_in) if not os.path.isfile(file)]
     if missing:
         expected = f"{len(names_in)} weight files"
         raise CheckpointError(f"{index}: expected {expected}, {some(missing)} not found.")
@@ -329,6 +331,11 @@ def save_file(file: Path, arrays: Mapping[str, Tensor], metadata: dict[str, str]
     in_c_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         save_safetensors(in_c_order, file, metadata)
-    except SafetensorError as error:  # the disk's, such as that it is full
-        raise OSError(f"{file.name} could not be written: {error}") from error
+    except SafetensorError as error:
+        # The disk's, such as that it is full, in Rust's words: "... (os error 28)".
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise OSError(f"{file.name} could not be written: {error}") from error
+        code = int(found[1])
+        raise OSError(code, os.strerror(code)) from error  # `replacing` knows the target's name
     file.chmod(mode)

@@ -271,7 +271,7 @@ def load_config(file: str | Path) -> GPT2Config | None:
         values = json.loads(stored.metadata["config"])
         # `from_dict` passes the `dtype` over, as HF's need not be the weights'; in our files it is.
         return GPT2Config.from_dict(values).replace(dtype=values.get("dtype", "float32"))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         expected = "a config in its metadata"
         raise CheckpointError(f"{stored.file}: expected {expected}, got {error}.") from error
 
