@@ -85,7 +85,7 @@ def readable(text: str) -> str:
 
 def some(names: Iterable[object]) -> str:
     """Returns names for a message: the first, and how many more there are."""
-    all_names = [str(name).replace("\n", "\\n") for name in names]
+    all_names = [f"{name!s:.100}".replace("\n", "\\n") for name in names]
     listed = ", ".join(all_names[:MAX_LISTED])
     n_more = len(all_names) - MAX_LISTED
     return f"{listed} and {n_more} more" if n_more > 0 else listed
@@ -213,13 +213,15 @@ def replacing(
         try:
             yield new
         except OSError as error:
-            if error.errno is None or error.filename is not None:
+            # A disk that fills up has no name for the file; other errors have that of a place
+            # which will be gone.
+            name = str(error.filename or new)
+            if error.errno is None or not name.startswith(str(new)):
                 raise
-            # A disk that fills up while something is written has no name for the file.
-            raise type(error)(error.errno, error.strerror, str(target)) from error
-        check_free(
-            target, overwrite=overwrite, keep=keep
-        )  # again: another writer may have come first
+            shown = str(target) + name.removeprefix(str(new))
+            raise type(error)(error.errno, error.strerror, shown) from error
+        # Again: another writer may have come first.
+        check_free(target, overwrite=overwrite, keep=keep)
         _put(new, target, workspace, keep)
 
 

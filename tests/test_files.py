@@ -256,6 +256,10 @@ def test_a_disk_that_fills_up_is_named_with_the_target(tmp_path):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
         with replacing(tmp_path / "file"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError, match=f"directory: '{tmp_path}/folder/a'"):
+        with replacing(tmp_path / "folder") as temporary:
+            with replacing(temporary) as inner:
+                (inner / "a").read_text()
 
 
 def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
