@@ -163,19 +163,23 @@ def _needed_weights(names: Sequence[str]) -> list[str]:
 
 def _cached(source: Source) -> Path | None:
     """Returns the folder of a model in the hub's cache, if all of it is there."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants
 
-    try:
-        folder = snapshot_download(
-            source.repo,
-            allow_patterns=["config.json"],  # by these it judges whether a folder is whole
-            revision=source.revision,
-            cache_dir=source.cache_dir,
-            local_files_only=True,
-        )
-    except Exception:  # there is none
-        return None
-    return Path(folder) if _is_whole(Path(folder), source.with_weights) else None
+    # https://huggingface.co/docs/huggingface_hub/guides/manage-cache has this layout.
+    cache = Path(source.cache_dir or constants.HF_HUB_CACHE)
+    home = cache / f"models--{source.repo.replace('/', '--')}"
+    revision = source.revision or "main"
+    reference = home / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folders = [home / "snapshots" / commit]
+    if source.revision is None:
+        # The one before, where the download of an update was broken off.
+        others = (home / "snapshots").glob("*")
+        folders += sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in folders:
+        if folder.is_dir() and _is_whole(folder, source.with_weights):
+            return folder
+    return None
 
 
 def _is_whole(folder: Path, with_weights: bool) -> bool:

@@ -14,14 +14,16 @@ class Hub:
 
     Attributes:
       files: the model's files, by name.
-      mode: "sound"; "close", "hang", "html": what the network may do; "wrong": files that are not
-        as announced; or a status such as "404" or "403 GatedRepo", the second being the hub's code.
+      commit: the latest, that of "main".
+      mode: "sound"; "close", "hang", "html": what the network may do; "broken": lists that arrive
+        and files that do not; "wrong": files that are not as announced; or a status such as "404" or "403 GatedRepo", the second being the hub's code.
       asked: the names of the files that were downloaded.
     """
 
     def __init__(self, repo, files):
         self.repo = repo
         self.files = files
+        self.commit = COMMIT
         self.mode = "sound"
         self.asked = []
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -71,11 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(entries).encode())
         elif path == api or path.startswith(f"{api}/revision/"):
             revision = path.removeprefix(f"{api}/revision/")
-            if path != api and revision not in ("main", COMMIT):
+            if path != api and revision not in ("main", self.hub.commit):
                 self._send(404, b"{}", headers={"X-Error-Code": "RevisionNotFound"})
                 return
             siblings = [{"rfilename": name} for name in self.hub.files]
-            info = {"id": self.hub.repo, "sha": COMMIT, "siblings": siblings}
+            info = {"id": self.hub.repo, "sha": self.hub.commit, "siblings": siblings}
             self._send(200, json.dumps(info).encode())
         elif path.startswith(f"/{self.hub.repo}/resolve/"):
             self._send_file(path.rpartition("/")[2])
@@ -94,9 +96,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": self.hub.commit,
             "Accept-Ranges": "none",
         }
+        if self.command == "GET" and self.hub.mode == "broken":
+            self.close_connection = True
+            return
         if self.command == "GET":
             self.hub.asked.append(name)
             if self.hub.mode == "wrong":

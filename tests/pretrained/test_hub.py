@@ -175,6 +175,21 @@ def test_whenever_the_network_fails_the_cache_serves(server, tmp_path):
     assert hub.resolve("some/model", cache_dir=tmp_path, with_weights=False) == folder
 
 
+def test_where_an_update_is_broken_off_the_one_before_serves(server, tmp_path, monkeypatch):
+    before = hub.resolve("some/model", cache_dir=tmp_path)
+    server.commit = "f" * 40
+    server.files = {name: content + b" anew" for name, content in server.files.items()}
+    server.mode = "broken"
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    assert hub.resolve("some/model", cache_dir=tmp_path) == before
+    with pytest.raises(ConnectionError, match="the hub could not be reached"):
+        hub.resolve("some/model", revision="f" * 40, cache_dir=tmp_path)
+    server.mode = "sound"
+    after = hub.resolve("some/model", cache_dir=tmp_path)
+    assert after.name == server.commit
+    assert (after / "config.json").read_bytes() == b"this is config.json anew"
+
+
 @pytest.mark.parametrize("mode", [*NETWORK, "wrong"])
 def test_every_failure_of_the_network_has_its_sentence(server, tmp_path, mode):
     server.mode = mode
