@@ -223,8 +223,8 @@ class GPT2Config:
         values = read_json_object(Path(path))
         try:
             return cls.from_dict(values)
-        # `TypeError`: a list or an object where a name should stand cannot be looked up. The last two
-        # are of integers too large for a float, and of lists too deep to walk.
+        # `TypeError`: a list or an object where a name should stand cannot be looked up. The last
+        # two are of integers too large for a float, and of lists too deep to walk.
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 

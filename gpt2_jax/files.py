@@ -39,12 +39,13 @@ MAX_JSON_BYTES = 2**30  # a hundred times the largest vocabulary
 # First bytes of what often lies in a file's place -> what it is, and what to do about it.
 LFS_MAGIC = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
+GZIP_MAGIC = b"\x1f\x8b\x08"
 STAND_INS = {
     LFS_MAGIC: "a Git LFS pointer, which only names the file: run `git lfs pull`",
     b"<!doctype html": "an HTML page: download the file itself",
     b"<html": "an HTML page: download the file itself",
     ZIP_MAGIC: "a zip archive: unpack it",
-    b"\x1f\x8b": "a gzip archive: unpack it",
+    GZIP_MAGIC: "a gzip archive: unpack it",
 }
 MAX_MAGIC = 64  # bytes read to tell one; white space may come first
 
@@ -339,7 +340,7 @@ def _workspace(target: Path) -> Iterator[Path]:
 def _prefix(target: Path) -> str:
     """Returns how the names of a target's workspaces begin, so that the next writer finds them."""
     # Cut, as a name of 255 bytes leaves no room for more.
-    return f".{target.name[:50]}-new-"
+    return f".{target.name[:50]}.gpt2_jax-"
 
 
 def _claim(target: Path) -> tuple[Path, int | None]:
@@ -362,10 +363,13 @@ def _sweep(target: Path) -> None:
     for workspace in target.parent.iterdir():
         if not workspace.name.startswith(_prefix(target)):
             continue
-        # `OSError`: it is locked by a writer that lives, is another user's, or is gone.
+        # `OSError`: it is locked by a writer that lives, or is gone.
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             stack.callback(os.close, lock(workspace))
-            _discard(workspace, target)
+            is_ours = workspace.lstat().st_uid == os.getuid()
+            # Whoever else calls a folder so has other files in it.
+            if is_ours and {file.name for file in workspace.iterdir()} <= {"new", "old"}:
+                _discard(workspace, target)
 
 
 def _discard(workspace: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file as save_safetensors
 
 from gpt2_jax.config import DTYPES
 from gpt2_jax.files import (
+    GZIP_MAGIC,
     ZIP_MAGIC,
     CheckpointError,
     check_content,
@@ -104,7 +105,7 @@ class SafetensorsFile:
     def _open(self) -> Iterator[Any]:
         expected = "a whole safetensors file"
         try:
-            check_content(self.file)
+            check_content(self.file, allowed=(GZIP_MAGIC,))  # may be the length of a header
             with safe_open(self.file, framework="np") as opened:
                 yield opened
         except FileNotFoundError as error:
