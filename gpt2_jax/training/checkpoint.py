@@ -15,13 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.files import (
-    CheckpointError,
-    local_path,
-    read_json_object,
-    some,
-    write_json,
-)
+from gpt2_jax.files import CheckpointError, local_path, read_json_object, some, write_json
 from gpt2_jax.training.step import TrainState
 
 try:
@@ -199,9 +193,10 @@ class Checkpoints:
         with self._naming("could not be read", DamagedError):
             checksums = read_json_object(folder / CHECKSUMS)
         for name, expected in checksums.items():
+            if not name.startswith(f"{item}/"):
+                continue
             file = folder / name
-            is_whole = file.is_file() and _checksum(file) == expected
-            if name.startswith(f"{item}/") and not is_whole:
+            if not file.is_file() or _checksum(file) != expected:
                 damaged.append(name)
         if damaged:
             expected = "expected the files that were written"

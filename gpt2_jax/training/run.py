@@ -319,13 +319,20 @@ def _check_size(config: GPT2Config) -> None:
     each_layer = _n_parameters(smallest.replace(n_layer=2)) - one_layer
     n_params = one_layer + (config.n_layer - 1) * each_layer  # no names for millions of layers
     needed = TRAINING_BYTES * n_params
-    stats = jax.devices()[0].memory_stats() or {}  # None on CPU
-    there = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = _memory()
     if needed > there:
-        sizes = (
-            f"{needed / 2**30:,.0f} GB of memory to be trained, and there are {there / 2**30:,.0f}"
-        )
+        sizes = f"{needed / 2**30:,.0f} GB of memory to be trained, there are {there / 2**30:,.0f}"
         raise ValueError(f"{n_params:,} parameters need at least {sizes}: make the model smaller.")
+
+
+def _memory() -> float:
+    """Returns how many bytes the device has, or the machine if that is a CPU."""
+    stats = jax.devices()[0].memory_stats()  # None on CPU
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _n_parameters(config: GPT2Config) -> int:
@@ -448,6 +455,8 @@ def _locked(out: Path) -> Iterator[None]:
     Raises:
       CheckpointError: there is another, or the folder holds another program's `run.json`.
     """
+    if (out / "run.json").is_file():
+        read_run(out)  # raises: what is not a run's is not to be replaced
     out.mkdir(parents=True, exist_ok=True)
     file = out / "run.lock"
     file.touch()
@@ -459,8 +468,6 @@ def _locked(out: Path) -> Iterator[None]:
             raise CheckpointError(f"{out}: another process trains here: {advice}.") from None
         except OSError:
             pass  # a file system without locks
-        if (out / "run.json").is_file():
-            read_run(out)  # raises: what is not a run's is not to be replaced
         yield
 
 

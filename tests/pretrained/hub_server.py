@@ -16,8 +16,8 @@ class Hub:
       files: the model's files, by name.
       commit: the latest, that of "main".
       mode: "sound"; "close", "hang", "html": what the network may do; "broken": lists that arrive
-        and files that do not; "wrong": files that are not as announced; or a status such as "404" or
-        "403 GatedRepo", the second word being the hub's code.
+        and files that do not; "wrong": files that are not as announced; or a status such as "404"
+        or "403 GatedRepo", the second word being the hub's code.
       asked: the names of the files that were downloaded.
     """
 
