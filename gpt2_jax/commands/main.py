@@ -55,7 +55,7 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
         return 2
     except RuntimeError as error:
         # JAX's, of a device; it is not imported for its name.
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         _say(program, f"There is not enough memory for this: {error}")
         return 2

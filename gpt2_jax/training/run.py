@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
+from gpt2_jax.cache import device_memory
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import (
     CheckpointError,
@@ -319,20 +320,10 @@ def _check_size(config: GPT2Config) -> None:
     each_layer = _n_parameters(smallest.replace(n_layer=2)) - one_layer
     n_params = one_layer + (config.n_layer - 1) * each_layer  # no names for millions of layers
     needed = TRAINING_BYTES * n_params
-    there = _memory()
+    there = device_memory()
     if needed > there:
         sizes = f"{needed / 2**30:,.0f} GB of memory to be trained, there are {there / 2**30:,.0f}"
         raise ValueError(f"{n_params:,} parameters need at least {sizes}: make the model smaller.")
-
-
-def _memory() -> float:
-    """Returns how many bytes the device has, or the machine if that is a CPU."""
-    stats = jax.devices()[0].memory_stats()  # None on CPU
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _n_parameters(config: GPT2Config) -> int:
