@@ -4,7 +4,6 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
-import json
 import math
 import os
 import secrets
@@ -23,6 +22,7 @@ from gpt2_jax.commands.common import (
     COMMANDS,
     Report,
     add_model_arguments,
+    as_json,
     check_numbers,
     reporter,
     unwinding,
@@ -607,7 +607,7 @@ def print_rows(rows: Sequence[Continuation], session: Session) -> None:
     for number, row in enumerate(rows, start=1):
         if args.json:
             record = as_record(row, with_score=args.num_beams > 1)
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print(as_json(record), flush=True)
             continue
         rule = f"=== {number} of {len(rows)} ===\n" if len(rows) > 1 else ""
         text = colour(row, session.model.tokenizer) if args.show_probs else row.text

@@ -93,7 +93,7 @@ def _download(source: Source) -> Path:
     Raises:
       CheckpointError: the hub refuses the model, or has none of that name.
       ConnectionError: the hub cannot be reached, and the cache has not the whole model.
-      OSError: the disk is full, or cannot be written.
+      OSError: the disk is full, or cannot be written, and the cache has not the whole model.
     """
     try:
         if not source.local_files_only:
@@ -102,7 +102,10 @@ def _download(source: Source) -> Path:
         cause = None
     except Exception as error:  # among them those of the hub's HTTP client, which has changed once
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise
+            there = _cached(source)  # in a cache of everyone's, say, that cannot be written
+            if there is None:
+                raise
+            return there
         refusal = _refusal(error, source)
         if refusal is not None:
             raise CheckpointError(f'There is no folder "{source.repo}", and {refusal}.') from error

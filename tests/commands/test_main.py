@@ -15,7 +15,7 @@ import pytest
 from tqdm import tqdm
 
 import gpt2_jax_cli
-from gpt2_jax.commands.common import COMMANDS, CommandFailed
+from gpt2_jax.commands.common import COMMANDS, CommandFailed, as_json
 from gpt2_jax.commands.main import run
 from tests.reference import ROOT
 
@@ -230,6 +230,14 @@ def test_without_any_stream_a_command_does_its_work(tmp_path):
 def test_what_the_outputs_encoding_lacks_is_replaced(tmp_path):
     code, out, _ = run_stand_in(tmp_path / "file", "", PYTHONIOENCODING="latin-1")
     assert (code, out) == (7, b"text \xe9 ?\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "ascii", "latin-1"])
+def test_json_loses_nothing_in_any_encoding(monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    line = as_json({"text": "\u00e9\u03c0"})
+    assert json.loads(line.encode(encoding).decode(encoding)) == {"text": "\u00e9\u03c0"}
+    assert ("\u03c0" in line) == (encoding.lower() == "utf-8")
 
 
 def test_notes_that_nobody_reads_end_nothing():

@@ -234,13 +234,16 @@ def test_a_damaged_download_says_what_to_delete(server, tmp_path):
         weights.load("some/model", cache_dir=tmp_path)
 
 
-def test_a_disk_that_is_full_is_no_failure_of_the_network(server, monkeypatch):
+def test_a_disk_that_is_full_is_no_failure_of_the_network(server, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
+    folder = hub.resolve("some/model", cache_dir=tmp_path / "shared")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(OSError, match="No space left"):
-        hub.resolve("some/model")
+        hub.resolve("some/model", cache_dir=tmp_path / "empty")
+    # As a cache that cannot be written, but has the model.
+    assert hub.resolve("some/model", cache_dir=tmp_path / "shared") == folder
 
 
 @pytest.mark.parametrize(
