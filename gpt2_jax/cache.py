@@ -223,7 +223,7 @@ def row_bytes(config: GPT2Config, slots: int) -> int:
     return n_cached * jnp.dtype(config.dtype).itemsize + 4 * config.vocab_size  # logits: float32
 
 
-def device_memory() -> float:
+def device_memory() -> int | float:
     """Returns how many bytes the device has, or the machine if that is a CPU."""
     stats = jax.devices()[0].memory_stats()  # None on CPU
     if stats and "bytes_limit" in stats:
