@@ -1,6 +1,6 @@
 """GPT-2 in JAX: pure functions over an explicit params pytree."""
 
-from gpt2_jax.cache import KVCache
+from gpt2_jax.cache import KVCache, lengthen, share
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError
@@ -58,11 +58,12 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_names,
 )
-from gpt2_jax.model import apply, decode_step, init, prefill, unembed
+from gpt2_jax.model import apply, decode_step, extend, init, prefill, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
     TrainState,
     init_state,
@@ -110,6 +111,7 @@ __all__ = [
     "decode_step",
     "direct_logit_attribution",
     "encode_batch",
+    "extend",
     "find_sites",
     "fold_layer_norm",
     "from_hf",
@@ -117,13 +119,16 @@ __all__ = [
     "init",
     "init_state",
     "load",
+    "lengthen",
     "load_generation_config",
     "load_pretrained",
     "load_tokenizer",
     "logit_lens",
+    "lora",
     "make_optimizer",
     "make_tap",
     "mean_ablation",
+    "merge_lora",
     "next_token_loss",
     "ov_circuit",
     "patch",
@@ -140,6 +145,7 @@ __all__ = [
     "save",
     "score",
     "score_choices",
+    "share",
     "site_names",
     "speculate",
     "steering_vector",

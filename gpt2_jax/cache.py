@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import GPT2Config, as_count
 
+# Columns of the narrowest batch: shorter texts all share its programs.
 SMALLEST_BUCKET = 32
-SMALLEST_CACHE = (
-    256  # slots, unless fewer will do: attention over so many is a small part of a step
-)
+# Slots, unless fewer will do: attention over so many is a small part of a step.
+SMALLEST_CACHE = 256
 
 
 class LayerCache(NamedTuple):
@@ -44,9 +46,8 @@ class KVCache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     valid: Bool[Array, "B S"]  # which slots hold a real token
-    slot: (
-        Int[Array, ""] | Int[Array, " B"]
-    )  # next slot to write: one for all rows, or each row's own
+    # The next slot to write: one for all rows, or each row's own.
+    slot: Int[Array, ""] | Int[Array, " B"]
     lengths: Int[Array, " B"]  # next position of each row
 
     @property
@@ -73,6 +74,7 @@ def write(
     new = layer_of(k, v)
     n_heads = k.shape[2]
     if jnp.ndim(slot):
+        # Rows and heads share an axis: all heads of a row are written at the slot of the row.
         slot = jnp.repeat(slot, n_heads)
     return LayerCache(
         keys=put(layer.keys, new.keys, slot, axis=2),
@@ -95,6 +97,7 @@ def scores(
         _by_head(q),
         layer.keys,
         precision=precision,
+        # Accumulated and returned wide: rounded to 16 bits, near scores would tie in the softmax.
         preferred_element_type=dtype,
     )
     return products.reshape(rows, heads, length, layer.keys.shape[2])
@@ -105,6 +108,7 @@ def mix(
 ) -> Float[Array, "B T H K"]:
     """Returns the values, mixed as the attention pattern says, in the dtype of the values."""
     rows, heads, length, slots = pattern.shape
+    # As in HF's code: the softmax is wide, its product with the values is in their dtype.
     pattern = pattern.astype(layer.values.dtype).reshape(rows * heads, length, slots)
     mixed = jnp.einsum("nts,nsk->ntk", pattern, layer.values, precision=precision)
     return mixed.reshape(rows, heads, length, layer.values.shape[2]).swapaxes(1, 2)
@@ -140,14 +144,32 @@ def of_prompts(layers: tuple[LayerCache, ...], lengths: Int[Array, " B"], slots:
     )
 
 
-def n_written(cache: KVCache, layers: tuple[LayerCache, ...], count: int) -> KVCache:
-    """Returns the cache after `count` tokens of each row were written to its layers at its slot."""
+def see_only(cache: KVCache, seen: Bool[Array, "B P"], position: Int[Array, " B"]) -> KVCache:
+    """Returns a cache of prompts of which later tokens see some slots, from a position on."""
+    n_new = cache.slots - seen.shape[1]
+    return cache._replace(
+        valid=cache.valid & jnp.pad(seen, ((0, 0), (0, n_new))),
+        lengths=position.astype(jnp.int32),
+    )
+
+
+def n_written(
+    cache: KVCache, layers: tuple[LayerCache, ...], count: int | Int[Array, " B"]
+) -> KVCache:
+    """Returns the cache after `count` tokens of each row were written to its layers at its slot.
+
+    Of rows that share a slot, the one with the most tokens says which is the next.
+    """
     # Slots behind `slot` may hold what a longer pass wrote before: they count again once written
     # anew.
+    begin = jnp.reshape(cache.slot, (-1, 1))
+    end = begin + jnp.reshape(count, (-1, 1))
+    slots = jnp.arange(cache.slots)[None]
+    shares_slot = jnp.ndim(cache.slot) == 0 and jnp.ndim(count) == 1
     return KVCache(
         layers=layers,
-        valid=cache.valid | _new_slots(cache, count).any(axis=1),
-        slot=cache.slot + count,
+        valid=cache.valid | ((slots >= begin) & (slots < end)),
+        slot=cache.slot + (jnp.max(count) if shares_slot else count),
         lengths=cache.lengths + count,
     )
 
@@ -158,12 +180,30 @@ def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
 
 
 def lengthen(cache: KVCache, slots: int) -> KVCache:
-    """Returns the cache with room for `slots` tokens."""
+    """Returns the cache with room for `slots` tokens.
+
+    Raises:
+      ValueError: it has more already.
+    """
     count = slots - cache.slots
+    if count < 0:
+        raise ValueError(f"`slots` must be at least the cache's {cache.slots}, got {slots}.")
     return cache._replace(
         layers=_lengthen_layers(cache.layers, count),
         valid=jnp.pad(cache.valid, ((0, 0), (0, count))),
     )
+
+
+def share(cache: KVCache, n: int) -> KVCache:
+    """Returns a cache with each row `n` times: one prefix, read once, for many continuations.
+
+    Row `b * n + i` of the result is row `b`. Each has its own copy, in which others see nothing.
+
+    Raises:
+      ValueError: `n` is less than 1.
+    """
+    n = as_count("n", n)
+    return select(cache, jnp.repeat(jnp.arange(len(cache.valid)), n))
 
 
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
@@ -171,6 +211,7 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     n_rows = len(cache.valid)
 
     def take(x):  # [BH, ...] -> [RH, ...]
+        # By rows: all heads of a row go together.
         separate = x.reshape(n_rows, -1, *x.shape[1:])  # [B, H, ...]
         return separate[rows].reshape(-1, *x.shape[1:])
 
@@ -189,12 +230,37 @@ def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCa
     behind them by counts of this kind, one for all rows or each row's own. What stood behind is
     overwritten: so a row can go back.
     """
+    # Keys and values stay as they are: what is not valid is masked, and nothing need be cleared.
     lengths = jnp.broadcast_to(count, cache.lengths.shape)
     return cache._replace(
         valid=jnp.arange(cache.slots)[None] < lengths[:, None],
         slot=count,
         lengths=lengths,
     )
+
+
+def check_room(
+    cache: KVCache, width: int, count: int | Int[Array, " B"], *, config: GPT2Config
+) -> None:
+    """Raises `ValueError` where `width` slots, or the positions of `count` tokens, are not left.
+
+    Values are seen outside `jit` alone.
+    """
+    if isinstance(cache.slot, Tracer) or isinstance(cache.lengths, Tracer):
+        return
+    used = int(np.max(np.asarray(cache.slot)))
+    if used + width > cache.slots:
+        raise ValueError(
+            f"The cache must have {width} free slots, got {cache.slots - used} of {cache.slots}:"
+            " see `lengthen`."
+        )
+    if isinstance(count, Tracer):
+        return
+    longest = int(np.max(np.asarray(cache.lengths) + np.asarray(count), initial=0))
+    if longest > config.n_positions:
+        raise ValueError(
+            f"A row would have {longest} tokens, but the model has {config.n_positions} positions."
+        )
 
 
 # Sizes: few of them, so that few programs are compiled.
@@ -213,6 +279,7 @@ def cache_slots(used: int, most: int) -> int:
     that few programs serve all.
     """
     size = min(most, max(SMALLEST_CACHE, 2 * used))
+    # A quarter of the largest power of two in `size`.
     step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
     return -(-size // step) * step
 
@@ -238,6 +305,8 @@ def device_memory() -> int | float:
 
 def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: int = 1) -> Array:
     """Puts `new[N, ..., T, ...]` into `old[N, ..., S, ...]`, from `start` on."""
+    # JAX moves a start that leaves too little room back to where `new` fits, and so over what
+    # stands there, without a word: whoever writes has seen to the room.
     if jnp.ndim(start) == 0:
         return lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
     put_row = partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
@@ -260,6 +329,7 @@ def _by_head(x: Float[Array, "B T H K"]) -> Float[Array, "BH T K"]:
 
 def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerCache, ...]:
     """Returns the layers with `count` more slots."""
+    # New slots hold zeros, never garbage: masked they weigh 0, but 0 * NaN would be NaN.
     none = (0, 0)
     more = (0, count)
     # Layer by layer: a stacked array would be copied whole at each step of a loop.

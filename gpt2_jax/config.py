@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,23 @@ MAX_COUNT = 2**31 - 1  # what JAX counts with is int32
 COUNTS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 POSITIVE = ("layer_norm_epsilon", "initializer_range")
+FLAGS = (
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
 CHOICES = {"activation_function": ACTIVATIONS, "dtype": DTYPES, "precision": PRECISIONS}
+
+# HF's other names of four fields (`GPT2Config.attribute_map`), those of most other models.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+# What the earliest files, which name no `model_type`, hold of a GPT-2 and of few others.
+OWN_FIELDS = ("n_embd", "n_head", "n_layer")
 
 # Fields of `config.json` that, unless they are empty, change the model in a way that is not built
 # here -> why, or what to do about it. They are refused, as the rest would load without a word.
@@ -56,6 +73,16 @@ UNSUPPORTED = {
     "pruned_heads": "save the pruned model with all its heads",
     "quantization_config": "load the checkpoint that it was quantised from",
 }
+
+
+def as_integer(value: Any) -> int | None:
+    """Returns an integer, numpy's and JAX's too, as Python's `int`, and `None` for what is none."""
+    # `True` is an integer to Python, but no count of layers.
+    if isinstance(value, bool):
+        return None
+    with contextlib.suppress(TypeError):
+        return operator.index(value)
+    return None
 
 
 def as_count(name: str, value: Any, least: int = 1) -> int:
@@ -70,17 +97,18 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
       ValueError: `value` is no integer (not even 2.0 is), less than `least` or more than int32
         holds.
     """
-    count = None
-    # `True` is an integer to Python, but no count of layers.
-    if not isinstance(value, bool):
-        with contextlib.suppress(TypeError):
-            count = operator.index(value)
+    count = as_integer(value)
     if count is None or count < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
     if count > MAX_COUNT:
         raise ValueError(f"`{name}` must be at most {MAX_COUNT}, got {count!r:.30}.")
     return count
+
+
+def ids_within(ids: Iterable[int | None], vocab_size: int) -> tuple[int, ...]:
+    """Returns the ids that are in a vocabulary: no model draws the others, and `None` is none."""
+    return tuple(token for token in ids if token is not None and 0 <= token < vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +126,7 @@ class GPT2Config:
       CPU all are equal.
 
     Raises:
-      ValueError: a field is out of range or names something unsupported.
+      ValueError: a field is of another type, out of range, or names something unsupported.
     """
 
     vocab_size: int = 50257
@@ -140,9 +168,11 @@ class GPT2Config:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
-        # A list, as JSON has it, becomes a tuple: a config must be hashable.
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            self._store(name, _plain_ids(getattr(self, name)))
+        for name in FLAGS:
+            self._store(name, _as_flag(name, getattr(self, name)))
+        for name in ("bos_token_id", "pad_token_id"):
+            self._store(name, _as_id(name, getattr(self, name)))
+        self._store("eos_token_id", _as_ids("eos_token_id", self.eos_token_id))
 
     def _store(self, name: str, value: Any) -> None:
         """Sets a field while the config is being made."""
@@ -161,12 +191,12 @@ class GPT2Config:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text: none, one or several."""
-        if self.eos_token_id is None:
-            return ()
-        if isinstance(self.eos_token_id, tuple):
-            return self.eos_token_id
-        return (self.eos_token_id,)
+        """The ids that end a text: none, one or several, all of them in the vocabulary.
+
+        `eos_token_id` may hold others, as its default does where the vocabulary is smaller.
+        """
+        ids = self.eos_token_id
+        return ids_within(ids if isinstance(ids, tuple) else (ids,), self.vocab_size)
 
     def replace(self, **changes: Any) -> "GPT2Config":
         """Returns a copy with some fields changed, checked anew."""
@@ -176,28 +206,21 @@ class GPT2Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "GPT2Config":
         """Builds a config from the contents of HF's `config.json`.
 
-        Fields that only other heads, generation or bookkeeping use are passed over. `n_ctx`, which
-        old files hold beside or instead of `n_positions`, must agree with it.
+        Four fields have a second name (`ALIASES`). Fields that only other heads, generation or
+        bookkeeping use are passed over. `n_ctx`, which old files hold, counts where `n_positions`
+        is missing; where it is another number HF has no use for it, and a warning says so.
 
         Raises:
-          ValueError: another architecture, or a field whose value this library does not support.
+          ValueError: another architecture, a field whose value this library does not support, or
+            two values under the two names of one field.
         """
         values = dict(values)
-        model_type = values.get("model_type", "gpt2")
-        if model_type != "gpt2":
-            got = f'got "{model_type}": this is another architecture'
-            raise ValueError(f'`model_type` must be "gpt2", {got}.')
+        _check_model(values)
         for name, advice in UNSUPPORTED.items():
             if values.get(name):
                 raise ValueError(f"`{name}={values[name]!r}` is not supported: {advice}.")
-        if "n_ctx" in values:
-            n_ctx = values["n_ctx"]
-            n_positions = values.setdefault("n_positions", n_ctx)
-            if n_positions != n_ctx:
-                got = f"n_ctx={n_ctx} and n_positions={n_positions}"
-                raise ValueError(f"`n_ctx` must equal `n_positions`, got {got}.")
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])  # JSON has no tuples
+        _rename_aliases(values)
+        _settle_positions(values)
         known = {field.name for field in dataclasses.fields(cls)}
         # HF's `dtype` (once `torch_dtype`) says how the file is stored; the weights themselves say
         # it better.
@@ -218,10 +241,12 @@ class GPT2Config:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the message names the file and what is wrong in it.
+          ValueError: the message names the file and what is wrong in it, such as another model's
+            fields.
         """
         values = read_json_object(Path(path))
         try:
+            _check_own_fields(values)
             return cls.from_dict(values)
         # `TypeError`: a list or an object where a name should stand cannot be looked up. The last
         # two are of integers too large for a float, and of lists too deep to walk.
@@ -229,9 +254,65 @@ class GPT2Config:
             raise ValueError(f"{path}: {error}") from error
 
 
+# What `config.json` may hold.
+
+
+def _check_model(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for the config of another model, as far as it names its own."""
+    model_type = values.get("model_type")
+    if model_type not in (None, "gpt2"):
+        got = f'got "{model_type}": this is another architecture'
+        raise ValueError(f'`model_type` must be "gpt2", {got}.')
+    classes = values.get("architectures") or ["GPT2LMHeadModel"]
+    # Anyone may write a class of their own for a GPT-2: only without a `model_type` its name is
+    # all there is.
+    if model_type is None and not any(str(name).startswith("GPT2") for name in classes):
+        raise ValueError(f"`architectures` must name GPT-2's, got {classes}.")
+
+
+def _check_own_fields(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where neither `model_type` nor the names of the fields say GPT-2."""
+    if values.get("model_type") is not None:
+        return
+    missing = [name for name in OWN_FIELDS if name not in values]
+    if missing:
+        expected = f'`"model_type": "gpt2"`, or GPT-2\'s fields {", ".join(OWN_FIELDS)}'
+        raise ValueError(f"expected {expected}; {', '.join(missing)} is missing.")
+
+
+def _rename_aliases(values: dict[str, Any]) -> None:
+    """Gives fields that stand under HF's other name their own.
+
+    Raises:
+      ValueError: a field stands under both names with two values.
+    """
+    for alias, name in ALIASES.items():
+        if alias not in values:
+            continue
+        value = values.pop(alias)
+        # HF lets the alias win, without a word.
+        if values.setdefault(name, value) != value:
+            got = f"{alias}={value!r} and {name}={values[name]!r}"
+            raise ValueError(f"`{alias}` and `{name}` are names of one field, got {got}.")
+
+
+def _settle_positions(values: dict[str, Any]) -> None:
+    """Takes `n_ctx` for `n_positions` where that is missing; warns where they differ."""
+    if "n_ctx" not in values:
+        return
+    n_ctx = values["n_ctx"]
+    n_positions = values.setdefault("n_positions", n_ctx)
+    if n_positions != n_ctx:
+        got = f"`n_ctx` is {n_ctx} and `n_positions` {n_positions}"
+        warnings.warn(f"{got}: `n_positions` counts, as in transformers.", stacklevel=4)
+
+
+# What a field may hold. Booleans are numbers to Python, and nowhere here.
+
+
 def _as_probability(name: str, value: Any) -> float:
     """Returns the rate of a dropout as Python's `float`."""
-    rate = float(value) if isinstance(value, Real) else math.nan
+    rate = _as_float(value)
     if not 0.0 <= rate < 1.0:  # at 1, nothing would be left to rescale
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
     return rate
@@ -239,21 +320,47 @@ def _as_probability(name: str, value: Any) -> float:
 
 def _as_positive(name: str, value: Any) -> float:
     """Returns a positive number as Python's `float`."""
-    number = float(value) if isinstance(value, Real) else math.nan
-    if not number > 0.0:  # `<=` would let NaN pass
+    number = _as_float(value)
+    if not 0.0 < number < math.inf:  # so written, it refuses NaN too
         raise ValueError(f"`{name}` must be positive, got {value!r}.")
     return number
 
 
-def _plain_ids(ids: Any) -> Any:
-    """Returns a token id, several or `None`, with numpy's integers as Python's for JSON's sake."""
-    # Their values are free: some files hold -1, or ids beyond the vocabulary, for a token that the
-    # model never had.
-    if isinstance(ids, (list, tuple)):
-        return tuple(_plain_ids(id) for id in ids)
-    if hasattr(ids, "__index__"):
-        return operator.index(ids)
-    return ids
+def _as_float(value: Any) -> float:
+    """Returns a number as Python's `float`, and NaN for what is none."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
+
+
+def _as_flag(name: str, value: Any) -> bool:
+    """Returns a flag as Python's `bool`."""
+    # By the type's name, which numpy's has too. What Python finds true is not asked: "false" is.
+    if type(value).__name__ != "bool":
+        raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+    return bool(value)
+
+
+# The values of ids are free: some files hold -1, or an id beyond the vocabulary, for a token that
+# the model never had.
+
+
+def _as_id(name: str, value: Any) -> int | None:
+    """Returns a token id as Python's `int`, or `None`."""
+    token = as_integer(value)
+    if token is None and value is not None:
+        raise ValueError(f"`{name}` must be an integer or None, got {value!r}.")
+    return token
+
+
+def _as_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
+    """Returns a token id, or several, or `None`."""
+    if not isinstance(value, (list, tuple)):
+        return _as_id(name, value)
+    tokens = [as_integer(token) for token in value]
+    if None in tokens:
+        raise ValueError(f"`{name}` must be an integer, a list of integers, or None, got {value}.")
+    # A list, as JSON has it, becomes a tuple: a config must be hashable.
+    return tuple(token for token in tokens if token is not None)
 
 
 # The published models, under the names that HF gave them.

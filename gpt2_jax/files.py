@@ -1,4 +1,4 @@
-"""Files on disk: a JSON object read, a file or folder replaced all or nothing, a bad one's error.
+"""Files on disk: text and JSON read, a file or folder replaced all or nothing, a bad one's error.
 
 Knows no format but JSON, and neither models nor arrays: whoever reads or writes files can import it
 without JAX.
@@ -28,6 +28,7 @@ NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 NameFilter = Callable[[str], bool]  # whether a file is meant, by its name
 
+BYTE_ORDER_MARK = "\ufeff"  # Windows' editors begin UTF-8 files with it; it is no part of the text
 MAX_LISTED = 20  # names in one line of a message: about two lines of a terminal
 MAX_MESSAGE_BYTES = 4000  # about a screen; names in a file may be as long as the file
 
@@ -149,6 +150,30 @@ def check_content(file: Path, allowed: tuple[bytes, ...] = ()) -> None:
     for magic, description in STAND_INS.items():
         if start.startswith(magic.lower()) and magic not in allowed:
             raise CheckpointError(f"{file}: got {description}.")
+
+
+def decode_text(content: bytes, source: str | Path) -> str:
+    """Returns the text of a file's bytes, in UTF-8, without a byte order mark.
+
+    Raises:
+      ValueError: it is not UTF-8; the message names the source.
+    """
+    # Valid UTF-8 all the same: in UTF-16 and UTF-32 the letters of English are letters and zeros.
+    if b"\0" in content[:4]:
+        raise ValueError(f"{source}: expected UTF-8, got zero bytes, as in UTF-16.")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{source}: expected UTF-8, but {where}.") from None
+    return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Returns the lines of a text without their ends, `\n` or `\r\n`."""
+    # Not `splitlines`, which also splits at form feeds and at the line separators of Unicode: JSON
+    # and stories may hold those inside a line.
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def product(
     one_row = x.shape[0] == 1 and x.shape[1] % ROW_PARTS == 0
     if not one_row:
         return lax.dot(x, kernel, precision=precision)
+    # Chosen when the program is lowered, not by JAX's default device: a call may run on another.
     return lax.platform_dependent(
         x,
         kernel,
@@ -50,9 +51,8 @@ def _row_product_in_parts(
     row_parts = row.reshape(ROW_PARTS, -1)  # [P, I / P]
     kernel_parts = kernel.reshape(ROW_PARTS, -1, kernel.shape[1])  # [P, I / P, O]
     contract_within_parts = (((1,), (1,)), ((0,), (0,)))
-    products = lax.dot_general(
-        row_parts, kernel_parts, contract_within_parts, precision=precision
-    )  # [P, O]
+    # [P, O], a sum for each part.
+    products = lax.dot_general(row_parts, kernel_parts, contract_within_parts, precision=precision)
     return products.sum(axis=0, keepdims=True)
 
 
@@ -62,6 +62,7 @@ def query_parts(length: int) -> list[tuple[int, int]]:
     The queries of a part see no key behind its end, so the upper right of the square of scores is
     never computed.
     """
+    # Few parts, as each is compiled as an attention of its own.
     count = min(QUERY_PARTS, -(-length // SMALLEST_QUERY_PART))
     bounds = [length * part // count for part in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -78,6 +79,7 @@ def argmax(x: Num[Array, "... V"]) -> Int[Array, "..."]:
     """
     size = x.shape[-1]
     places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    # Where all are -inf, or one is NaN, none is less than the largest: the place is 0.
     largest = x.max(axis=-1, keepdims=True)
     return jnp.where(x < largest, size, places).min(axis=-1)
 
@@ -110,9 +112,8 @@ def kth_largest(x: Float[Array, "... V"], k: int) -> Float[Array, "... 1"]:
     return largest.min(axis=-1, keepdims=True)
 
 
-@partial(
-    jax.jit, static_argnames="min_tokens_to_keep"
-)  # outside of `jit`, the branches would compile at each call
+# Jitted by itself: outside of `jit`, the branches would compile at each call.
+@partial(jax.jit, static_argnames="min_tokens_to_keep")
 def outside_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, "#B #1"], min_tokens_to_keep: int
 ) -> Bool[Array, "B V"]:
@@ -120,10 +121,10 @@ def outside_nucleus(
 
     Those that, together with all less likely ones, hold at most `1 - p` of the probability.
 
-    The definition, in the order of a stable ascending sort of the logits:
+    The definition, in the order of a stable ascending sort of the logits, where the last
+    `min_tokens_to_keep` always stay:
 
-        removed = cumsum(softmax(sorted_logits)) <= 1 - p        but for the last
-        `min_tokens_to_keep`
+        removed = cumsum(softmax(sorted_logits)) <= 1 - p
 
     Of tokens with equal logits the first in the vocabulary go first. At `p = 1` nothing is removed.
     Where no row has more than `FEW` tokens left, as after a top-k, only those are sorted: 1.5 ms
@@ -133,9 +134,7 @@ def outside_nucleus(
     few = min(FEW, size)
 
     def cut(in_order, n_absent):
-        """Returns how many tokens go, with the `n_absent` before these, and the least logit that
-        stays.
-        """
+        """Returns how many tokens go, `n_absent` before these, and the least logit that stays."""
         held = jnp.cumsum(jax.nn.softmax(in_order, axis=-1), axis=-1)
         removed = (held <= 1 - p) & (p < 1)  # the sum's last digit must not decide at p = 1
         removed = removed.at[..., -min_tokens_to_keep:].set(False)

@@ -4,22 +4,30 @@ Nothing but `init` compiles itself: wrap what you call in `jax.jit`. A `GPT2Conf
 itself.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, LayerCache
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.inputs import (
+    Layout,
+    Tokens,
+    check_ids,
+    check_side,
+    last_token,
+    left_padded,
+    read_layout,
+    read_tokens,
+)
 from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, wide_dtype
 
 
+# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
 @jax.jit
 def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
@@ -28,7 +36,9 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
     float64 when `config.dtype` is.
     """
+    # Split for a tied model too: of one key, both kinds get the same body.
     body_key, head_key = jax.random.split(key)
+    # One token will do, as the shape of no parameter depends on the text.
     ids = jnp.zeros((1, 1), jnp.int32)
     mask = jnp.ones((1, 1, 1, 1), bool)
     variables: Any = GPT2(config).init(body_key, ids, Pass(positions=ids, mask=mask))
@@ -43,11 +53,15 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
 
 def apply(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
@@ -61,6 +75,15 @@ def apply(
         right comes after everything that a real token sees. Logits at padding are meaningless.
       config: the model's configuration.
       padding_side: "right" or "left", where the padding is.
+      positions: each token's position, `[B, T]` or `[1, T]`, in the place of 0, 1, 2, ... (HF's
+        `position_ids`). They change no mask: several texts to a row are `segment_ids`.
+      mask: booleans, or 0 and 1. `[B, T]`: the tokens that others may see, each still seeing none
+        after itself (HF's `attention_mask`; it moves no position). `[B, 1, T, T]`, also with 1 row
+        or H heads: which keys each query sees, in the place of the causal rule.
+      segment_ids: several texts to a row: each run of equal numbers is one. A token sees those of
+        its text alone, and positions begin anew with each.
+      inputs_embeds: what the table of embeddings would give, in the place of `ids`, which must be
+        None then.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
         place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
         which are easier.
@@ -70,7 +93,8 @@ def apply(
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
         its values can be seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such
-        an id gives NaN. Or rows are left-padded and `lengths` are missing.
+        an id gives NaN. Or rows are left-padded and `lengths` are missing, or what says where
+        tokens lie has another shape or kind or contradicts the rest.
     """
     hidden = hidden_states(
         params,
@@ -78,6 +102,10 @@ def apply(
         lengths,
         config=config,
         padding_side=padding_side,
+        positions=positions,
+        mask=mask,
+        segment_ids=segment_ids,
+        inputs_embeds=inputs_embeds,
         tap=tap,
         dropout_key=dropout_key,
         remat=remat,
@@ -87,11 +115,15 @@ def apply(
 
 def hidden_states(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
@@ -100,31 +132,31 @@ def hidden_states(
 
     There are as many rows as in `ids`, unless a tap makes the batch grow.
     """
-    ids = check_ids(ids, config, longest=config.n_positions)
+    tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     check_side(padding_side)
-    if padding_side == "left" and lengths is None:
-        raise ValueError(
-            '`lengths` must be given for `padding_side="left"`: they say what is padding.'
-        )
-    shared = causal(ids.shape[1])
+    layout = Layout(positions, mask, segment_ids)
+    # Padding on the right needs nothing: no real token sees what comes after it.
     if padding_side == "left":
-        n_padding = ids.shape[1] - jnp.asarray(lengths)[:, None]
-        positions = shared.positions - n_padding  # negative in the padding
-        is_real = (positions >= 0)[:, None, None, :]
-        shared = Pass(positions=jnp.maximum(positions, 0), mask=shared.mask & is_real)
+        shared = left_padded(lengths, tokens.shape[1], layout)
+    else:
+        shared = read_layout(layout, tokens.shape[:2], config=config)
     hidden, _ = forward(
-        params, ids, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
+        params, tokens, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return hidden
 
 
 def prefill(
     params: Params,
-    ids: Int[ArrayLike, "B P"],
+    ids: Int[ArrayLike, "B P"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     cache_len: int | None = None,
+    positions: Int[ArrayLike, "#B P"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B P"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B P D"] | None = None,
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads right-padded prompts; returns the logits after each row's last token, and the cache.
@@ -135,39 +167,77 @@ def prefill(
       lengths: how many ids of each row are real, at least 1; all of them by default.
       config: the model's configuration.
       cache_len: `S`, slots to make room for, at least `P`; `n_positions` by default.
+      positions, mask, segment_ids, inputs_embeds: see `apply`. Tokens that are read later see what
+        the row's last token sees, and take the positions behind its own.
       tap: see `apply`.
 
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
-    ids = check_ids(ids, config, longest=config.n_positions)
-    n_rows, width = ids.shape
+    tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
+    n_rows, width = tokens.shape[:2]
     slots = config.n_positions if cache_len is None else cache_len
     if slots < width:
         raise ValueError(f"`cache_len` must be at least the {width} columns of `ids`, got {slots}.")
     if lengths is None:
         lengths = jnp.full(n_rows, width, jnp.int32)
+    # Whatever came: lengths go into the cache, whose dtypes must not change within a loop.
     lengths = jnp.asarray(lengths, jnp.int32)
-    hidden, layers = forward(params, ids, causal(width), config=config, tap=tap)
+    layout = Layout(positions, mask, segment_ids)
+    shared = read_layout(layout, (n_rows, width), config=config)
+    hidden, layers = forward(params, tokens, shared, config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
     logits = tap("logits", unembed(params, last, config=config))
-    return logits, kv_cache.of_prompts(layers, lengths, slots)
+    cache = kv_cache.of_prompts(layers, lengths, slots)
+    if not layout.is_plain:
+        seen, position = last_token(shared, lengths)
+        cache = kv_cache.see_only(cache, seen, position + 1)
+    return logits, cache
 
 
 def extend(
     params: Params,
-    ids: Int[Array, "B T"],
+    ids: Int[ArrayLike, "B T"],
     cache: KVCache,
+    lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
-    """Reads `T` more tokens of each row; returns the logits after each, and the longer cache.
+    """Reads `T` more tokens of each row onto a cache; returns the logits after each, and the cache.
 
-    The cache must have `T` free slots behind `cache.slot`: that is the caller's to see to.
-    Positions beyond `n_positions` have no meaning.
+    Args:
+      params: the parameters.
+      ids: token ids, padded on the right with any id of the vocabulary.
+      cache: what was read before, with `T` free slots behind `cache.slot`: `lengthen` makes room.
+      lengths: how many of the new ids of each row are real; all of them by default. Logits at
+        padding are meaningless.
+      config: the model's configuration.
+      tap: see `apply`.
+
+    Raises:
+      ValueError: `ids` are not as `apply` takes them, or (where values can be seen, outside `jit`)
+        the cache has too few slots left or a row too few positions. Inside `jit` that is the
+        caller's to see to: a slot too many overwrites the last ones.
     """
+    ids = check_ids(ids, config, longest=config.n_positions)
+    count = ids.shape[1] if lengths is None else jnp.asarray(lengths, jnp.int32)
+    kv_cache.check_room(cache, ids.shape[1], count, config=config)
+    hidden, cache = read_on(params, ids, cache, count, config=config, tap=tap)
+    return tap("logits", unembed(params, hidden, config=config)), cache
+
+
+def read_on(
+    params: Params,
+    ids: Int[Array, "B T"],
+    cache: KVCache,
+    count: int | Int[Array, " B"],
+    *,
+    config: GPT2Config,
+    tap: Tap = no_tap,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Returns the hidden states of more tokens, of which `count` are real, and the longer cache."""
     n_tokens = ids.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(n_tokens)[None]  # [B, T]
     shared = Pass(
@@ -179,8 +249,7 @@ def extend(
         slot=cache.slot,
     )
     hidden, layers = forward(params, ids, shared, config=config, tap=tap)
-    logits = tap("logits", unembed(params, hidden, config=config))
-    return logits, kv_cache.n_written(cache, layers, n_tokens)
+    return hidden, kv_cache.n_written(cache, layers, count)
 
 
 def decode_step(
@@ -196,6 +265,7 @@ def decode_step(
     The cache must have a free slot, and each row a free position: that is the caller's to see to.
     """
     shared = Pass(
+        # Not bounded as in `extend`: what has no position left is its caller's to see to.
         positions=cache.lengths[:, None],
         mask=kv_cache.visible(cache, 1),
         past=cache.layers,
@@ -215,6 +285,7 @@ def unembed(
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
         head_matrix(params, config=config).astype(config.dtype),
         precision=config.precision,
+        # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
     return logits.reshape(*hidden.shape[:-1], -1)
@@ -222,6 +293,7 @@ def unembed(
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     """Returns the matrix of the head, tied or separate."""
+    # Tied, there is no second array: what both uses of the one learn adds up in its gradient.
     table = "wte" if config.tie_word_embeddings else "lm_head"
     return params[table]["embedding"]
 
@@ -230,20 +302,14 @@ def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """Returns the log-probability of each token under its logits, in nats and their dtype."""
+    # Not by `log_softmax`, which would make as many numbers anew to take one of each row.
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def causal(length: int) -> Pass:
-    """Returns positions and mask of a text that is read from its start."""
-    positions = jnp.arange(length)[None]  # [1, T]
-    mask = positions[:, None, None, :] <= positions[:, None, :, None]  # [1, 1, T, T]
-    return Pass(positions=positions, mask=mask)
-
-
 def forward(
     params: Params,
-    ids: Int[Array, "B T"],
+    tokens: Tokens,
     shared: Pass,
     *,
     config: GPT2Config,
@@ -257,57 +323,6 @@ def forward(
     model = GPT2(config)
     # Linen's type says what any module might return.
     out: Any = model.apply(
-        {"params": body}, ids, shared, tap=tap, dropout_key=dropout_key, remat=remat
+        {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return out
-
-
-def check_ids(
-    ids: Int[ArrayLike, "B T"], config: GPT2Config, *, longest: int | None = None
-) -> Int[Array, "B T"]:
-    """Returns `ids` as an array.
-
-    Raises:
-      ValueError: it is not one `[B, T]` of ids, at most `longest` a row. Values are seen outside
-        `jit` alone.
-    """
-    # Lists stay on the host until they are checked; arrays of JAX stay where they are.
-    if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        got = f"{ids.dtype} of shape {list(ids.shape)}"
-        raise ValueError(f"`ids` must be an integer array of shape [B, T], got {got}.")
-    width = ids.shape[1]
-    if width < 1 or (longest is not None and width > longest):
-        expected = f"1 to {config.n_positions} (`n_positions`) columns"
-        raise ValueError(f"`ids` must have {expected}, got {width}.")
-    if not isinstance(ids, Tracer) and ids.size:
-        values = np.asarray(ids)
-        outside = values[(values < 0) | (values >= config.vocab_size)]
-        if outside.size:
-            expected = f"[0, {config.vocab_size}) (`vocab_size`)"
-            raise ValueError(f"`ids` must be in {expected}, got {outside[0]}.")
-    return jnp.asarray(ids)
-
-
-def check_side(padding_side: str) -> None:
-    """Raises `ValueError` unless `padding_side` names a side."""
-    if padding_side not in ("left", "right"):
-        raise ValueError(f'`padding_side` must be "left" or "right", got {padding_side!r}.')
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int] | np.ndarray], width: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts of different lengths as one batch, padded on the right with 0, and their
-    lengths.
-
-    `T` is the longest row's length, or `width`.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
-    if width is None:
-        width = int(lengths.max(initial=1))
-    ids = np.zeros((len(rows), width), np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    return ids, lengths

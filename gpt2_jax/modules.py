@@ -3,8 +3,8 @@
 Knows nothing of what it is for; scoring, prefill and decoding are the caller's.
 
 Axes: B batch, T query length, S key/cache length, H heads, K head width, D model width, F MLP
-  width, V vocabulary;
-I and O, the input and the output of a dense layer; `rows`, B unless a tap makes the batch grow.
+width, V vocabulary; I and O, the input and the output of a dense layer; `rows`, B unless a tap
+makes the batch grow.
 
 Precision, in one place: matrix products and activations run in `config.dtype` with
 `config.precision`; LayerNorm statistics, attention scores, softmax and logits are in
@@ -14,7 +14,7 @@ used.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,11 +26,11 @@ from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
+from gpt2_jax.pytrees import dataclass, static
 
 Params = dict[str, Any]  # a nested dict of arrays, under the checkpoint's names
-Tap = Callable[
-    [str, Array], Array
-]  # (site, activation) -> activation; what reads or changes activations
+# (site, activation) -> activation: what reads or changes activations.
+Tap = Callable[[str, Array], Array]
 
 # A config shapes programs and holds no array: to JAX it is a pytree without leaves, so that
 # `jax.jit` of a function that takes one needs no `static_argnames`.
@@ -42,14 +42,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
     "gelu_python_tanh": nn.gelu,
     "gelu_accurate": nn.gelu,
+    # HF's "gelu" is the exact one; linen's function approximates unless it is told not to.
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_python": lambda x: nn.gelu(x, approximate=False),
+    # HF writes sqrt(2 / pi) with ten digits here: in float64 this is not `gelu_new`.
     "gelu_fast": lambda x: 0.5 * x * (1 + jnp.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
     "gelu_10": lambda x: jnp.clip(nn.gelu(x, approximate=False), -10, 10),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "relu": nn.relu,
     "relu2": lambda x: jnp.square(nn.relu(x)),
     "relu6": nn.relu6,
+    # Of slope 0.01, the default of PyTorch and of JAX alike.
     "leaky_relu": nn.leaky_relu,
     "silu": nn.silu,
     "swish": nn.silu,
@@ -62,6 +65,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def wide_dtype(config: GPT2Config) -> jnp.dtype:
     """Returns the dtype of statistics, softmax and logits: float32, or float64 in such a model."""
+    # By promotion, not by a table of cases: the dtypes of 16 bits widen, float64 stays.
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
@@ -84,6 +88,7 @@ def wants(tap: Tap, site: str) -> bool:
 
     What none wants is not computed.
     """
+    # By identity, and first: `no_tap` has no method `wants`, and would seem to want every site.
     if tap is no_tap:
         return False
     wants_site = getattr(tap, "wants", None)
@@ -93,6 +98,7 @@ def wants(tap: Tap, site: str) -> bool:
 class PrefixedTap:
     """A tap as seen by a submodule, which names its sites without the prefix."""
 
+    # A class and not a closure: `wants` must pass through the prefix as well.
     def __init__(self, tap: Tap, prefix: str):
         self.tap = tap
         self.prefix = prefix
@@ -106,6 +112,7 @@ class PrefixedTap:
 
 def prefixed(tap: Tap, prefix: str) -> Tap:
     """Returns the tap for the submodule `prefix`."""
+    # `no_tap` stays itself, so that `wants` knows it in every submodule.
     return tap if tap is no_tap else PrefixedTap(tap, prefix)
 
 
@@ -113,11 +120,12 @@ def prefixed(tap: Tap, prefix: str) -> Tap:
 
 
 def dropout(key: Array | None, x: Array, rate: float) -> Array:
-    """Zeroes each element with probability `rate` and rescales the rest; without a key, returns
-    `x`.
+    """Zeroes each element with probability `rate` and rescales the rest.
 
-    PyTorch's law: linen's attention dropout would share one mask among the rows and heads.
+    Without a key it returns `x`. PyTorch's law: linen's attention dropout would share one mask
+    among the rows and heads.
     """
+    # Not left to the mask: at rate 0 its random bits would still be drawn, in every layer.
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -127,6 +135,7 @@ def dropout(key: Array | None, x: Array, rate: float) -> Array:
 def split_key(key: Array | None, count: int) -> list[Array] | list[None]:
     """Splits a dropout key that may be absent."""
     if key is None:
+        # As many as there would be keys, so that callers unpack and zip without asking.
         return [None] * count
     return list(jax.random.split(key, count))
 
@@ -134,13 +143,15 @@ def split_key(key: Array | None, count: int) -> list[Array] | list[None]:
 # The layers.
 
 
-class Pass(NamedTuple):
+@dataclass
+class Pass:
     """What every layer of one forward pass shares."""
 
     positions: Int[Array, "#B T"]
-    mask: Bool[Array, "#B 1 T S"]  # which keys each query sees
+    mask: Bool[Array, "#B #H T S"]  # which keys each query sees
     past: tuple[LayerCache, ...] | None = None  # the cache that new keys and values are written to
     slot: Any = 0  # and where: int32[], or int32[B]
+    is_causal: bool = static(default=True)  # whether no query sees a key after itself
 
 
 class Dense(nn.Module):
@@ -158,11 +169,14 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         config = self.config
         wide = wide_dtype(config)
+        # Fresh params are wide even where the model computes in 16 bits; those that are given stay
+        # in the dtype they came in.
         kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], self.features), wide)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), wide)
 
         tokens = x.reshape(-1, x.shape[-1]).astype(config.dtype)
         out = product(tokens, kernel.astype(config.dtype), precision=config.precision)
+        # With its row axis, for programs that forbid ranks to be promoted in silence.
         out += bias.astype(config.dtype)[None]
         return out.reshape(*x.shape[:-1], self.features)
 
@@ -196,6 +210,7 @@ class LayerNorm(nn.Module):
             # tap which only looks leaves every later bit as it is.
             scale = jnp.sqrt(variance)
             inverse *= scale / tap("scale", scale)
+        # In the order of linen's products: `(centred * inverse) * weight` rounds otherwise.
         normed = centred * (inverse * weight) + bias
         return tap("out", normed.astype(self.config.dtype))
 
@@ -218,8 +233,10 @@ class Attention(nn.Module):
         pattern_key, out_key = split_key(key, 2)
 
         qkv = Dense(config, 3 * config.n_embd, config.initializer_range, name="c_attn")(x)
+        # The columns of `c_attn` are the queries of all heads, then all keys, then all values.
         qkv = qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim)  # [B, T, 3H, K]
         q, k, v = jnp.split(qkv, 3, axis=2)  # [B, T, H, K] each
+        # Before anything is written: a key or value that a tap has changed is what the cache keeps.
         q = tap("q", q)
         k = tap("k", k)
         v = tap("v", v)
@@ -228,12 +245,16 @@ class Attention(nn.Module):
         else:
             present = kv_cache.write(shared.past[self.layer], k, v, shared.slot)
 
-        whole = shared.past is not None or wants(tap, "scores") or wants(tap, "pattern")
+        # Parts leave out keys after their queries, which another mask may show; they count keys
+        # from the first query on, which a past would come before; and a tap wants the whole square.
+        whole = shared.past is not None or not shared.is_causal
+        whole = whole or wants(tap, "scores") or wants(tap, "pattern")
         attend = self.attend if whole else self.attend_in_parts
         z = tap("z", attend(q, present, shared.mask, tap, pattern_key))  # [B, T, H, K]
         out = Dense(config, config.n_embd, residual_stddev(config), name="c_proj")(
             z.reshape(x.shape)
         )
+        # Only for those who ask: `[B, T, H, D]` is H times the stream.
         if wants(tap, "result"):
             # Not the sum of the results anew: this is exactly 0 where the tap changes nothing.
             result = self.result(z)
@@ -245,7 +266,7 @@ class Attention(nn.Module):
         self,
         q: Float[Array, "B T H K"],
         present: LayerCache,
-        mask: Bool[Array, "#B 1 T T"],
+        mask: Bool[Array, "#B #H T T"],
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
@@ -263,7 +284,7 @@ class Attention(nn.Module):
         self,
         q: Float[Array, "B T H K"],
         present: LayerCache,
-        mask: Bool[Array, "#B 1 T S"],
+        mask: Bool[Array, "#B #H T S"],
         tap: Tap,
         key: Array | None,
     ) -> Float[Array, "B T H K"]:
@@ -271,15 +292,19 @@ class Attention(nn.Module):
         config = self.config
         wide = wide_dtype(config)
         scores = kv_cache.scores(q, present, precision=config.precision, dtype=wide)
+        # Tapped before the mask: no edit lets a query see what it must not. The scale is a Python
+        # float, which is weakly typed: the scores stay in their dtype.
         scores = tap("scores", scores * self.scale())  # [B, H, T, S]
         # The least finite number, not -inf: a row with nothing to attend to becomes uniform instead
         # of NaN.
         pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)
+        # Dropped after the softmax, as in HF's code: in training, rows do not sum to 1.
         pattern = tap("pattern", dropout(key, pattern, config.attn_pdrop))
         return kv_cache.mix(pattern, present, precision=config.precision)
 
     def result(self, z: Float[Array, "B T H K"]) -> Float[Array, "B T H D"]:
         """Returns what each head adds to the residual stream, before the bias."""
+        # By way of the scope: `c_proj` gives out its product alone, in which the heads are summed.
         kernel = dense_kernel(self.variables["params"]["c_proj"]).astype(z.dtype)
         by_head = kernel.reshape(*z.shape[2:], -1)  # [H, K, D]
         return jnp.einsum("bthk,hkd->bthd", z, by_head, precision=self.config.precision)
@@ -290,6 +315,7 @@ class Attention(nn.Module):
         if self.config.scale_attn_weights:
             scale = self.config.head_dim**-0.5
         if self.config.scale_attn_by_inverse_layer_idx:
+            # Layers count from 0, what HF divides by from 1.
             scale /= self.layer + 1
         return scale
 
@@ -373,6 +399,8 @@ class Blocks(nn.Module):
 class GPT2(nn.Module):
     """The transformer up to the last LayerNorm, and each layer's keys and values.
 
+    It reads ids, or embeddings in their place.
+
     With `shared.past`, `S`, the last axis of the mask, is the cache's length; without, `S` is `T`.
     """
 
@@ -381,7 +409,7 @@ class GPT2(nn.Module):
     @nn.compact
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T D"],
         shared: Pass,
         tap: Tap = no_tap,
         dropout_key: Array | None = None,
@@ -389,8 +417,13 @@ class GPT2(nn.Module):
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
-        tokens = tap("wte.out", self.embed("wte", config.vocab_size)(ids))  # [B, T, D]
+        if jnp.issubdtype(tokens.dtype, jnp.integer):
+            # An id beyond the table reads NaN, not the last row, as `jnp.take` does, which linen
+            # calls.
+            tokens = self.embed("wte", config.vocab_size)(tokens)
+        tokens = tap("wte.out", tokens.astype(config.dtype))  # [B, T, D]
         places = self.embed("wpe", config.n_positions)(shared.positions)  # [B or 1, T, D]
+        # One row of positions may serve all rows, but a tap may want another in each.
         places = tap("wpe.out", jnp.broadcast_to(places, tokens.shape))
         x = tap("embed", dropout(embed_key, tokens + places, config.embd_pdrop))
         blocks = Blocks(config, name="h")
@@ -410,7 +443,8 @@ class GPT2(nn.Module):
 
 
 def residual_stddev(config: GPT2Config) -> float:
-    """Returns the initial deviation of what writes to the residual stream (GPT-2 paper, section
-    2.3).
+    """Returns the initial deviation of what writes to the residual stream.
+
+    The GPT-2 paper, section 2.3.
     """
     return config.initializer_range / math.sqrt(2 * config.n_layer)

@@ -1,6 +1,7 @@
 """Byte-level BPE: text to token ids and back, exactly.
 
-Knows vocabularies and their files, not models or arrays: it can be imported without JAX. The
+Knows vocabularies, not models or arrays: it can be imported without JAX. What lies in a folder is
+read by `tokenizer_files.py`, and tokenizers of other kinds are `library_tokenizer.py`'s. The
 algorithm is that of openai/gpt-2, src/encoder.py: a pattern cuts the text into pieces, each piece
 becomes UTF-8 bytes, and the byte pairs of a piece are merged in the order in which training found
 them.
@@ -8,9 +9,8 @@ them.
 
 import codecs
 import heapq
-import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from operator import index
@@ -19,57 +19,35 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import regex
 
-from gpt2_jax.files import listing, read_json_object, replacing
+from gpt2_jax import tokenizer_files
+from gpt2_jax.added_tokens import AddedToken, Finder, Part
+from gpt2_jax.byte_spelling import byte_chars, spelled_bytes
+from gpt2_jax.tokenizer_files import Pair, TokenizerFiles
+from gpt2_jax.tokenizer_settings import END_OF_TEXT, Vocab
+from gpt2_jax.tokenizer_template import NO_TEMPLATE, Template
 
-END_OF_TEXT = "<|endoftext|>"  # ends each document of GPT-2's training text
 # OpenAI's, to the letter. That "'S" is cut otherwise than "'s" is an oversight there, and GPT-2
 # has learned it: anything else gives other ids.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-Vocab = dict[str, int]  # token -> id
-Pair = tuple[str, str]  # two tokens that become one
 
 # Bounds of what a tokenizer remembers. Full of words of ten letters it takes 52 MB; most texts stay
 # far below.
 REMEMBERED_PIECES = 2**18
 REMEMBERED_LENGTH = 64  # characters; longer pieces seldom come twice
 
-# The files of a tokenizer in a checkpoint's folder, under HF's names and under OpenAI's.
-VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-OWN_VOCABULARIES = ("vocab.json", "encoder.json", "tokenizer.json")
-FILES = (
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-# Patterns of files that only tokenizers of other kinds have: WordPiece, and SentencePiece's models.
-OTHER_KINDS = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "*.spm")
-# HF's classes, without "Fast", that cut and merge as GPT-2's does: with one vocabulary,
-# `AutoTokenizer` of transformers 5.24 gave equal ids under each name. The last two are HF's names
-# for whatever `tokenizer.json` describes.
-GPT2_CLASSES = (
-    "GPT2Tokenizer",
-    "RobertaTokenizer",
-    "BartTokenizer",
-    "LongformerTokenizer",
-    "LEDTokenizer",
-    "DebertaTokenizer",
-    "CodeGenTokenizer",
-    "PreTrainedTokenizer",
-    "TokenizersBackend",
-)
+MISSING_BYTES = ("error", "drop")  # what may become of bytes that a vocabulary lacks
 
 GONE = -1  # no id: the place of a token that was merged into the one before it
 NO_MERGE = (0, GONE)
 
 
-class TokenizerKindError(ValueError):
-    """A folder holds a tokenizer of another kind than GPT-2's byte-level BPE, or a variant."""
+class EncodedText(NamedTuple):
+    """A text's ids, and where each stands in it."""
+
+    ids: list[int]
+    # (first character, last character + 1) of each; a character of several tokens is in the spans
+    # of all of them, and what a template adds stands nowhere: (0, 0).
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -78,27 +56,44 @@ class Tokenizer:
     Args:
       vocab: token -> id, tokens spelled as in `vocab.json`, one printable character for each byte.
       merges: pairs of tokens, in the order of their training.
-      special_tokens: token -> id, tokens spelled as they are. In a text they are ordinary text
-        unless allowed.
+      special_tokens: token -> id, or `AddedToken`s, spelled as they are. In a text they are
+        ordinary text unless allowed; those that are not `special` are always found.
+      roles: HF's names for what tokens are for, such as "eos_token" -> "</s>".
+      template: the ids that stand before and after each text.
+      add_prefix_space: whether a text that does not begin with a space is read as if it did.
+      missing_bytes: what becomes of bytes that the vocabulary lacks: "error" raises, "drop" passes
+        over them, as HF does.
 
     Raises:
-      ValueError: an id is negative or taken twice, or a merge speaks of tokens that the vocabulary
-        lacks.
+      ValueError: an id is negative or taken twice, a merge speaks of tokens that the vocabulary
+        lacks, or `missing_bytes` is neither.
     """
 
-    def __init__(self, vocab: Vocab, merges: Iterable[Pair], special_tokens: Vocab | None = None):
+    def __init__(
+        self,
+        vocab: Vocab,
+        merges: Iterable[Pair],
+        special_tokens: Mapping[str, int] | Iterable[AddedToken] | None = None,
+        *,
+        roles: Mapping[str, str] | None = None,
+        template: Template = NO_TEMPLATE,
+        add_prefix_space: bool = False,
+        missing_bytes: str = "error",
+    ):
         self.vocab = dict(vocab)
         self.merges = [(left, right) for left, right in merges]
-        self.special_tokens = dict(special_tokens or {})
-        _check_ids(self.vocab, self.special_tokens)
+        self.add_prefix_space = add_prefix_space
+        self.missing_bytes = _checked_missing_bytes(missing_bytes)
+        self._set_special(_as_added_tokens(special_tokens), dict(roles or {}), template)
+        _check_ids(self.vocab, self.added_tokens)
         _check_merges(self.merges, self.vocab)
 
         self._bytes: dict[int, bytes] = {}
         for token, id in self.vocab.items():
-            self._bytes[id] = _spelled_bytes(token)
-        # Special tokens are not spelled by bytes: a "Ġ" in one is the letter itself.
-        for token, id in self.special_tokens.items():
-            self._bytes[id] = token.encode()
+            self._bytes[id] = spelled_bytes(token)
+        # Added tokens are not spelled by bytes: a "Ġ" in one is the letter itself.
+        for token in self.added_tokens:
+            self._bytes[token.id] = token.content.encode()
         self._byte_ids: dict[int, int] = {}
         for byte, char in byte_chars().items():
             if char in self.vocab:
@@ -109,6 +104,20 @@ class Tokenizer:
             self._merged[pair] = (rank, self.vocab[left + right])
         self._pieces = _Pieces(self._merge)
 
+    def _set_special(
+        self, added_tokens: Sequence[AddedToken], roles: dict[str, str], template: Template
+    ) -> None:
+        """Takes what tokenizers of every kind have: added tokens, roles and a template."""
+        self.added_tokens = tuple(added_tokens)
+        self.special_tokens: Vocab = {}
+        for token in added_tokens:
+            if token.special:
+                self.special_tokens[token.content] = token.id
+        self.roles = roles
+        self.template = template
+        self._all_special = frozenset(self.special_tokens)
+        self._finders: dict[frozenset[str], Finder | None] = {}  # by the tokens allowed
+
     @staticmethod
     @cache
     def gpt2() -> "Tokenizer":
@@ -117,99 +126,180 @@ class Tokenizer:
         return Tokenizer.load(Path(__file__).parent / "assets" / "gpt2")
 
     @staticmethod
-    def load(folder: str | Path) -> "Tokenizer":
+    def load(folder: str | Path, *, missing_bytes: str = "error") -> "Tokenizer":
         """Reads the tokenizer of a checkpoint's folder.
 
-        That is `vocab.json` with `merges.txt`, or `encoder.json` with `vocab.bpe` (OpenAI's names
-        for the same), or `tokenizer.json`.
+        That is `tokenizer.json`, or `vocab.json` with `merges.txt`, or `encoder.json` with
+        `vocab.bpe` (OpenAI's names for the same), with the added tokens and settings in the files
+        beside them. Of another kind than GPT-2's it is read by the library `tokenizers`: any
+        `tokenizer.json`, and BERT's `vocab.txt`.
+
+        Args:
+          folder: where the files lie.
+          missing_bytes: as for `Tokenizer`; other kinds have their own token for what they lack.
 
         Raises:
-          FileNotFoundError: the folder has none of these.
-          TokenizerKindError: a `ValueError`; the folder describes another kind of tokenizer.
+          FileNotFoundError: the folder has no file of a tokenizer, or half of one.
+          ImportError: it is of another kind, and `tokenizers` is not installed.
+          TokenizerKindError: a `ValueError`; it is of a kind that cannot be read.
           ValueError: a file is damaged.
         """
-        folder = Path(folder)
-        vocabulary = _read_vocabulary(folder)
-        check_kind(folder)
-        settings_file = folder / "tokenizer_config.json"
-        if _read_if_there(settings_file).get("add_prefix_space"):
-            raise TokenizerKindError(f"{settings_file}: `add_prefix_space` is not supported.")
-        special_tokens = vocabulary.added_tokens | _read_if_there(folder / "added_tokens.json")
-        # GPT-2's own files list the one special token among the ordinary ones.
-        for token in (END_OF_TEXT, *_named_tokens(folder / "special_tokens_map.json")):
-            if token in vocabulary.vocab:
-                special_tokens[token] = vocabulary.vocab[token]
+        _checked_missing_bytes(missing_bytes)
+        files = tokenizer_files.read(Path(folder))
+        if files.pipeline is not None:
+            from gpt2_jax.library_tokenizer import LibraryTokenizer
+
+            return LibraryTokenizer.from_files(files)
         try:
-            return Tokenizer(vocabulary.vocab, vocabulary.merges, special_tokens)
+            return Tokenizer(
+                files.vocab,
+                files.merges,
+                files.added_tokens,
+                roles=files.roles,
+                template=files.template,
+                add_prefix_space=files.add_prefix_space,
+                missing_bytes=missing_bytes,
+            )
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            names = ", ".join(map(str, files.files))
+            raise ValueError(f"{names}: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how to make this one again, in another process, say."""
+        return _remade, (self.__class__, self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "vocab": self.vocab,
+            "merges": self.merges,
+            "special_tokens": self.added_tokens,
+            "roles": self.roles,
+            "template": self.template,
+            "add_prefix_space": self.add_prefix_space,
+            "missing_bytes": self.missing_bytes,
+        }
 
     def save(self, folder: str | Path) -> None:
-        """Writes `vocab.json`, `merges.txt` and, with special tokens, `added_tokens.json`."""
-        merges = [f"{left} {right}" for left, right in self.merges]
-        files = {
-            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        }
-        if self.special_tokens:
-            files["added_tokens.json"] = json.dumps(self.special_tokens, ensure_ascii=False)
-        for name, text in files.items():
-            with replacing(Path(folder) / name, overwrite=True) as temporary:
-                # Without `newline`, Windows would write "\r\n", and the merges would end in "\r".
-                temporary.write_text(text, encoding="utf-8", newline="\n")
+        """Writes all of it, as HF reads it, and removes the files of another in the folder.
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        That is `vocab.json`, `merges.txt` and `tokenizer_config.json`, and a `tokenizer.json` where
+        these cannot say what is added to a text.
+        """
+        files = TokenizerFiles(
+            vocab=self.vocab,
+            merges=self.merges,
+            added_tokens=list(self.added_tokens),
+            roles=self.roles,
+            template=self.template,
+            add_prefix_space=self.add_prefix_space,
+        )
+        tokenizer_files.write(Path(folder), files)
+
+    def encode(
+        self,
+        text: str,
+        allowed_special: Collection[str] = (),
+        *,
+        disallowed_special: Collection[str] = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
         """Returns the ids of a text.
 
         Args:
-          text: any string that UTF-8 can spell, so without lone surrogates.
+          text: any string. Surrogates are read as tiktoken reads them: a pair as its character, a
+            lone one as U+FFFD.
           allowed_special: which special tokens to recognise in the text, or "all". The others are
             ordinary text.
+          disallowed_special: which special tokens must not be in the text, or "all", which means
+            those that are not allowed.
+          add_special_tokens: whether to add what the tokenizer's template has before and after a
+            text. GPT-2's own adds nothing.
 
         Raises:
-          ValueError: a special token that does not exist, a lone surrogate, or a byte that the
-            vocabulary lacks.
+          ValueError: a special token that does not exist, or one in the text that is disallowed, or
+            a byte that the vocabulary lacks.
         """
-        known = self.special_tokens.keys()
-        allowed = set(known if allowed_special == "all" else allowed_special)
-        unknown = sorted(allowed - known)
-        if unknown:
-            expected = f"among {sorted(known)} or 'all'"
-            raise ValueError(f"`allowed_special` must be {expected}, got {unknown}.")
-        if not allowed:
-            return self._encode_ordinary(text)
+        # The quick way is that of nearly all texts.
+        if allowed_special or disallowed_special:
+            self._check_special(text, allowed_special, disallowed_special)
+        finder = self._finder(allowed_special)
+        if finder is None:
+            ids = self._encode_ordinary(text)
+        else:
+            ids = []
+            for part in finder.parts(text):
+                ids += self._encode_part(text, part)
+        if not add_special_tokens or self.template == NO_TEMPLATE:
+            return ids
+        return [*self.template.before, *ids, *self.template.after]
 
-        # An alternative takes the first that fits: "<a><b>" must come before "<a>".
-        longest_first = sorted(allowed, key=len, reverse=True)
-        any_special = "|".join(map(re.escape, longest_first))
+    def encode_with_spans(
+        self,
+        text: str,
+        allowed_special: Collection[str] = (),
+        *,
+        disallowed_special: Collection[str] = (),
+        add_special_tokens: bool = True,
+    ) -> EncodedText:
+        """Returns the ids of a text, as `encode` does, with the characters that each stands for.
+
+        They are HF's `offsets_mapping`, untrimmed: a token's space is part of it.
+
+        Raises:
+          ValueError: as `encode`, or the text has surrogates, whose places would shift.
+        """
+        self._check_special(text, allowed_special, disallowed_special)
+        check_no_surrogates(text)
+        finder = self._finder(allowed_special) or Finder(())
         ids = []
-        for part in re.split(f"({any_special})", text):  # the parentheses keep what was split at
-            if part in allowed:
-                ids.append(self.special_tokens[part])
-            else:
-                ids += self._encode_ordinary(part)
-        return ids
+        spans = []
+        for part in finder.parts(text):
+            part_ids = self._encode_part(text, part)
+            ids += part_ids
+            spans += self._spans(text, part, part_ids)
+        if not add_special_tokens:
+            return EncodedText(ids, spans)
+        before, after = self.template
+        return EncodedText(
+            ids=[*before, *ids, *after],
+            spans=[*[(0, 0)] * len(before), *spans, *[(0, 0)] * len(after)],
+        )
 
     def encode_batch(
-        self, texts: Iterable[str], allowed_special: Collection[str] = ()
+        self,
+        texts: Iterable[str],
+        allowed_special: Collection[str] = (),
+        *,
+        disallowed_special: Collection[str] = (),
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Returns the ids of each text: see `encode`."""
-        return [self.encode(text, allowed_special) for text in texts]
+        encoded = []
+        for text in texts:
+            ids = self.encode(
+                text,
+                allowed_special,
+                disallowed_special=disallowed_special,
+                add_special_tokens=add_special_tokens,
+            )
+            encoded.append(ids)
+        return encoded
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Returns the bytes that ids (Python's, numpy's or JAX's integers) stand for.
 
+        Ids that no token has stand for nothing, as with HF: a model's table may be padded to a
+        round number of rows.
+
         Raises:
-          ValueError: an id that no token has.
+          ValueError: an id is negative.
         """
-        # An array becomes a list at once: to iterate over JAX's would fetch id after id.
-        to_list = getattr(ids, "tolist", None)
-        listed = list(ids) if to_list is None else to_list()
+        listed = as_list(ids)
         try:
             return b"".join([self._bytes[index(id)] for id in listed])
-        except KeyError as error:
-            expected = f"those of tokens, in [0, {self.vocab_size})"
-            raise ValueError(f"Ids must be {expected}, got {error}.") from None
+        except KeyError:
+            check_not_negative(listed)
+            return b"".join([self._bytes.get(index(id), b"") for id in listed])
 
     def decode(self, ids: Iterable[SupportsIndex], errors: str = "replace") -> str:
         """Returns the text of ids; `errors` says what to do with bytes that are no UTF-8."""
@@ -221,8 +311,14 @@ class Tokenizer:
         """Returns the text of each row of ids."""
         return [self.decode(ids, errors) for ids in batch]
 
-    def stream_decoder(self) -> "StreamDecoder":
-        """Returns a decoder that takes ids as they come."""
+    def stream_decoder(self, context: Sequence[int] = ()) -> "StreamDecoder":
+        """Returns a decoder that takes ids as they come.
+
+        Args:
+          context: the ids before them. GPT-2's kind does not need these; with others a word's first
+            token has a space before it only where another word stands there.
+        """
+        del context
         return StreamDecoder(self)
 
     @property
@@ -231,20 +327,105 @@ class Tokenizer:
         return max(self._bytes, default=-1) + 1
 
     @property
+    def eot_token(self) -> str | None:
+        """What ends a text: the "eos_token", or else `<|endoftext|>`, where it is a token."""
+        return self._token_of("eos_token")
+
+    @property
     def eot_id(self) -> int | None:
-        """The id of `<|endoftext|>`, if there is one."""
-        return self.special_tokens.get(END_OF_TEXT)
+        """The id of `eot_token`."""
+        return self._id_of(self.eot_token)
+
+    @property
+    def bot_id(self) -> int | None:
+        """The id of what begins a text: of the token named "bos_token", or else `eot_id`."""
+        return self._id_of(self._token_of("bos_token") or self.eot_token)
+
+    @property
+    def is_seamless(self) -> bool:
+        """Whether a text cut before spaces has the ids of its pieces, one after the other."""
+        # A token that is always found may hold a space, and be cut in two.
+        return not self.add_prefix_space and all(token.special for token in self.added_tokens)
+
+    def _token_of(self, role: str) -> str | None:
+        """Returns the token that has a role, GPT-2's own where none is said to have it."""
+        token = self.roles.get(role, END_OF_TEXT)
+        return None if self._id_of(token) is None else token
+
+    def _id_of(self, token: str | None) -> int | None:
+        for known in self.added_tokens:
+            if known.content == token:
+                return known.id
+        # One that is named in the files need not be listed among the added ones.
+        return None if token is None else self.vocab.get(token)
+
+    def _check_special(
+        self, text: str, allowed_special: Collection[str], disallowed_special: Collection[str]
+    ) -> None:
+        """Raises `ValueError` for special tokens that do not exist, or that must not be there."""
+        known = self.special_tokens.keys()
+        allowed = set(known if allowed_special == "all" else allowed_special)
+        disallowed = set(known - allowed if disallowed_special == "all" else disallowed_special)
+        for name, tokens in (("allowed", allowed), ("disallowed", disallowed)):
+            unknown = sorted(tokens - known)
+            if unknown:
+                expected = f"among {sorted(known)} or 'all'"
+                raise ValueError(f"`{name}_special` must be {expected}, got {unknown}.")
+        found = [token for token in disallowed if token in text]
+        if found:
+            first = min(found, key=text.index)
+            got = f"{first!r} at position {text.index(first)}"
+            raise ValueError(
+                f"`text` must hold no special token of `disallowed_special`, got {got}."
+            )
+
+    def _finder(self, allowed_special: Collection[str]) -> Finder | None:
+        """Returns what looks for the tokens that are found in a text, or None if there are none."""
+        is_all = allowed_special == "all"
+        allowed = self._all_special if is_all else frozenset(allowed_special)
+        if allowed not in self._finders:
+            found = []
+            for token in self.added_tokens:
+                if token.content in allowed or not token.special:
+                    found.append(token)
+            self._finders[allowed] = Finder(found) if found else None
+        return self._finders[allowed]
+
+    def _encode_part(self, text: str, part: Part) -> list[int]:
+        """Returns the ids of a part: one of an added token, any number of ordinary text."""
+        if part.id is not None:
+            return [part.id]
+        return self._encode_ordinary(text[part.start : part.end])
+
+    def _spans(self, text: str, part: Part, ids: list[int]) -> Iterator[tuple[int, int]]:
+        """Yields which characters each id of a part stands for."""
+        if part.id is not None:
+            yield part.start, part.end
+            return
+        # Which character each byte belongs to, without the bytes that are dropped.
+        owners = []
+        for place in range(part.start, part.end):
+            known = [byte for byte in text[place].encode() if byte in self._byte_ids]
+            owners += [place] * len(known)
+        n_bytes = sum(len(self._bytes[id]) for id in ids)
+        # The space before the text is none of its characters, and goes with the first of them.
+        owners[:0] = [part.start] * (n_bytes - len(owners))
+        done = 0
+        for id in ids:
+            first = done
+            done += len(self._bytes[id])
+            yield owners[first], owners[done - 1] + 1
 
     def _encode_ordinary(self, text: str) -> list[int]:
+        if self.add_prefix_space and not text.startswith(" "):
+            text = f" {text}"
         try:
             pieces = splitter(text).findall(text)
             # `__getitem__` itself, mapped in C: this line takes most of the time of a text whose
             # pieces are remembered. Those that are not go through `_Pieces.__missing__`.
             return list(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
-        except UnicodeEncodeError:
-            surrogate = next(re.finditer("[\ud800-\udfff]", text))  # nothing else fails so
-            got = f"{surrogate[0]!r} at position {surrogate.start()}"
-            raise ValueError(f"`text` must be spellable in UTF-8, got {got}.") from None
+        except UnicodeEncodeError:  # of surrogates: nothing else fails so
+            return self._encode_ordinary(without_surrogates(text))
 
     def _merge(self, piece: str) -> list[int]:
         """Returns the ids of a piece: merges its bytes, the earliest merge first, left to right.
@@ -254,7 +435,7 @@ class Tokenizer:
         """
         ids = self._ids_of_bytes(piece)
         n_bytes = len(ids)
-        if n_bytes == 1:
+        if n_bytes < 2:
             return ids
         merged = self._merged
 
@@ -288,12 +469,16 @@ class Tokenizer:
         return [id for id in ids if id != GONE]
 
     def _ids_of_bytes(self, piece: str) -> list[int]:
+        spelled = piece.encode("utf-8")
         try:
-            return [self._byte_ids[byte] for byte in piece.encode("utf-8")]
+            return [self._byte_ids[byte] for byte in spelled]
         # GPT-2's vocabulary holds all 256 bytes; one that was trained on a small text need not.
         except KeyError as error:
+            if self.missing_bytes == "drop":
+                return [self._byte_ids[byte] for byte in spelled if byte in self._byte_ids]
+            advice = '`missing_bytes="drop"` passes over such bytes, as HF does'
             raise ValueError(
-                f"The vocabulary has no token for byte {error} of {piece!r}."
+                f"The vocabulary has no token for byte {error} of {piece!r}; {advice}."
             ) from None
 
 
@@ -330,12 +515,49 @@ class _Pieces(dict[str, list[int]]):
         return ids
 
 
-def _check_ids(vocab: Vocab, special_tokens: Vocab) -> None:
-    tokens = vocab | special_tokens
-    if len(set(tokens.values())) != len(tokens):
-        got = f"{len(tokens)} tokens and fewer ids"
-        raise ValueError(f"Each token must have an id of its own, got {got}.")
-    smallest = min(vocab.values(), default=0)
+def _remade(kind: Callable[..., Tokenizer], arguments: dict[str, Any]) -> Tokenizer:
+    return kind(**arguments)
+
+
+def _as_added_tokens(tokens: Mapping[str, int] | Iterable[AddedToken] | None) -> list[AddedToken]:
+    added_tokens = []
+    if isinstance(tokens, Mapping):
+        for content, id in tokens.items():
+            added_tokens.append(AddedToken(str(content), id))
+    else:
+        added_tokens += tokens or ()
+    return added_tokens
+
+
+def _checked_missing_bytes(missing_bytes: str) -> str:
+    if missing_bytes not in MISSING_BYTES:
+        expected = " or ".join(map(repr, MISSING_BYTES))
+        raise ValueError(f"`missing_bytes` must be {expected}, got {missing_bytes!r}.")
+    return missing_bytes
+
+
+def as_list(ids: Iterable[SupportsIndex]) -> list[SupportsIndex]:
+    """Returns ids as a list."""
+    # An array becomes one at once: to iterate over JAX's would fetch id after id.
+    to_list = getattr(ids, "tolist", None)
+    return list(ids) if to_list is None else to_list()
+
+
+def check_not_negative(ids: list[SupportsIndex]) -> None:
+    """Raises `ValueError` for an id below 0."""
+    smallest = min(map(index, ids), default=0)
+    if smallest < 0:
+        raise ValueError(f"Ids must be 0 or greater, got {smallest}.")
+
+
+def _check_ids(vocab: Vocab, added_tokens: Sequence[AddedToken]) -> None:
+    owners: dict[int, str] = {}
+    for token, id in (vocab | {token.content: token.id for token in added_tokens}).items():
+        if id in owners:
+            got = f"{id} for {owners[id]!r} and {token!r}"
+            raise ValueError(f"Each token must have an id of its own, got {got}.")
+        owners[id] = token
+    smallest = min(owners, default=0)
     if smallest < 0:
         raise ValueError(f"Ids must be 0 or greater, got {smallest}.")
 
@@ -349,6 +571,23 @@ def _check_merges(merges: list[Pair], vocab: Vocab) -> None:
     if unknown:
         got = f"{len(unknown)} are not: {unknown[:3]}"
         raise ValueError(f"Both parts of a merge and the whole must be tokens, {got}.")
+
+
+# Surrogates: halves of characters, which UTF-8 cannot spell.
+
+
+def without_surrogates(text: str) -> str:
+    """Returns a text in which pairs of surrogates are characters, and lone ones U+FFFD."""
+    # As tiktoken, tiktoken/core.py, `Encoding.encode`.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def check_no_surrogates(text: str) -> None:
+    """Raises `ValueError` for a text that UTF-8 cannot spell."""
+    surrogate = re.search("[\ud800-\udfff]", text)
+    if surrogate:
+        got = f"{surrogate[0]!r} at position {surrogate.start()}"
+        raise ValueError(f"`text` must be spellable in UTF-8, got {got}.")
 
 
 # Cutting a text into pieces.
@@ -393,172 +632,3 @@ def _bmp_pattern() -> re.Pattern[str]:
     pattern = pattern.replace(r"(?!\S)", f"(?![^{spaces}])")
     pattern = pattern.replace(r"\s", f"[{spaces}]")
     return re.compile(pattern)
-
-
-# Bytes and the characters that spell them.
-
-
-@cache
-def byte_chars() -> dict[int, str]:
-    """Returns the character that spells each byte in vocabulary files.
-
-    As in openai/gpt-2, src/encoder.py: printable bytes are spelled by themselves, the others by the
-    characters from U+0100 on, so that no token holds a space or a control character.
-    """
-    # The soft hyphen, U+00AD, lies between the last two ranges: it is not printed.
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    chars = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in chars]
-    for i, byte in enumerate(others):
-        chars[byte] = chr(256 + i)
-    return chars
-
-
-@cache
-def _char_bytes() -> Vocab:
-    return {char: byte for byte, char in byte_chars().items()}
-
-
-def _spelled_bytes(token: str) -> bytes:
-    """Returns the bytes that a token spells; one that is spelled otherwise stands for itself."""
-    # Otherwise: tokens that were added by hand, with a space in them, for example.
-    try:
-        return bytes(map(_char_bytes().__getitem__, token))
-    except KeyError:
-        return token.encode("utf-8")
-
-
-# Files.
-
-
-class _Vocabulary(NamedTuple):
-    """What the files of a tokenizer hold."""
-
-    vocab: Vocab
-    merges: list[Pair]
-    added_tokens: Vocab
-
-
-def files_in(folder: Path) -> list[str]:
-    """Returns the names of a folder's files that belong to a tokenizer of any kind."""
-    files = []
-    for pattern in (*FILES, *OTHER_KINDS):
-        files += folder.glob(pattern)
-    return sorted(file.name for file in files)
-
-
-def _read_vocabulary(folder: Path) -> _Vocabulary:
-    """Returns what a folder's files hold."""
-    for vocab_name, merges_name in VOCABULARIES:
-        vocab_file = folder / vocab_name
-        merges_file = folder / merges_name
-        if vocab_file.is_file() and merges_file.is_file():
-            vocab = read_json_object(vocab_file)
-            return _Vocabulary(vocab, merges=_read_merges(merges_file), added_tokens={})
-    tokenizer_file = folder / "tokenizer.json"
-    if tokenizer_file.is_file():
-        return _read_tokenizer_json(tokenizer_file)
-    expected = "vocab.json and merges.txt, or tokenizer.json, or encoder.json and vocab.bpe"
-    got = listing(folder) if folder.is_dir() else "no such folder"
-    raise FileNotFoundError(f"{folder}: expected {expected}, got {got}.")
-
-
-def _read_merges(file: Path) -> list[Pair]:
-    lines = file.read_text(encoding="utf-8").split("\n")
-    if lines[0].startswith("#version"):
-        del lines[0]
-    return [_as_pair(line.split(" "), file) for line in lines if line]
-
-
-def _read_tokenizer_json(file: Path) -> _Vocabulary:
-    """Returns what a file of HF's `tokenizers` holds, if it is a byte-level BPE as GPT-2's."""
-    values = read_json_object(file)
-    try:
-        _check_pipeline(values, file)
-        model = values["model"]
-        # Merges are lists since `tokenizers` 0.20, and were strings before.
-        merges = []
-        for merge in model["merges"]:
-            parts = merge.split(" ") if isinstance(merge, str) else merge
-            merges.append(_as_pair(parts, file))
-        added_tokens = {}
-        for token in values.get("added_tokens", []):
-            added_tokens[token["content"]] = token["id"]
-        return _Vocabulary(model["vocab"], merges, added_tokens)
-    except (AttributeError, KeyError, TypeError) as error:
-        expected = "a vocabulary, merges and added tokens as `tokenizers` writes them"
-        raise ValueError(f"{file}: expected {expected}, got {error!r}.") from error
-
-
-def _check_pipeline(values: dict[str, Any], file: Path) -> None:
-    """Raises unless a `tokenizer.json` does with a text what GPT-2's tokenizer does."""
-    model = values.get("model") or {}
-    pre_tokenizer = values.get("pre_tokenizer") or {}
-    got = {
-        "model": model.get("type"),
-        "pre_tokenizer": pre_tokenizer.get("type"),
-        "normalizer": values.get("normalizer"),
-    }
-    if got != {"model": "BPE", "pre_tokenizer": "ByteLevel", "normalizer": None}:
-        expected = "a BPE model, a ByteLevel pre-tokenizer and no normalizer"
-        raise TokenizerKindError(f"{file}: expected {expected}, got {got}.")
-    # Both change how a text is cut: the ids would be others than those of training.
-    if pre_tokenizer.get("add_prefix_space") or not pre_tokenizer.get("use_regex", True):
-        variants = "`add_prefix_space` and a ByteLevel without `use_regex`"
-        raise TokenizerKindError(f"{file}: {variants} are not supported.")
-
-
-def _as_pair(parts: list[str], file: Path) -> Pair:
-    if len(parts) != 2:
-        expected = "a merge of two tokens with a space between"
-        raise ValueError(f"{file}: expected {expected}, got {' '.join(parts)!r}.")
-    left, right = parts
-    return left, right
-
-
-def check_kind(folder: Path) -> None:
-    """Raises `TokenizerKindError` if a folder holds a tokenizer of another kind than GPT-2's.
-
-    That is what its class says, or a file that only other kinds have, with none of ours beside it.
-    """
-    class_name = _class_name(folder)
-    is_other_class = False
-    if class_name is not None:
-        is_other_class = class_name.removesuffix("Fast") not in GPT2_CLASSES
-    # A converter may leave another kind's file beside the byte-level BPE that it has made of it.
-    has_own = any((folder / name).is_file() for name in OWN_VOCABULARIES)
-    has_other = any(any(folder.glob(name)) for name in OTHER_KINDS)
-    if is_other_class or (has_other and not has_own):
-        files = ", ".join(files_in(folder)) or "no file of it"
-        got = f"the class {class_name or 'unknown'} and {files}"
-        raise TokenizerKindError(f"{folder}: expected a byte-level BPE as GPT-2's, got {got}.")
-
-
-def _class_name(folder: Path) -> str | None:
-    """Returns HF's name of a tokenizer's class, if a file says it."""
-    # Where `AutoTokenizer` looks for it, in this order.
-    for name in ("tokenizer_config.json", "config.json"):
-        class_name = _read_if_there(folder / name).get("tokenizer_class")
-        if isinstance(class_name, str):  # many files hold null
-            return class_name
-    return None
-
-
-def _named_tokens(file: Path) -> list[str]:
-    """Returns the tokens that have a role, such as `eos_token`; lists of tokens are passed over."""
-    tokens = []
-    for token in _read_if_there(file).values():
-        if isinstance(token, dict):
-            token = token["content"]
-        if not isinstance(token, list):
-            tokens.append(token)
-    return tokens
-
-
-def _read_if_there(file: Path) -> dict[str, Any]:
-    """Returns a file's object; where there is no file, an empty one."""
-    return read_json_object(file) if file.is_file() else {}

@@ -1,5 +1,6 @@
-"""Measures this library beside its peers, in turn, on the same weights: `python
-scripts/benchmark.py decode`.
+"""Measures this library beside its peers, in turn, on the same weights.
+
+    python scripts/benchmark.py decode
 
 Each contender is a process of its own (`contenders.py`) that prepares, warms up and then waits. A
 round lets one after the other work once, alone; speeds are medians over the rounds, and a ratio is
@@ -35,17 +36,15 @@ MODELS = {
     "char": {"vocab_size": 65, "n_positions": 64, "n_embd": 128, "n_layer": 4, "n_head": 4},
     "tiny": {"vocab_size": 65, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2},
 }
-TRAIN = {  # model -> batch, length, steps of a round
+# Model -> batch, length, steps of a round.
+TRAIN = {
     "gpt2": (4, 256, 1),
     "gpt2-medium": (1, 256, 1),
     "char": (12, 64, 50),
     "tiny": (2, 16, 3),
 }
-DECODE = (  # batch, prompt, new tokens, whether the time of the prompt is taken away
-    (1, 32, 128, False),
-    (8, 32, 128, False),
-    (1, 900, 100, True),
-)
+# Batch, prompt, new tokens, whether the time of the prompt is taken away.
+DECODE = ((1, 32, 128, False), (8, 32, 128, False), (1, 900, 100, True))
 SAMPLE = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 PREFILL = (512, 1023)
 PROMPT = "The quick brown fox jumps over the lazy dog and runs into the forest, where"
@@ -132,8 +131,9 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
 def show(
     title: str, unit: str, result: dict[str, Any], *, flops: float = 0, bytes: float = 0
 ) -> None:
-    """Prints a table. `flops` and `bytes` are what one unit needs at least, for the share of the
-    machine's limit.
+    """Prints a table.
+
+    `flops` and `bytes` are what one unit needs at least, for the share of the machine's limit.
     """
     compute, memory = result["limits"]["gflops"] * 1e9, result["limits"]["gbytes"] * 1e9
     print(f"\n{title}  (this machine: {compute / 1e9:.0f} GFLOP/s, {memory / 1e9:.0f} GB/s)")
@@ -239,9 +239,8 @@ def decoding(
         names = peers(args, "transformers") + (
             ["CTranslate2"] if importlib.util.find_spec("ctranslate2") else []
         )
-        alone = (
-            ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []
-        )  # takes one text at a time
+        # Takes one text at a time.
+        alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []
         for batch, prompt, new, after in works:
             spec = {
                 "folder": path,
@@ -276,8 +275,9 @@ def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Activation patching at every layer and position of a prompt, in float32; the tokens are those
-    of all runs.
+    """Activation patching at every layer and position of a prompt, in float32.
+
+    The tokens are those of all runs.
     """
     results = {}
     for model in args.models or ["gpt2"]:

@@ -1,5 +1,4 @@
-"""What races in `benchmark.py`: each contender gets ready, works once to be compared, and then
-waits for its turns.
+"""What races in `benchmark.py`: gets ready, works once to be compared, then waits for its turns.
 
 A process of its own per contender: `python scripts/contenders.py WORK NAME SPEC`, which answers
 each line of standard input with a line of JSON.
@@ -298,7 +297,7 @@ def ours_prefill(spec: Spec) -> Once:
 
     config, params = gpt2_jax.load(spec["folder"])
     ids = tokens_of(spec, config.vocab_size)
-    prefill = jax.jit(gpt2_jax.prefill, static_argnames=("config", "cache_len"))
+    prefill = jax.jit(gpt2_jax.prefill, static_argnames="cache_len")
 
     def once():
         logits, _ = jax.block_until_ready(prefill(params, ids, config=config))
@@ -622,9 +621,8 @@ def serve(work: str, name: str, spec: Spec) -> None:
         begun = time.perf_counter()
         done = once()
         seconds = time.perf_counter() - begun if done.seconds is None else done.seconds
-        peak = (
-            done.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        )  # MiB on Linux
+        # MiB on Linux, where `ru_maxrss` is in KiB.
+        peak = done.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         answer(seconds=seconds, amount=done.amount, numbers=done.numbers, peak=peak)
 
 

@@ -1,6 +1,4 @@
-"""What tests share: the repository's folders, a tiny model, PyTorch's version of it, and ours of
-that.
-"""
+"""What tests share: the repository's folders, a tiny model, PyTorch's version and ours of it."""
 
 from pathlib import Path
 
@@ -19,9 +17,7 @@ TINY |= {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def hf_model(**options):
-    """A seeded HF model in float64 whose every parameter, biases and LayerNorms too, is far from
-    trivial.
-    """
+    """A seeded HF model in float64 of which no parameter, bias or LayerNorm is near trivial."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**options)
     model = (

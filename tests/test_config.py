@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from gpt2_jax import PRESETS, GPT2Config
-from gpt2_jax.config import ACTIVATIONS, as_count
+from gpt2_jax.config import ACTIVATIONS, ALIASES, as_count
 from gpt2_jax.modules import ACTIVATIONS as FUNCTIONS
 
 
@@ -37,7 +38,6 @@ def test_dict_round_trip_is_the_identity():
 
 
 def test_hf_reads_what_we_write_and_we_read_what_hf_writes(tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = GPT2Config(
         n_embd=96, n_head=3, n_inner=50, layer_norm_epsilon=1e-3, resid_pdrop=0.0, attn_pdrop=0.25
     )
@@ -50,8 +50,36 @@ def test_hf_reads_what_we_write_and_we_read_what_hf_writes(tmp_path):
 def test_old_files_with_n_ctx_are_read():
     assert GPT2Config.from_dict({"n_ctx": 512}).n_positions == 512
     assert GPT2Config.from_dict({"n_ctx": 512, "n_positions": 512}).n_positions == 512
-    with pytest.raises(ValueError, match="n_ctx=256 and n_positions=512"):
-        GPT2Config.from_dict({"n_ctx": 256, "n_positions": 512})
+    both = {"n_ctx": 256, "n_positions": 512}
+    with pytest.warns(UserWarning, match="`n_ctx` is 256 and `n_positions` 512: `n_positions`"):
+        config = GPT2Config.from_dict(both)
+    assert config.n_positions == transformers.GPT2Config.from_dict(both).n_positions == 512
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_attention_heads": 4},
+        {"hidden_size": 96},
+        {"num_hidden_layers": 3},
+        {"max_position_embeddings": 33},
+        {"hidden_size": 96, "n_embd": 96, "num_attention_heads": 3, "n_layer": 1},
+    ],
+)
+def test_hfs_other_names_are_read_as_hf_reads_them(values):
+    theirs = transformers.GPT2Config.from_dict(values)
+    ours = GPT2Config.from_dict(values)
+    for name in ("n_embd", "n_head", "n_layer", "n_positions"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_every_other_name_of_hfs_is_known():
+    assert ALIASES == transformers.GPT2Config.attribute_map
+
+
+def test_one_field_with_two_values_is_refused():
+    with pytest.raises(ValueError, match="names of one field, got num_attention_heads=4 and n_"):
+        GPT2Config.from_dict({"n_head": 6, "num_attention_heads": 4})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +103,20 @@ def test_old_files_with_n_ctx_are_read():
         ({"add_cross_attention": True}, "`add_cross_attention=True` is not supported"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config=.*` is not supported"),
         ({"model_type": "llama"}, '`model_type` must be "gpt2", got "llama"'),
+        ({"architectures": ["BertModel"]}, r"must name GPT-2's, got \['BertModel'\]"),
+        ({"n_layer": 1.5}, "`n_layer` must be a positive integer, got 1.5"),
+        ({"resid_pdrop": False}, r"`resid_pdrop` must be in \[0, 1\), got False"),
+        ({"layer_norm_epsilon": True}, "`layer_norm_epsilon` must be positive, got True"),
+        ({"layer_norm_epsilon": float("inf")}, "`layer_norm_epsilon` must be positive, got inf"),
+        ({"scale_attn_weights": "false"}, "`scale_attn_weights` must be true or false, got 'false"),
+        ({"tie_word_embeddings": 0}, "`tie_word_embeddings` must be true or false, got 0"),
+        ({"reorder_and_upcast_attn": None}, "`reorder_and_upcast_attn` must be true or false"),
+        ({"bos_token_id": [1]}, r"`bos_token_id` must be an integer or None, got \[1\]"),
+        ({"pad_token_id": 1.0}, "`pad_token_id` must be an integer or None, got 1.0"),
+        ({"eos_token_id": "3"}, "`eos_token_id` must be an integer or None, got '3'"),
+        ({"eos_token_id": [1, "2"]}, r"a list of integers, or None, got \[1, '2'\]"),
+        ({"eos_token_id": [None]}, r"a list of integers, or None, got \[None\]"),
+        ({"eos_token_id": True}, "`eos_token_id` must be an integer or None, got True"),
     ],
 )
 def test_what_is_wrong_or_unsupported_is_named(values, message):
@@ -89,9 +131,22 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 def test_the_file_of_a_wrong_value_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"activation_function": ["gelu"]}')
+    values = {"model_type": "gpt2", "activation_function": ["gelu"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"config\.json: `activation_function` must be one of"):
         GPT2Config.from_json_file(tmp_path / "config.json")
+
+
+def test_a_file_that_says_nothing_of_gpt2_is_refused(tmp_path):
+    of_bert = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(of_bert))
+    with pytest.raises(ValueError, match="config.json: expected .* n_embd, n_head, n_layer; n_emb"):
+        GPT2Config.from_json_file(tmp_path / "config.json")
+    # The earliest files have no `model_type`, and the same names as HF's newest.
+    of_2019 = {"n_embd": 96, "n_head": 3, "n_layer": 1, "n_ctx": 64, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(of_2019))
+    config = GPT2Config.from_json_file(tmp_path / "config.json")
+    assert (config.n_embd, config.n_head, config.n_layer, config.n_positions) == (96, 3, 1, 64)
 
 
 def test_numbers_of_numpy_become_pythons():
@@ -102,10 +157,17 @@ def test_numbers_of_numpy_become_pythons():
         "pad_token_id": np.int64(5),
         "resid_pdrop": 0,
         "attn_pdrop": np.float32(0.5),
+        "tie_word_embeddings": np.bool_(False),
     }
     config = GPT2Config(**given)
     plain = GPT2Config(
-        n_layer=3, n_inner=16, eos_token_id=(1, 2), pad_token_id=5, resid_pdrop=0.0, attn_pdrop=0.5
+        n_layer=3,
+        n_inner=16,
+        eos_token_id=(1, 2),
+        pad_token_id=5,
+        resid_pdrop=0.0,
+        attn_pdrop=0.5,
+        tie_word_embeddings=False,
     )
     assert config == plain and hash(config) == hash(plain)
     assert type(config.n_layer) is type(config.pad_token_id) is int
@@ -116,6 +178,8 @@ def test_numbers_of_numpy_become_pythons():
 def test_a_token_id_may_lie_beyond_the_vocabulary():
     config = GPT2Config.from_dict({"vocab_size": 300, "pad_token_id": -1})
     assert (config.eos_token_id, config.pad_token_id) == (50256, -1)
+    assert config.eos_token_ids == ()
+    assert config.replace(eos_token_id=(7, 300, -1, 299)).eos_token_ids == (7, 299)
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), jnp.int32(3)])

@@ -9,7 +9,15 @@ import threading
 import pytest
 
 from gpt2_jax import files
-from gpt2_jax.files import CheckpointError, listing, read_json_object, replacing, write_json
+from gpt2_jax.files import (
+    CheckpointError,
+    decode_text,
+    lines_of,
+    listing,
+    read_json_object,
+    replacing,
+    write_json,
+)
 from tests import faults
 from tests.reference import ROOT
 
@@ -37,6 +45,21 @@ def test_what_is_no_object_is_refused_and_the_file_named(tmp_path, content, mess
     with pytest.raises(ValueError, match=message) as caught:
         read_json_object(file)
     assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_a_byte_order_mark_is_no_text_where_a_file_begins_with_it():
+    assert decode_text(b"\xef\xbb\xbfa\xef\xbb\xbf", "a.txt") == "a\ufeff"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf_16_is_no_utf_8_though_english_in_it_would_decode(encoding):
+    with pytest.raises(ValueError, match="a.txt: expected UTF-8, got zero bytes, as in UTF-16"):
+        decode_text("a text".encode(encoding), "a.txt")
+
+
+def test_lines_end_where_json_lines_do():
+    text = "a\x0cb\u2028c\x85d\re\r\n\nf\n"
+    assert lines_of(text) == ["a\x0cb\u2028c\x85d\re", "", "f", ""]
 
 
 def test_a_missing_file_is_missing(tmp_path):

@@ -49,9 +49,8 @@ def loss_and_taps(params, ids, config):
 def check_everything(model, config, params, ids, relative):
     """Logits, hidden states, loss and the gradient of every parameter."""
     reference = model(torch.tensor(ids), output_hidden_states=True)
-    targets = torch.tensor(ids[:, 1:]).reshape(
-        -1
-    )  # HF's own `labels` would round the logits to float32
+    # HF's own `labels` would round the logits to float32.
+    targets = torch.tensor(ids[:, 1:]).reshape(-1)
     reference_loss = torch.nn.functional.cross_entropy(
         reference.logits[:, :-1].flatten(0, 1), targets
     )
@@ -74,9 +73,8 @@ def check_everything(model, config, params, ids, relative):
 def test_logits_hidden_states_loss_and_gradients_equal_pytorch(name, rng):
     model = hf_model(**TINY | GRID[name])
     dtype, relative = "float64", 1e-10
-    if (
-        model.config.reorder_and_upcast_attn
-    ):  # HF's upcast is to float32 and fails in a float64 model
+    # HF's upcast is to float32 and fails in a float64 model.
+    if model.config.reorder_and_upcast_attn:
         model, dtype, relative = model.float(), "float32", 1e-5
     config, params = ours(model, dtype)
     check_everything(model, config, params, rng.integers(0, 61, (3, 17)), relative)
@@ -106,7 +104,7 @@ def test_cached_logits_equal_uncached_ones_for_every_row_of_a_ragged_batch(rng):
     config, params = ours(model)
     ids, lengths = rng.integers(0, 61, (3, 15)), np.array([7, 1, 4])
     reference = model(torch.tensor(ids)).logits.detach().numpy()
-    step = jax.jit(gpt2_jax.decode_step, static_argnames="config")
+    step = jax.jit(gpt2_jax.decode_step)
     logits, cache = gpt2_jax.prefill(params, ids[:, :7], lengths, config=config, cache_len=15)
     for t in range(8):
         assert_near(logits, reference[np.arange(3), lengths + t - 1], 1e-10)
@@ -168,7 +166,7 @@ def test_124m_equals_pytorch(rng):
     with torch.no_grad():
         single = model(torch.tensor(ids)).logits.numpy()
     config, params = ours(model, "float32")
-    logits = jax.jit(gpt2_jax.apply, static_argnames="config")(params, ids, config=config)
+    logits = jax.jit(gpt2_jax.apply)(params, ids, config=config)
     np.testing.assert_allclose(logits, single, rtol=0, atol=1e-4)
 
     model = model.double()

@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import io
 import re
+import shlex
 
 import gpt2_jax
+from gpt2_jax.commands import generate, main
 from tests.reference import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +21,15 @@ def test_the_python_blocks_print_what_the_readme_says():
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, scope)
         assert printed.getvalue() == expected
+
+
+def test_the_first_command_writes_what_the_readme_shows(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "set_up_jax", lambda args, report: None)  # for other tests' sake
+    command, expected = re.search(
+        r"gpt2-jax ([^\n]*)\n```\n\n```text\n(.*?)```", README, re.DOTALL
+    ).groups()
+    assert main.run([*shlex.split(command), "--quiet"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_every_file_in_the_reading_order_exists():

@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any
 
 from gpt2_jax.generation.ranges import Range
+from gpt2_jax.tokenizer import MISSING_BYTES
 
+# Here and not in `main`: the help of `generate`, which is the default, lists them too.
 COMMANDS = {
     "generate": "continue prompts; the default",
     "train": "train on token files, from scratch or from pretrained weights",
@@ -21,6 +23,7 @@ COMMANDS = {
     "convert": "convert weights between HF's layout and one file of params",
 }
 
+DEFAULT_MODEL = "gpt2"
 Report = Callable[[str], None]  # takes a line for standard error
 
 
@@ -28,19 +31,28 @@ class CommandFailed(Exception):
     """A run cannot go on, through no mistake in its arguments."""
 
 
+# `_ActionsContainer` is what parsers and their groups of arguments have in common.
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds the arguments that choose a model and its tokenizer."""
     parser.add_argument(
         "--from_pretrained",
-        default="gpt2",
+        default=DEFAULT_MODEL,
         metavar="MODEL",
         help="a Hugging Face hub id (gpt2, gpt2-medium, distilgpt2, user/name, ...), a local "
-        "folder, or demo, the model in the package (default: gpt2)",
+        "folder, or demo, the model in the package (default: gpt2; to continue a prompt without a "
+        "network, demo)",
     )
     parser.add_argument(
         "--model_name",
         metavar="NAME",
         help="whose tokenizer to use: a folder, hub id or GPT-2 size (default: the model's own)",
+    )
+    parser.add_argument(
+        "--missing_bytes",
+        choices=MISSING_BYTES,
+        default="error",
+        help="what becomes of bytes that the vocabulary lacks: an error, or drop them as HF does "
+        "(default: error)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
 
@@ -58,6 +70,7 @@ def reporter(quiet: bool) -> Report:
 
     def report(line: str) -> None:
         if not quiet:
+            # Standard output is for results alone, so that it can be piped.
             print(line, file=sys.stderr, flush=True)
 
     return report
@@ -79,13 +92,16 @@ def unwinding() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
+    # What stands there is put back, whatever it is: notebooks and tests have handlers of their own.
     outside = signal.getsignal(signal.SIGINT)
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         del signal_number, frame
+        # First of all: a second Ctrl-C meets the handler from outside, which ends the process.
         signal.signal(signal.SIGINT, outside)
         raise KeyboardInterrupt
 
+    # Ignored stays ignored, as in jobs that a shell has put in the background.
     if outside is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:

@@ -23,10 +23,12 @@ def parser(program: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog=program,
         description=DESCRIPTION.format(program=program),
+        # As it is written: the examples keep their lines.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("src", help='"demo", a folder, a hub id, or a .safetensors file of params')
     out.add_argument("dst", help="a folder, or a .safetensors file of params")
+    # No `choices`: `convert` refuses others itself, for callers in Python too.
     out.add_argument(
         "--dtype", help="cast to float32, float16, bfloat16 or float64 (default: as they are)"
     )
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             verified=args.verify,
             overwrite=args.overwrite,
         )
+    # The result, and so on standard output, unlike the reports of other commands.
     if written.difference is not None:
         error, scale = written.difference
         figures = f"{error:.3g} (largest logit: {scale:.3g})"

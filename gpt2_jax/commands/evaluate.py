@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "the hub)",
     )
     add_model_arguments(out)
+    # Without float64, for which JAX would have to be set to 64 bits before anything else.
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     out.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
@@ -54,17 +57,21 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints each figure as soon as it is there."""
+    # In the order of the table, in which --data then names the files.
     tasks = list(TASKS) if "all" in args.task else args.task
     check_numbers(args, COUNTS)
     check_files(args.data, tasks)  # before a model is loaded for minutes of work
     model = load_model(args)
+    # `unwinding` is entered first, so that it still holds while the folder is removed.
     # The folder holds what is fetched from the hub; unwinding removes it.
     with unwinding(), tempfile.TemporaryDirectory() as folder:
         for number, task in enumerate(tasks):
             file = Path(args.data[number]) if args.data else fetch(task, Path(folder))
             for figure in TASKS[task](model, file):
                 if args.json:
-                    print(json.dumps(figure._asdict()), flush=True)
+                    # Flushed, as figures take minutes each: whoever reads a pipe has those that are
+                    # there.
+                    print(json.dumps(as_record(figure)), flush=True)
                 else:
                     print_figure(figure)
     return 0
@@ -84,6 +91,7 @@ def load_model(args: argparse.Namespace) -> Model:
     """Returns what is to be measured, and how."""
 
     def progress(title: str, total: int) -> Callable[[int], None]:
+        # On standard error, so that figures can be piped.
         bar = tqdm(total=total, desc=title, disable=args.quiet)
 
         def advance(n_done: int) -> None:
@@ -96,6 +104,7 @@ def load_model(args: argparse.Namespace) -> Model:
         dtype=args.dtype,
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
     return Model(
         params=params,
@@ -106,6 +115,13 @@ def load_model(args: argparse.Namespace) -> Model:
         limit=args.limit,
         progress=progress,
     )
+
+
+def as_record(figure: Figure) -> dict[str, Any]:
+    """Returns a figure for JSON, which has no NaN: the standard error of a single question is."""
+    record = figure._asdict()
+    has_error = figure.stderr is not None and math.isfinite(figure.stderr)
+    return record | {"stderr": figure.stderr if has_error else None}
 
 
 def print_figure(figure: Figure) -> None:

@@ -4,6 +4,7 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import secrets
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 import gpt2_jax
 from gpt2_jax.commands.common import (
     COMMANDS,
+    DEFAULT_MODEL,
     Report,
     add_model_arguments,
     as_json,
@@ -28,12 +30,13 @@ from gpt2_jax.commands.common import (
     unwinding,
 )
 from gpt2_jax.config import DTYPES
+from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
 
 # An option's kind in the table of generation options -> how `argparse` reads it.
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,6 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early_stopping": {"choices": ("true", "false", "never")},
     "model": {},
 }
+# A command line has texts alone, HF two booleans and a text.
 EARLY_STOPPING = {None: False, "false": False, "true": True, "never": "never"}
 
 # What an option may need -> what it acts on, and the option that gives it that.
@@ -59,6 +63,14 @@ NUMBERS = {
     "max_tokens": ranges.COUNT,
     "seed": Range(low=0, high=2**32, high_open=True),
 }
+FALLBACK = (
+    f"{DEFAULT_MODEL} is not here and the hub cannot be reached: this is demo, the package's small"
+    " story model. For GPT-2, connect once, or give a folder with --from_pretrained."
+)
+GREETING = (
+    "Begin a text, and the model goes on. Enter alone lets it write more; /new begins another text,"
+    " Ctrl-C ends a turn, Ctrl-D ends all."
+)
 DEFAULT_GUESSES = 5  # at a time, HF's `num_assistant_tokens` having no fixed number of its own
 
 # Probabilities from which on a token is green, ..., red, as numbers of the terminal's 256 colours.
@@ -116,6 +128,8 @@ def parser(program: str) -> argparse.ArgumentParser:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     """Adds which model runs, and where."""
     add_model_arguments(group)
+    # None unless given: only where nobody asked for a model may another one take its place.
+    group.set_defaults(from_pretrained=None)
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -166,6 +180,11 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         help="read <|endoftext|> in a prompt as the special token",
     )
     group.add_argument(
+        "--no_special_tokens",
+        action="store_true",
+        help="add nothing to a prompt, where the tokenizer has tokens that begin and end each text",
+    )
+    group.add_argument(
         "--overflow",
         choices=("error", "stop", "slide"),
         default="error",
@@ -181,6 +200,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     """Adds an option of the table."""
+    # A copy: what is added below is for this option, not for all of its kind.
     settings = dict(KINDS[option.kind])
     text = option.help
     if option.needs == "do_sample":
@@ -226,6 +246,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--stop does not act on beams, which end at the model's own stop ids.")
     if "" in args.stop:
         raise ValueError("--stop must not be empty.")
+    for prompt in args.prompt:
+        check_no_surrogates(prompt)  # bytes of the command line that are no UTF-8
     if args.prompt and args.lines:
         raise ValueError("--lines reads standard input: give no prompt with it.")
 
@@ -280,19 +302,18 @@ def _check_combinations(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks the arguments, loads the model and prints the continuations."""
     check_options(args)
+    # Before the model is loaded: standard input that is empty, or not UTF-8, is told at once.
     prompts = [] if args.interactive else read_prompts(args)
     # Drawn here, and not left to chance in the library, so that it can be reported.
     seed = secrets.randbits(32) if args.seed is None else args.seed
     report = reporter(args.quiet)
+    # From here on: reading the prompts may have waited for someone who types.
     started = time.perf_counter()
+    # Before the first array, with which JAX chooses its device for good.
     set_up_jax(args, report)
-    model = load_pretrained(
-        args.from_pretrained,
-        dtype=args.dtype,
-        tokenizer_name=args.model_name,
-        revision=args.revision,
-    )
+    model = load_model(args)
     report(describe(model, args, seed, time.perf_counter() - started))
+    # Only now, as ids in options are checked against the vocabulary.
     sampler = make_sampler(args, model)
     session = Session(args, model, sampler, jax.random.key(seed), report)
     if args.interactive:
@@ -304,22 +325,53 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def load_model(args: argparse.Namespace) -> Pretrained:
+    """Returns the model that is asked for; of none, GPT-2, or without a network the demo.
+
+    Raises:
+      ConnectionError: a model that was asked for is on the hub, which cannot be reached.
+      ValueError: as `load_pretrained`.
+    """
+    asked_for = (args.from_pretrained, args.model_name, args.revision)
+    may_fall_back = asked_for == (None, None, None)
+    if args.from_pretrained is None:
+        args.from_pretrained = DEFAULT_MODEL
+    try:
+        return _load(args)
+    except ConnectionError:
+        if not may_fall_back:
+            raise
+    # Even with --quiet: the text of another model than expected must not pass for GPT-2's.
+    print(FALLBACK, file=sys.stderr, flush=True)
+    args.from_pretrained = "demo"
+    return _load(args)
+
+
+def _load(args: argparse.Namespace) -> Pretrained:
+    return load_pretrained(
+        args.from_pretrained,
+        dtype=args.dtype,
+        tokenizer_name=args.model_name,
+        revision=args.revision,
+        missing_bytes=args.missing_bytes,
+    )
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Returns the prompts from the arguments or from standard input."""
     if args.prompt and args.prompt != ["-"]:
         return args.prompt
+    # To wait for a terminal would look like a hang; with "-" that is what was asked for.
     if sys.stdin is None or (sys.stdin.isatty() and not args.prompt):
         example = 'gpt2-jax "Once upon a time"'
         raise ValueError(f"No prompt: give one, as in  {example}, or pipe text in.")
-    try:
-        # Not as text: the locale's encoding need not be UTF-8.
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"Standard input must be UTF-8, but {where}.") from error
+    # Not as text: the locale's encoding need not be UTF-8.
+    text = decode_text(sys.stdin.buffer.read(), "Standard input")
     if not args.lines:
-        return [text.removesuffix("\n")]  # the one that `echo` adds
-    prompts = [line for line in text.splitlines() if line]
+        return [
+            text.removesuffix("\n").removesuffix("\r")
+        ]  # what `echo` adds, there and on Windows
+    prompts = [line for line in lines_of(text) if line]
     if not prompts:
         raise ValueError("Standard input holds no line with a prompt.")
     return prompts
@@ -333,6 +385,7 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     """
     if args.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    # A folder that the user has set, by the environment, stays.
     if not jax.config.values["jax_compilation_cache_dir"]:
         # Where XDG's base directories have it. A user without a home is left with `~` as it is.
         cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -346,6 +399,7 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if args.device is None:
         return
+    # JAX's own "gpu" means every vendor's at once, and fails where the plugin of one is missing.
     platform = "cuda" if args.device == "gpu" else args.device
     jax.config.update("jax_platforms", platform)
     # JAX looks for devices when it is first asked for one.
@@ -374,6 +428,7 @@ def make_sampler(args: argparse.Namespace, model: Pretrained) -> Any:
     Raises:
       ValueError: an option is out of range for this model.
     """
+    # Those without a maker are arguments of searches, which are passed to them as such.
     options = {
         option.name: getattr(args, option.name) for option in OPTIONS.values() if option.make
     }
@@ -419,6 +474,7 @@ def stream(session: Session, prompts: list[str]) -> None:
         max_new_tokens=args.max_tokens,
         stop=args.stop,
         allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
         num_return_sequences=args.num_samples,
         overflow=args.overflow,
         sampler=session.sampler,
@@ -429,6 +485,7 @@ def stream(session: Session, prompts: list[str]) -> None:
     rows: list[Continuation] = []
     with unwinding():
         if is_live:
+            # At once: it stands there while the first token is computed.
             print(prompts[0], end="", flush=True)
         try:
             for rows in growing:
@@ -455,15 +512,22 @@ def search(session: Session, prompts: list[str]) -> None:
     begun = time.perf_counter()
     tokenizer = session.model.tokenizer
     # Outside of `unwinding`, as nothing is begun yet.
-    ids, lengths = gpt2_jax.encode_batch(tokenizer, prompts, allow_special=args.allow_special)
+    ids, lengths = gpt2_jax.encode_batch(
+        tokenizer,
+        prompts,
+        allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
+    )
     find = find_beams if args.num_beams > 1 else speculate
     with unwinding():
         texts = find(session, ids, lengths)
         rows = []
         for number, length in enumerate(texts.lengths):
-            prompt = prompts[number // args.num_samples]
+            # Texts of one prompt stand together.
+            source = number // args.num_samples
+            context = ids[source, : lengths[source]].tolist()
             stop_ids = session.model.config.eos_token_ids
-            row = Continuation(prompt, tokenizer, args.stop, stop_ids)
+            row = Continuation(prompts[source], tokenizer, args.stop, stop_ids, context)
             new_ids = texts.ids[number, :length].tolist()
             # Up to a stop text, of which a search knows nothing.
             row.push(new_ids, texts.logprobs[number, :length].tolist())
@@ -509,11 +573,13 @@ def speculate(
     args = session.args
     draft_config = draft_params = None
     if args.assistant_model:
+        # Without a tokenizer: its ids must be the model's, and `speculate` compares how many.
         draft_config, draft_params = gpt2_jax.load(args.assistant_model, dtype=args.dtype)
     # A model's guesses and the text's have a number each, and only one of the two guesses.
     n_guesses = args.num_assistant_tokens or args.prompt_lookup_num_tokens or DEFAULT_GUESSES
     made = gpt2_jax.speculate(
         session.model.params,
+        # A row for each text: `speculate` has no `num_return_sequences`, and each row a key.
         np.repeat(ids, args.num_samples, axis=0),
         np.repeat(lengths, args.num_samples, axis=0),
         session.key,
@@ -549,8 +615,14 @@ def converse(session: Session) -> None:
         config=session.model.config,
         sampler=session.sampler,
         stop=args.stop,
+        add_special_tokens=not args.no_special_tokens,
     )
     given = list(args.prompt)
+    if sys.stdin.isatty():
+        session.report(GREETING)
+        # Arrow keys and history, where Python was built with them.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
     while True:
         if given:
             text = given.pop(0)
@@ -562,6 +634,7 @@ def converse(session: Session) -> None:
                 return
         if text == "/new":
             conversation.reset()
+        # An empty line lets the model go on, if there is something to go on from.
         elif text or conversation.ids:
             answer(session, conversation, text)
 
@@ -574,27 +647,34 @@ def read_line() -> str:
     """
     # Interrupted, `input` must have its chance to restore the terminal.
     with unwinding():
-        return input("> " if sys.stdin.isatty() else "")
+        line = input("> " if sys.stdin.isatty() else "")
+    return line.removeprefix(BYTE_ORDER_MARK)  # before the first, where a file is piped in
 
 
 def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> None:
     """Prints the model's turn as it grows; Ctrl-C ends the turn."""
+    args = session.args
     begun = time.perf_counter()
     n_tokens = 0
-    addition = "\n" + text if conversation.ids else text
+    stopped = False
+    # What is typed is a line of its own. Enter alone goes on, in the middle of a word if need be.
+    addition = "\n" + text if conversation.ids and text else text
     # The context keeps what has been written when a turn is broken off.
     try:
         with unwinding():
-            reply = conversation.reply(addition, max_new_tokens=session.args.max_tokens)
-            for row in reply:
+            for row in conversation.reply(addition, max_new_tokens=args.max_tokens):
                 print(row.new, end="", flush=True)
                 n_tokens = len(row.ids)
+                stopped = row.finish_reason == "stop"
     except KeyboardInterrupt:
         pass
+    # Behind a turn that was broken off as well: what follows begins a line.
     print(flush=True)
     rate = n_tokens / (time.perf_counter() - begun)
     n_known = len(conversation.ids)
-    session.report(f"{n_tokens} tokens, {rate:.1f} tokens/s; {n_known} in the context")
+    # Without stop texts, only the model's own end of text stops a turn.
+    what_next = "; the text ends here: add a line, or /new" if stopped and not args.stop else ""
+    session.report(f"{n_tokens} tokens, {rate:.1f} tokens/s; {n_known} in the context{what_next}")
 
 
 # Printing.
@@ -621,6 +701,7 @@ def as_record(row: Continuation, *, with_score: bool) -> dict[str, Any]:
         "text": row.text,
         "ids": row.ids,
         "logprobs": row.logprobs,
+        # None where Ctrl-C came first: what there is ends as if the length had been reached.
         "finish_reason": row.finish_reason or "length",
     }
     if with_score:
@@ -633,7 +714,7 @@ def colour(row: Continuation, tokenizer: Tokenizer) -> str:
 
     A character made of several tokens has the colour of the least likely of them.
     """
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(row.context)
     coloured = ""
     n_shown = 0
     least_logprob = 0.0
@@ -655,4 +736,5 @@ def shade_of(logprob: float) -> int:
     for least, shade in SHADES:
         if probability >= least:
             return shade
+    # Only for NaN, of which no comparison holds.
     return SHADES[-1][1]

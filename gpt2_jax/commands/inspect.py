@@ -24,6 +24,7 @@ from gpt2_jax.interpretability.taps import find_sites, site_axes
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
 from gpt2_jax.tokenizer import Tokenizer
 
+# An extra, and slow to import: only who draws needs it, and `plot` imports it then.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,6 +42,7 @@ class View(NamedTuple):
     """What there is to see."""
 
     numbers: dict[str, Any]  # for JSON
+    # Not yet a figure: who wants the numbers alone need not have matplotlib.
     draw: Callable[[], "Figure"]
 
 
@@ -90,9 +92,11 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Looks, draws and prints."""
+    # All of this before the model is loaded, which takes seconds.
     if not (args.out or args.json):
         raise ValueError("Expected --out FILE, --json, or both.")
     check_numbers(args, {"batch_size": ranges.COUNT})
+    # An empty donor was given: it is not the same as none.
     if not args.prompt or args.donor == "":
         raise ValueError("The texts must not be empty.")
     model = load_pretrained(
@@ -100,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         dtype="float32",  # figures are to show the model, not the rounding of its storage
         tokenizer_name=args.model_name,
         revision=args.revision,
+        missing_bytes=args.missing_bytes,
     )
     view = choose_view(model, args)
     if args.out:
@@ -120,6 +125,7 @@ def choose_view(model: Pretrained, args: argparse.Namespace) -> View:
     if args.donor is not None:
         return patching(model, args)
     sites = args.site or "h.*.resid_post"
+    # As a set: several sites are one picture only if all are of one kind.
     axes = {site_axes(site, model.config) for site in find_sites(sites, model.config)}
     # By axes, not by names, so that any site of the kind will do.
     if axes == {("B", "H", "T", "S")}:
@@ -137,6 +143,7 @@ def lens(model: Pretrained, prompt: str, sites: str) -> View:
     best = []
     for ids in view.best.tolist():
         best.append(decode_each(model.tokenizer, ids))
+    # As Python's numbers: `json` knows none of numpy's.
     numbers = {
         "tokens": text.tokens,
         "sites": view.sites,
@@ -219,6 +226,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Text:
 
 def decode_each(tokenizer: Tokenizer, ids: list[int] | tuple[int, ...]) -> list[str]:
     """Returns each token's text."""
+    # Each by itself, for it stands in a cell: part of a character becomes U+FFFD.
     return [tokenizer.decode([token]) for token in ids]
 
 
@@ -234,4 +242,5 @@ def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, 
         raise ValueError("The --answers must not be empty.")
     first, second = answers
     # An answer of several tokens is told by its first.
-    return tokenizer.encode(first)[0], tokenizer.encode(second)[0]
+    bare = tokenizer.encode_batch([first, second], add_special_tokens=False)
+    return bare[0][0], bare[1][0]

@@ -42,6 +42,7 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
         program = f"{program} {command}"
     try:
         return _run(command or DEFAULT, arguments, program)
+    # Before `OSError`, of which it is one.
     except BrokenPipeError:
         return 0
     except CommandFailed as error:
@@ -68,6 +69,7 @@ def _say(program: str, error: object) -> None:
 
 def _run(command: str, arguments: Sequence[str], program: str) -> int:
     """Runs a command and returns the exit code of what went well."""
+    # The one that is run: another may import an extra that is not installed.
     module = importlib.import_module(f"gpt2_jax.commands.{command}")
     try:
         args = module.parser(program).parse_args(arguments)

@@ -4,7 +4,9 @@ import argparse
 import sys
 
 from gpt2_jax.commands.common import unwinding
+from gpt2_jax.tokenizer import MISSING_BYTES
 from gpt2_jax.training import corpus
+from gpt2_jax.training.texts import Reading
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -18,7 +20,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="TEXT",
-        help="text file, folder of *.txt, or - for standard input",
+        help="text file, folder of *.txt, or - for standard input; with --field, files of records",
     )
     out.add_argument(
         "--out", required=True, metavar="FOLDER", help="where train.bin, val.bin and the rest go"
@@ -39,12 +41,29 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="for validation, of each file (default: 0.1)",
     )
     out.add_argument(
+        "--field",
+        metavar="NAME",
+        help="the field of records that is their text: in .jsonl, .json, .csv, .tsv and .parquet",
+    )
+    out.add_argument(
+        "--eot_as_text",
+        action="store_true",
+        help="read <|endoftext|> as text, where it otherwise parts documents",
+    )
+    out.add_argument(
         "--unwrap",
         action="store_true",
         help="join the lines of each paragraph, as printed books need it",
     )
     out.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one for each core)"
+    )
+    out.add_argument(
+        "--missing_bytes",
+        choices=MISSING_BYTES,
+        default="error",
+        help="what becomes of bytes that a model's vocabulary lacks: an error, or drop them as HF "
+        "does (default: error)",
     )
     out.add_argument(
         "--overwrite", action="store_true", help="replace the files that are in the folder"
@@ -55,6 +74,7 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares, and reports what was written."""
+    reading = Reading(field=args.field, unwrap=args.unwrap, eot_as_text=args.eot_as_text)
     # Interrupted, nothing is left in the folder.
     with unwinding():
         meta = corpus.prepare(
@@ -63,19 +83,22 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
             val_fraction=args.val_fraction,
-            unwrap=args.unwrap,
+            reading=reading,
             workers=args.workers,
+            missing_bytes=args.missing_bytes,
             overwrite=args.overwrite,
             progress=not args.quiet,
         )
     if args.quiet:
         return 0
     for name in ("train", "val"):
+        # There is no validation part where its fraction is 0.
         if name not in meta:
             continue
         part = meta[name]
         n_tokens = part["tokens"]
         bytes_per_token = part["bytes"] / n_tokens
         sizes = f"{bytes_per_token:.2f} bytes each, {part['documents']:,} documents"
+        # A report like those of the other commands: the results are the files.
         print(f"{name}: {n_tokens:,} tokens, {sizes}", file=sys.stderr)
     return 0

@@ -63,8 +63,10 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     """Adds an option for each field of a recipe, None unless it is given."""
     for field in dataclasses.fields(Recipe):
         option = f"--{field.name}"
+        # By the default, as an annotation need not be a class; `Recipe` checks types by it too.
         kind = type(field.default)
         text = f"{field.metadata['help']} (default: {field.default})"
+        # `type=bool` would take "False" for true, as any text that is not empty.
         if kind is bool:
             group.add_argument(
                 option, action=argparse.BooleanOptionalAction, default=None, help=text
@@ -88,9 +90,11 @@ def choose_start(args: argparse.Namespace) -> Start:
     recipe = RECIPES[args.recipe or "gpt2"]
     from_pretrained = args.from_pretrained
     description = local_path(args.out) / "run.json"
+    # Without the file the run was stopped before it wrote anything, and begins anew.
     if args.resume and description.is_file():
         run = read_json_object(description)
         try:
+            # Named, a recipe is what is meant: `fit` says where the run was another.
             recipe = recipe if args.recipe else Recipe.from_dict(run["recipe"])
             from_pretrained = from_pretrained or run["from_pretrained"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -133,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         where = f"Stopped after step {summary.step} of {recipe.steps}"
         report(f"{where}; --resume goes on from there.")
         return 130
+    # Only of a finished run: what --resume goes on with is not yet the result.
     if args.export:
         step = export(args.out, args.export, dtype=args.export_dtype, say=report)
         report(f"Wrote the weights of step {step} to {args.export}.")

@@ -6,9 +6,13 @@ line where there is one, when the format is not what it expects.
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of
 
 
 class TaskError(ValueError):
@@ -19,27 +23,20 @@ class TaskError(ValueError):
 
 
 def read_text(file: Path) -> str:
-    """Returns the text of a file.
+    """Returns the text of a file, without a byte order mark and with plain ends of line.
 
     Raises:
       TaskError: it is not in UTF-8, or nothing stands in it.
     """
     try:
-        # Not `file.read_text`, which turns "\r\n" into "\n": figures per byte count both.
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TaskError(
-            f"{file}: expected UTF-8, but {error.reason} at byte {error.start}."
-        ) from None
+        text = decode_text(file.read_bytes(), file)
+    except ValueError as error:
+        raise TaskError(str(error)) from None
     if not text.strip():
         raise TaskError(f"{file}: expected a text, got an empty one.")
-    return text
-
-
-def read_tail(file: Path, n_bytes: int) -> str:
-    """Returns the text of a file's last bytes; a character cut in two becomes U+FFFD."""
-    # Not `read_text`: where the tail begins, and in enwik8 itself, UTF-8 may be broken.
-    return file.read_bytes()[-n_bytes:].decode("utf-8", "replace")
+    # A copy that went through Windows has the figures of the published file. A "\r" that stands
+    # alone is text, unlike in `file.read_text`.
+    return text.replace("\r\n", "\n")
 
 
 class Line(NamedTuple):
@@ -56,11 +53,9 @@ class Line(NamedTuple):
 
 def read_lines(file: Path) -> Iterator[Line]:
     """Yields the lines that are not blank."""
-    # Not `splitlines`, which also splits at the line separators of Unicode: JSON and stories may
-    # hold those inside a line.
-    for number, text in enumerate(read_text(file).split("\n"), start=1):
+    for number, text in enumerate(lines_of(read_text(file)), start=1):
         if text.strip():
-            yield Line(file, number, text.removesuffix("\r"))
+            yield Line(file, number, text)
 
 
 class Record(NamedTuple):
@@ -94,7 +89,7 @@ def read_records(file: Path) -> Iterator[Record]:
     for line in read_lines(file):
         try:
             fields = json.loads(line.text)
-        except ValueError:
+        except (ValueError, RecursionError):  # the second where it is nested too deeply
             fields = None
         if not isinstance(fields, dict):
             raise line.error(f"expected a JSON object, got {line.text[:40]!r}.")
@@ -166,8 +161,9 @@ def _hellaswag_label(record: Record, n_endings: int) -> int:
         index = int(label)
     except ValueError:  # an empty one, as in the test set, whose answers are not published
         index = -1
-    if not 0 <= index < n_endings:
-        raise record.line.error(f"expected a label in [0, {n_endings}), got {label}.")
+    # True is a number to Python.
+    if isinstance(label, bool) or not 0 <= index < n_endings:
+        raise record.line.error(f"expected a label in [0, {n_endings}), got {label!r}.")
     return index
 
 
@@ -273,7 +269,7 @@ def read_wikitext(file: Path) -> list[str]:
     Raises:
       TaskError: none of them is the title of an article.
     """
-    lines = read_text(file).split("\n")
+    lines = lines_of(read_text(file))
     if not any(is_title(line) for line in lines):
         raise TaskError(
             f"{file}: expected WikiText with headings such as ' = Title = ', found none."
@@ -333,6 +329,80 @@ def detokenized(page: str) -> str:
     for old, new in AFTER_BRACKETS:
         page = page.replace(old, new)
     return page
+
+
+# enwik8 and text8.
+
+# How files begin that are taken for them -> what they are.
+FOREIGN = {
+    b"\x1f\x8b": "a gzip",
+    b"BZh": "a bzip2",
+    b"\xfd7zXZ": "an xz",
+    b"\x28\xb5\x2f\xfd": "a zstd",
+    b"7z\xbc\xaf": "a 7z",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+ZIP = b"PK\x03\x04"
+TEXT8_STRAY = re.compile(rb"[^a-z ]")
+
+
+def read_enwik8(file: Path, n_bytes: int) -> str:
+    """Returns the text of the last bytes of enwik8, from the file or from the zip around it.
+
+    Raises:
+      TaskError: the file is of another kind.
+    """
+    return _tail_of(_published_bytes(file, "enwik8"), n_bytes)
+
+
+def read_text8(file: Path, n_bytes: int) -> str:
+    """Returns the text of the last bytes of text8, from the file or from the zip around it.
+
+    Raises:
+      TaskError: the file is of another kind, or holds more than letters and spaces.
+    """
+    content = _published_bytes(file, "text8")
+    stray = TEXT8_STRAY.search(content)
+    if stray is not None:
+        got = f"got {stray[0]!r} at byte {stray.start()}"
+        raise TaskError(f"{file}: expected text8, the letters a to z and spaces alone, {got}.")
+    return _tail_of(content, n_bytes)
+
+
+def _tail_of(content: bytes, n_bytes: int) -> str:
+    """Returns the text of the last bytes; a character cut in two becomes U+FFFD."""
+    # Byte for byte, unlike `read_text`: where the tail begins, and in enwik8 itself, UTF-8 may be
+    # broken.
+    return content[-n_bytes:].decode("utf-8", "replace")
+
+
+def _published_bytes(file: Path, name: str) -> bytes:
+    """Returns the bytes of a published file, unpacked."""
+    content = file.read_bytes()
+    if content.startswith(ZIP):
+        content = _unzipped(file, name)
+    expected = f"expected {name} as it was published, unpacked or as a zip"
+    for beginning, kind in FOREIGN.items():
+        if content.startswith(beginning):
+            raise TaskError(f"{file}: {expected}, got {kind}.")
+    # No text of letters has one, but in UTF-16, and most files of other kinds do.
+    if b"\0" in content:
+        raise TaskError(f"{file}: {expected}, got a zero byte at {content.index(0)}.")
+    return content.removeprefix(BYTE_ORDER_MARK.encode())
+
+
+def _unzipped(file: Path, name: str) -> bytes:
+    """Returns the file of a name in a zip."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if name not in names:
+                raise TaskError(f"{file}: expected a zip with a file {name}, got {names[:5]}.")
+            return archive.read(name)
+    # Of a damaged file: what is wrong with it decides which.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise TaskError(f"{file}: expected a sound zip, but {error}.") from error
 
 
 # The hub.

@@ -9,7 +9,7 @@ scored tokens of one text.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -18,20 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.inputs import Layout, check_ids, pad_rows
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import (
-    Params,
-    check_ids,
-    hidden_states,
-    pad_rows,
-    token_logprobs_of,
-    unembed,
-)
-from gpt2_jax.modules import wide_dtype
+from gpt2_jax.model import Params, hidden_states, token_logprobs_of, unembed
+from gpt2_jax.modules import Tap, no_tap, wide_dtype
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
 # float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
@@ -138,7 +132,14 @@ def bits(nats: float) -> float:
 
 
 def token_logprobs(
-    params: Params, ids: Int[ArrayLike, "B T"], *, config: GPT2Config
+    params: Params,
+    ids: Int[ArrayLike, "B T"],
+    *,
+    config: GPT2Config,
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    tap: Tap = no_tap,
 ) -> Float[Array, "B T-1"]:
     """Returns the log-probability of each token after its predecessors, in nats.
 
@@ -151,6 +152,8 @@ def token_logprobs(
       ids: token ids, padded on the right with any id of the vocabulary; `T` is at most
         `n_positions + 1`.
       config: the model's configuration.
+      positions, mask, segment_ids, tap: see `apply`. The first token of a segment is scored after
+        the segment before it: ignore that, too.
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns.
@@ -158,7 +161,17 @@ def token_logprobs(
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
         raise ValueError("`ids` must have at least 2 columns: one to read and one to score, got 1.")
-    hidden = hidden_states(params, ids[:, :-1], config=config)  # [B, T - 1, D]
+    # The last token is scored, and not read; what is said of it is dropped.
+    layout = Layout(positions, mask, segment_ids).without_last()
+    hidden = hidden_states(
+        params,
+        ids[:, :-1],
+        config=config,
+        positions=layout.positions,
+        mask=layout.mask,
+        segment_ids=layout.segment_ids,
+        tap=tap,
+    )  # [B, T - 1, D]
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = ids[:, 1:].reshape(-1)
 
@@ -183,11 +196,13 @@ def score(
     config: GPT2Config,
     batch_size: int = 8,
     progress: Progress | None = None,
+    share: bool = True,
 ) -> list[Scored]:
     """Scores the last tokens of many texts, each after all that stands before it.
 
-    Texts of like length share a batch. Compiles itself; rows are padded to 32, 64, 128, ...
-    columns, so that few programs serve all lengths.
+    Texts of like length share a batch, and texts that differ in their last token alone, which is
+    what is scored, one pass: the answers to a question may be letters. Compiles itself; rows are
+    padded to 32, 64, 128, ... columns, so that few programs serve all lengths.
 
     Args:
       params: the parameters.
@@ -196,6 +211,7 @@ def score(
       config: the model's configuration.
       batch_size: texts that pass through the model at once.
       progress: called after each batch with the number of requests in it.
+      share: whether texts share a pass.
 
     Returns:
       What the model thinks of each request's tokens, in the order of the requests.
@@ -210,16 +226,16 @@ def score(
         _checked_request(index, ids, n_scored, config)
         for index, (ids, n_scored) in enumerate(requests)
     ]
-    # Rows of like length waste little on padding. The longest come first, so that a batch for which
-    # memory is short fails at once, and the time that is left is never underestimated.
-    longest_first = sorted(range(len(checked)), key=lambda index: -len(checked[index].ids))
+    rows = _rows_of(checked, share, config)
     scored: dict[int, Scored] = {}
-    for start in range(0, len(longest_first), batch_size):
-        indices = longest_first[start : start + batch_size]
-        together = [checked[index] for index in indices]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        together = [[checked[index] for index in row] for row in part]
         batch = _batch_of(together, batch_size, config)
         batch_scores = jax.device_get(score_batch(params, batch, config=config))
-        scored.update(zip(indices, _by_request(batch_scores, together), strict=True))
+        indices = list(chain.from_iterable(part))
+        requests_of_batch = chain.from_iterable(together)
+        scored.update(zip(indices, _by_request(batch_scores, requests_of_batch), strict=True))
         if progress is not None:
             progress(len(indices))
     return [scored[index] for index in range(len(checked))]
@@ -442,21 +458,46 @@ def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
     return lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
 
 
-def _batch_of(requests: Sequence[CheckedRequest], n_rows: int, config: GPT2Config) -> Batch:
-    """Returns requests, the longest first, as one batch of `n_rows` rows, those left over empty."""
+def _rows_of(
+    requests: Sequence[CheckedRequest], share: bool, config: GPT2Config
+) -> list[list[int]]:
+    """Returns the indices of the requests that share a row of a batch, the longest rows first."""
+    # A batch is made for as many tokens to score as it reads, and no row reads less than this.
+    most = bucket(1, config.n_positions)
+    rows: list[list[int]] = []
+    open_rows: dict[int | tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        shares = share and request.n_scored == 1
+        key = tuple(request.ids[:-1]) if shares else index
+        row = open_rows.get(key)
+        if row is None or len(row) == most:
+            row = []
+            rows.append(row)
+            open_rows[key] = row
+        row.append(index)
+    # Rows of like length waste little on padding. The longest come first, so that a batch for which
+    # memory is short fails at once, and the time that is left is never underestimated.
+    return sorted(rows, key=lambda row: -len(requests[row[0]].ids))
+
+
+def _batch_of(
+    requests: Sequence[Sequence[CheckedRequest]], n_rows: int, config: GPT2Config
+) -> Batch:
+    """Returns rows of requests, the longest first, as one batch of `n_rows`, the rest empty."""
     # The first is the longest. No wider than the model has positions, which need be no power of 2.
-    width = bucket(len(requests[0].ids) - 1, config.n_positions)
-    rows = [request.ids[:-1] for request in requests]  # the last token is scored but not read
+    width = bucket(len(requests[0][0].ids) - 1, config.n_positions)
+    rows = [row[0].ids[:-1] for row in requests]  # the last token is scored but not read
     n_empty = n_rows - len(rows)  # so that a last batch of fewer texts needs no program of its own
     ids, lengths = pad_rows(rows + [[]] * n_empty, width)
 
     offsets: list[int] = []
     targets: list[int] = []
-    for row, (text, n_scored) in enumerate(requests):
+    for number, row in enumerate(requests):
         # The token at an offset predicts the one after it, so offsets end where the row does.
-        row_end = row * width + int(lengths[row])
-        offsets += range(row_end - n_scored, row_end)
-        targets += text[-n_scored:]
+        row_end = number * width + int(lengths[number])
+        for text, n_scored in row:
+            offsets += range(row_end - n_scored, row_end)
+            targets += text[-n_scored:]
 
     capacity = _n_chunks(n_rows * width) * TOKENS_PER_CHUNK
     padded, _ = pad_rows([offsets, targets], capacity)
@@ -468,7 +509,7 @@ def _n_chunks(n_tokens: int) -> int:
     return math.ceil(n_tokens / TOKENS_PER_CHUNK)
 
 
-def _by_request(scored: Scored, requests: Sequence[CheckedRequest]) -> Iterator[Scored]:
+def _by_request(scored: Scored, requests: Iterable[CheckedRequest]) -> Iterator[Scored]:
     """Yields each request's part of a batch's scores."""
     start = 0
     for request in requests:

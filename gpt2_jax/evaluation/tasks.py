@@ -10,6 +10,7 @@ differ by more than models do.
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluation.pairs import pair_request
 from gpt2_jax.evaluation.readers import (
     EndingQuestion,
     TaskError,
@@ -26,10 +28,11 @@ from gpt2_jax.evaluation.readers import (
     detokenized,
     fetch,
     read_cbt,
+    read_enwik8,
     read_hellaswag,
     read_lambada,
-    read_tail,
     read_text,
+    read_text8,
     read_wikitext,
     without_brackets,
 )
@@ -104,15 +107,16 @@ class Model(NamedTuple):
         return self.stride or self.window // 2
 
     @property
-    def eot_id(self) -> int:
-        """The id of `<|endoftext|>`.
+    def prefix_id(self) -> int:
+        """The id that stands before a text: of what begins one, `<|endoftext|>` in GPT-2.
 
         Raises:
           ValueError: the tokenizer has none.
         """
-        if self.tokenizer.eot_id is None:
-            raise ValueError("This task needs a tokenizer with the token <|endoftext|>, got none.")
-        return self.tokenizer.eot_id
+        if self.tokenizer.bot_id is None:
+            expected = "names its `bos_token` or `eos_token`, or has the token <|endoftext|>"
+            raise ValueError(f"This task needs a tokenizer that {expected}, got none.")
+        return self.tokenizer.bot_id
 
     def score(self, title: str, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Scores requests and reports progress under a title: see `score.score`."""
@@ -208,13 +212,14 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
     requests: list[ScoreRequest] = []
     for page in pages:
         ids = model.tokenizer.encode(detokenized(page))
-        requests += rolling_windows(ids, prefix_id=model.eot_id, window=model.window)
+        requests += rolling_windows(ids, prefix_id=model.prefix_id, window=model.window)
     # All windows of all pages together, so that batches hold windows of like length.
     scored = model.score("wikitext, pages", requests)
 
     nll = -sum(window.total for window in scored)
     # By a regular expression, unlike `page.split()`: white space at either end counts a word more.
     n_words = sum(len(re.split(r"\s+", page)) for page in pages)
+    # Of the published pages, like the words: the harness divides by what stands in the set.
     n_bytes = sum(len(page.encode()) for page in pages)
 
     def figure(metric: str, value: float, count: int, unit: str) -> Figure:
@@ -240,17 +245,16 @@ def _figures_of_pages(model: Model, pages: Sequence[str]) -> list[Figure]:
 
 def enwik8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of enwik8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "enwik8")]
+    return [_bits_per_byte_of_tail(model, "enwik8", read_enwik8(file, TEST_BYTES))]
 
 
 def text8(model: Model, file: Path) -> list[Figure]:
     """The last five million bytes of text8: bits per byte, scored by tokens."""
-    return [_bits_per_byte_of_tail(model, file, "text8")]
+    return [_bits_per_byte_of_tail(model, "text8", read_text8(file, TEST_BYTES))]
 
 
-def _bits_per_byte_of_tail(model: Model, file: Path, task: str) -> Figure:
+def _bits_per_byte_of_tail(model: Model, task: str, text: str) -> Figure:
     # Bits per byte do not depend on the tokenizer, though tokens are what is scored.
-    text = read_tail(file, TEST_BYTES)
     figure = _bits_per_byte(
         task,
         model.likelihood(task, text),
@@ -361,7 +365,8 @@ def hellaswag(model: Model, file: Path) -> list[Figure]:
 
 
 def _hellaswag_of_llm_c(model: Model, questions: Sequence[EndingQuestion]) -> list[Figure]:
-    encode = model.tokenizer.encode
+    # The protocol knows GPT-2's own tokenizer, which adds nothing to a text.
+    encode = partial(model.tokenizer.encode, add_special_tokens=False)
     requests: list[list[ScoreRequest]] = []
     for question in questions:
         # Encoded apart from the ending, unlike the harness: no token spans both.
@@ -428,6 +433,7 @@ def cbt(model: Model, file: Path) -> list[Figure]:
     requests: list[list[ScoreRequest]] = []
     for question in questions:
         # The rest of the sentence is scored too: what makes a word wrong may come after it.
+        # The space before the gap goes to the word: to GPT-2's tokenizer it is part of it.
         context = f"{question.context} {question.before_gap}".rstrip()
         endings = [f" {word}{question.after_gap}" for word in question.candidates]
         requests.append([_harness_request(model, context, ending) for ending in endings])
@@ -445,6 +451,7 @@ def _cbt_set(file: Path) -> str | None:
     """Returns which of the paper's two sets a file is, by its published name."""
     parts = file.name.split("_")
     short_name = parts[1] if len(parts) > 1 else parts[0]
+    # A file of another name is measured as well, with no figure of the paper beside it.
     return CBT_SETS.get(short_name)
 
 
@@ -452,19 +459,11 @@ def _cbt_set(file: Path) -> str | None:
 
 
 def _harness_request(model: Model, context: str, continuation: str) -> ScoreRequest:
-    """Returns the request that scores a continuation, by the harness's rule (`_encode_pair`).
-
-    Both are encoded together; spaces between them belong to the continuation; without a context,
-    it follows `<|endoftext|>`.
-    """
-    # A token may span the two, as the space before a word is part of it.
+    """Returns the request that scores a continuation, by the harness's rule: see `pairs.py`."""
     # Without special tokens: what looks like one in a set is text.
-    ids = model.tokenizer.encode(context + continuation)
-    n_context = len(model.tokenizer.encode(context.rstrip()))
-    n_scored = len(ids) - n_context
-    if n_context == 0:
-        ids = [model.eot_id, *ids]
-    return ScoreRequest(ids, n_scored)
+    return pair_request(
+        model.tokenizer.encode, context, continuation, prefix_id=lambda: model.prefix_id
+    )
 
 
 def _answer_logprobs(
@@ -511,6 +510,7 @@ def _paper_figure(model: Model, name: str | None) -> float | None:
     return PAPER[name][column]
 
 
+# In the order in which `--task all` measures them.
 TASKS: dict[str, Callable[[Model, Path], list[Figure]]] = {
     "perplexity": perplexity_of_file,
     "wikitext": wikitext,

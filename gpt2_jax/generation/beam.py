@@ -32,9 +32,8 @@ from gpt2_jax.generation.sampling import History
 from gpt2_jax.model import decode_step, prefill
 from gpt2_jax.modules import Params
 
-NEVER = (
-    -1e9
-)  # HF's score of what must not be chosen; finite, so that such beams still have an order
+# HF's score of what must not be chosen; finite, so that such beams still have an order.
+NEVER = -1e9
 
 
 class Beams(NamedTuple):
@@ -170,6 +169,7 @@ def _search(
 ) -> Beams:
     """Returns the finished beams of each prompt, the best first."""
     room = jnp.pad(request.ids, ((0, 0), (0, max_new_tokens)))
+    # Beams of one prompt stand together, in all arrays of rows.
     search = _Search(request, jnp.repeat(room, num_beams, axis=0), length_penalty)
 
     def unfinished(state):
@@ -239,14 +239,14 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     step = state.step
     n_rows, num_beams, max_new_tokens = state.running.ids.shape
     vocab_size = logits.shape[-1]
+    # HF's number: even if every beam ends at every stop id, `n` others are left to go on.
     n_candidates = num_beams * max(2, 1 + len(rules.stop_ids))
 
     # HF adds up log-probabilities, not logits, and lets the transforms act on these.
     own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     new = state.running.ids.reshape(n_rows * num_beams, max_new_tokens)
-    first_new = search.request.lengths.max(
-        initial=1
-    )  # the slot of the first token after the prompts
+    # The slot of the first token after the prompts: all rows write from there, as in the cache.
+    first_new = search.request.lengths.max(initial=1)
     seen = kv_cache.put(search.prompts, new, first_new)
     logprobs = transform_of(rules.sampler)(own, History(seen, state.cache.valid, step))
     totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]
@@ -269,6 +269,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
         logprobs=beams.logprobs.at[:, :, step].set(token_logprobs),
         scores=scores,
     )
+    # HF's criteria include the length: at the last step each candidate ends.
     is_last_step = step + 1 == max_new_tokens
     return _Candidates(beams, parents, jnp.isin(token, rules.stop_ids) | is_last_step)
 
@@ -276,6 +277,7 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
 def _keep_running(candidates: _Candidates, state: _State) -> tuple[Beams, Int[Array, " R"]]:
     """Returns the best candidates that go on, and the row of the cache that each continues."""
     n_rows, num_beams, _ = state.running.ids.shape
+    # Added, as in HF's code. Enough go on that none of these is taken, but in the last step.
     scores = candidates.beams.scores + jnp.where(candidates.ended, NEVER, 0.0)
     _, places = jax.lax.top_k(scores, num_beams)
     running = _take(candidates.beams._replace(scores=scores), places)

@@ -42,6 +42,7 @@ class Conversation:
         config: GPT2Config,
         sampler: Any = None,
         stop: Sequence[str] = (),
+        add_special_tokens: bool = True,
         chunk: int = 8,
     ):
         """Takes what `stream_text` takes; `key` is one key.
@@ -55,6 +56,7 @@ class Conversation:
         self.key = key
         self.sampler = check_sampler(sampler, key)
         self.stop = stop
+        self.add_special_tokens = add_special_tokens
         self.turn = 0
         self._chunk = as_count("chunk", chunk)
         # One size for the whole context, so that no turn waits for a compilation. A last block may
@@ -77,20 +79,29 @@ class Conversation:
           ValueError: the whole text is empty, or `max_new_tokens` is less than 1.
         """
         max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-        ids = self.tokenizer.encode(text)
+        # What the tokenizer adds to a text is added to its beginning, not to each turn.
+        is_beginning = not self.ids
+        ids = self.tokenizer.encode(
+            text, add_special_tokens=is_beginning and self.add_special_tokens
+        )
         if not self.ids and not ids:
             raise ValueError("There is no text to continue.")
         self.ids += ids
+        # By the turn, so that the same words in another turn are answered anew.
         keys = None if self.key is None else jax.random.fold_in(self.key, self.turn)[None]
+        # Counted as it begins: a turn that is broken off has used its key up.
         self.turn += 1
         rules = Rules(
             keys=keys,
             sampler=self.sampler,
             stop_ids=jnp.asarray(self.config.eos_token_ids, jnp.int32),
+            # Seen by nobody: what stands behind a stop id is cut off.
             pad_id=jnp.int32(0),
             tap=None,
         )
-        row = Continuation(text, self.tokenizer, self.stop, self.config.eos_token_ids)
+        stop_ids = self.config.eos_token_ids
+        row = Continuation(text, self.tokenizer, self.stop, stop_ids, list(self.ids))
+        # Returned, not yielded from: what the user said counts, even if nobody asks for an answer.
         return self._continue(row, rules, max_new_tokens)
 
     def _continue(
@@ -133,6 +144,7 @@ class Conversation:
     def _take(self, row: Continuation, made: Generation, room: int) -> None:
         """Adds what was made to the row, and what the row took of it to the text."""
         n_known = len(row.ids)
+        # A chunk is filled up with padding behind the tokens that there was room for.
         ids = np.asarray(made.ids)[0, :room].tolist()
         row.push(ids, np.asarray(made.logprobs)[0, :room].tolist())
         # A stop id ends the turn, not the text: the next turn goes on as if it had not come.
@@ -142,6 +154,7 @@ class Conversation:
     def _begin(self, step: int, rules: Rules) -> tuple[State, Generation]:
         """Reads what is unread, at least the last token, and chooses this turn's `step`-th."""
         n_tokens = len(self.ids)
+        # Of one shape, however long the text is, like the cache: each turn runs the same programs.
         ids = np.zeros((1, self._slots), np.int32)
         ids[0, :n_tokens] = self.ids
         if self._cache is None:
@@ -151,6 +164,7 @@ class Conversation:
         start = min(self.read, n_tokens - 1)
         cache = self._lend()
         while True:
+            # In blocks of one size: a long addition runs the same program several times.
             count = min(n_tokens - start, BLOCK)
             logits, cache = read(
                 self.params,

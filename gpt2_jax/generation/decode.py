@@ -20,9 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, cache_slots
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation.request import Request, Rules, fold_rows
+from gpt2_jax.generation.request import Past, Request, Rules, fold_rows
 from gpt2_jax.generation.sampling import History
-from gpt2_jax.model import decode_step, extend, prefill, token_logprobs_of
+from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
 from gpt2_jax.modules import Params, no_tap
 
 AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
@@ -70,22 +70,55 @@ def begin(
     num_return_sequences: int,
 ) -> tuple[State, Generation]:
     """Reads the prompts and chooses the `step`-th token of each row that is not `done`."""
+    # In the request None stands for no tap: a pytree without leaves, as the function is not.
     tap = request.rules.tap or no_tap
     ids = request.ids
     logits, cache = prefill(
         params, ids, request.lengths, config=config, cache_len=cache_len, tap=tap
     )
+    ids = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
     # A prompt is read once for all of its sequences.
     if num_return_sequences > 1:
-        rows = jnp.repeat(jnp.arange(len(ids)), num_return_sequences)
-        ids = ids[rows]
-        logits = logits[rows]
-        cache = kv_cache.select(cache, rows)
-    ids = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
+        ids, logits, cache = _repeat(ids, logits, cache, num_return_sequences)
+    # One bool at the start of a text; one for each row where a full one goes on.
     done = jnp.broadcast_to(jnp.asarray(done), (len(ids),))
     return choose(logits, cache, ids, request.rules, step, done, config=config)
 
 
+# Nothing is donated: a caller may go on from the same cache again.
+@partial(jax.jit, static_argnames="num_return_sequences")
+def resume(
+    params: Params,
+    past: Past,
+    rules: Rules,
+    *,
+    config: GPT2Config,
+    num_return_sequences: int,
+) -> tuple[State, Generation]:
+    """Reads what a cache lacks of some texts, and chooses the first token after each."""
+    tap = rules.tap or no_tap
+    unread = jnp.asarray(past.ids)
+    lengths = jnp.asarray(past.lengths)
+    hidden, cache = read_on(params, unread, past.cache, lengths, config=config, tap=tap)
+    # The head is the largest product of all: it is computed for the last tokens alone.
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    logits = tap("logits", unembed(params, last, config=config))
+    ids = jnp.asarray(past.at_slots)
+    if num_return_sequences > 1:
+        ids, logits, cache = _repeat(ids, logits, cache, num_return_sequences)
+    done = jnp.zeros(len(ids), bool)
+    return choose(logits, cache, ids, rules, jnp.int32(0), done, config=config)
+
+
+def _repeat(
+    ids: Int[Array, "B S"], logits: Float[Array, "B V"], cache: KVCache, n: int
+) -> tuple[Int[Array, "R S"], Float[Array, "R V"], KVCache]:
+    """Returns each row `n` times."""
+    rows = jnp.repeat(jnp.arange(len(ids)), n)
+    return ids[rows], logits[rows], kv_cache.select(cache, rows)
+
+
+# Donated, as in `choose` and `advance`: the cache is large, and one of it is enough.
 @partial(jax.jit, donate_argnames="cache")
 def read(
     params: Params,
@@ -100,9 +133,12 @@ def read(
 
     The slot of each of the cache's tokens must be its position. What is behind `count` is padding.
     """
-    logits, cache = extend(params, ids, kv_cache.keep_first(cache, start), config=config)
-    last = jax.lax.dynamic_index_in_dim(logits, count - 1, axis=1, keepdims=False)
-    return last, kv_cache.keep_first(cache, start + count)
+    known = kv_cache.keep_first(cache, start)
+    hidden, cache = read_on(params, ids, known, ids.shape[1], config=config)
+    # At a traced place: a block that is half empty runs the program of a full one.
+    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    logits = unembed(params, last, config=config)
+    return logits, kv_cache.keep_first(cache, start + count)
 
 
 # Inlined where another program calls it: its body is the end of each of their steps.
@@ -120,7 +156,9 @@ def choose(
     """Chooses the token after the `ids` that the cache holds, of each row that is not `done`."""
     history = History(ids, cache.valid, step)
     token = rules.sampler(fold_rows(rules.keys, step), logits, history)
+    # Rows that have ended are computed all the same, as the batch keeps its shape.
     token = jnp.where(done, rules.pad_id, token)
+    # Of a float64 model, too: the loop collects them in float32.
     logprob = token_logprobs_of(logits, token).astype(jnp.float32)
     made = Generation(
         ids=token[:, None],
@@ -187,6 +225,9 @@ def _step(
     return choose(logits, cache, ids, rules, state.step, state.done, config=config)
 
 
+_lengthen = jax.jit(kv_cache.lengthen, static_argnums=1)
+
+
 @partial(jax.jit, static_argnames="slots")
 def grow(state: State, *, slots: int) -> State:
     """Returns the state with room for `slots` tokens."""
@@ -198,6 +239,13 @@ def grow(state: State, *, slots: int) -> State:
 
 
 # From the host.
+
+
+def _with_slots(past: Past, slots: int) -> Past:
+    """Returns a past whose cache, and whose tokens by slots, have room for `slots` tokens."""
+    n_new = slots - past.at_slots.shape[1]
+    cache = past.cache if slots == past.cache.slots else _lengthen(past.cache, slots)
+    return past._replace(cache=cache, at_slots=np.pad(past.at_slots, ((0, 0), (0, n_new))))
 
 
 class _Ahead:
@@ -216,19 +264,19 @@ class _Ahead:
         """Begins to compile for a cache of `slots`, unless that was begun before."""
         if slots in self.compiling:
             return
+        # Shapes alone: the larger cache itself is made when it is needed.
         larger = jax.eval_shape(partial(grow, slots=slots), state)
 
         def compile_program():
             steps = jnp.int32(plan.chunk)
             lowered = advance.lower(params, larger, rules, steps, config=config, chunk=plan.chunk)
+            # JAX remembers what it has compiled; the program itself is of no use here.
             lowered.compile()
 
         self.compiling[slots] = self.pool.submit(compile_program)
 
     def finish(self, slots: int) -> None:
-        """Waits for the program, not for its success: without it, the call that needs it compiles
-        it.
-        """
+        """Waits for the program, not for its success: the call that needs it would compile it."""
         wait([self.compiling[slots]])
 
 
@@ -240,30 +288,45 @@ def pieces(
     config: GPT2Config,
     step: int = 0,
     done: Bool[np.ndarray, " R"] | bool = False,
+    past: Past | None = None,
 ) -> Iterator[Generation]:
     """Yields texts in pieces: the first token, then at most `plan.chunk` at a time.
 
     Of the text, `step` tokens are made already; rows that are `done` get none. The context must
-    have room.
+    have room. What a `past` knows of the prompts is not read again.
     """
-    used = int(np.max(request.lengths, initial=1))  # slots in use
+    # Slots in use.
+    used = int(np.max(request.lengths, initial=1)) if past is None else past.used
     most = used + plan.max_new_tokens - 1  # the last token is never read
-    slots = max(request.ids.shape[1], cache_slots(used, most))
+    # No fewer than the columns of the prompts: their padding is read, and so written, as well.
+    columns = request.ids.shape[1] if past is None else past.at_slots.shape[1]
+    slots = max(columns, cache_slots(used, most))
     rules = request.rules
-    state, made = begin(
-        params,
-        request,
-        jnp.int32(step),
-        done,
-        config=config,
-        cache_len=slots,
-        num_return_sequences=plan.num_return_sequences,
-    )
+    if past is None:
+        state, made = begin(
+            params,
+            request,
+            jnp.int32(step),
+            done,
+            config=config,
+            cache_len=slots,
+            num_return_sequences=plan.num_return_sequences,
+        )
+    else:
+        state, made = resume(
+            params,
+            _with_slots(past, slots),
+            rules,
+            config=config,
+            num_return_sequences=plan.num_return_sequences,
+        )
+    # Before the loop, and what it compiles: the first token waits for its own program alone.
     yield made
 
     n_generated = 1
     with ThreadPoolExecutor(1) as pool:
         ahead = _Ahead(pool)
+        # To look at `done` waits for the device: once for each chunk, not for each token.
         while n_generated < plan.max_new_tokens and not np.all(state.done):
             if used == slots:
                 slots = cache_slots(used, most)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from gpt2_jax.cache import bucket
+from gpt2_jax.cache import KVCache, bucket
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.decode import Generation, Plan, pieces
 from gpt2_jax.generation.request import (
@@ -23,9 +23,10 @@ from gpt2_jax.generation.request import (
     check_room,
     make_request,
     read_endings,
+    read_past,
     read_prompts,
 )
-from gpt2_jax.model import pad_rows
+from gpt2_jax.inputs import pad_rows
 from gpt2_jax.modules import Params, Tap
 
 CHUNK = 128  # tokens that `generate` makes before it looks whether every row has ended
@@ -47,6 +48,7 @@ def generate(
     overflow: str = "error",
     keep: int | None = None,
     tap: Tap | None = None,
+    cache: KVCache | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens. Compiles itself.
 
@@ -81,12 +83,16 @@ def generate(
       tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree,
         as those of `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function
         compiles once for each object.
+      cache: what `prefill`, `extend` or `share` returned for the beginnings of the prompts: they
+        are not read again. `ids` are the whole prompts all the same, each at least one token longer
+        (HF's `past_key_values`). It stays as it is, for other calls.
 
     Raises:
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
         `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or a call
         inside `jax.jit` or `jax.vmap`.
     """
+    # `generate` is the stream, collected: the two cannot differ.
     parts = stream(
         params,
         ids,
@@ -103,6 +109,7 @@ def generate(
         overflow=overflow,
         keep=keep,
         tap=tap,
+        cache=cache,
     )
     # To the host in one go, and back as whole arrays: the pieces' sizes would compile a program
     # each.
@@ -111,6 +118,7 @@ def generate(
     all_logprobs = np.concatenate([part.logprobs for part in made], axis=1)
     n_missing = int(max_new_tokens) - all_ids.shape[1]  # where every row has ended before
     behind = ((0, 0), (0, n_missing))
+    # The same as in the pieces, which do not carry it.
     pad = read_endings(stop_ids, pad_id, config=config).pad_id
     return Generation(
         ids=jnp.asarray(np.pad(all_ids, behind, constant_values=pad)),
@@ -136,6 +144,7 @@ def stream(
     overflow: str = "error",
     keep: int | None = None,
     tap: Tap | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Generation]:
     """Yields what `generate` would return, in pieces. Compiles itself.
 
@@ -143,6 +152,7 @@ def stream(
 
     Takes and checks `generate`'s arguments, and ends as soon as every row has.
     """
+    # Not a generator itself, which would check nothing before its first piece is asked for.
     prompts = read_prompts(params, ids, lengths, padding_side, config=config)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     check_room(prompts, max_new_tokens, overflow, config=config)
@@ -163,15 +173,19 @@ def stream(
         max_new_tokens=max_new_tokens,
         chunk=as_count("chunk", chunk),
         num_return_sequences=int(num_return_sequences),
+        # `keep` is at least 1 by now, so that `or` means None alone.
         keep=keep or full // 2,
     )
     if overflow == "slide" and prompts.longest + max_new_tokens > full:
+        if cache is not None:
+            raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
         return _slide(params, request, plan, config=config)
     # The shortest prompt ends its text last; one more token is chosen at the last position than can
     # be read.
     room = full - int(prompts.lengths.min(initial=full))
     plan = plan._replace(max_new_tokens=min(max_new_tokens, room))
-    return pieces(params, request, plan, config=config)
+    past = None if cache is None else read_past(prompts, cache, config=config)
+    return pieces(params, request, plan, config=config, past=past)
 
 
 def _slide(
@@ -190,13 +204,16 @@ def _slide(
     done = np.zeros(len(texts) * plan.num_return_sequences, bool)
     n_generated = 0
     while n_generated < plan.max_new_tokens and not done.all():
+        # Full ones alone: a shorter row loses nothing before it must.
         texts = [text if len(text) < full else text[-plan.keep :] for text in texts]
         longest = max(len(text) for text in texts)
         ids, lengths = pad_rows(texts, bucket(longest, full))
         window = request._replace(ids=jnp.asarray(ids), lengths=jnp.asarray(lengths))
+        # At least one token: a row that keeps all of its context is full as it is.
         room = max(1, full - longest)
         n_missing = plan.max_new_tokens - n_generated
         part = plan._replace(max_new_tokens=min(n_missing, room))  # until the longest row is full
+        # Steps go on counting, as keys are folded with them: no window repeats another's draws.
         made = pieces(params, window, part, config=config, step=n_generated, done=done)
         # The first window was read once for all sequences of a prompt. From here on each has a text
         # of its own, and is a row.
@@ -204,6 +221,7 @@ def _slide(
         plan = plan._replace(num_return_sequences=1)
         for piece in made:
             texts = _appended(texts, piece)
+            # By stop ids, not by the state of `pieces`: there a row ends with its positions, too.
             done |= np.isin(np.asarray(piece.ids), stop_ids).any(axis=1)
             n_generated += piece.ids.shape[1]
             yield piece

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import GPT2Config, ids_within
 from gpt2_jax.files import read_json_object
-from gpt2_jax.generation.options import OPTIONS, as_ids, sampler_from_options
+from gpt2_jax.generation.options import OPTIONS, sampler_from_options
 
 HF_TOP_K = 50  # what HF's `generate` cuts to when it samples, unless it is told otherwise
 
@@ -72,17 +72,22 @@ def _arguments(
     keys: Mapping[str, Any], config: GPT2Config, prompt_length: int | None
 ) -> dict[str, Any]:
     """Returns the arguments that a generation config's keys stand for."""
+    # Keys are taken out one by one: what is left over at the end is known to nobody.
     left = {name: value for name, value in keys.items() if name not in IGNORED_KEYS}
     _take_fixed(left)
-    stop_ids = left.pop("eos_token_id", None)
-    arguments: dict[str, Any] = {
-        "stop_ids": config.eos_token_ids if stop_ids is None else as_ids(stop_ids)
-    }
+    # Read as the config's own ids, which HF writes into this file too: checked, and those that a
+    # small vocabulary lacks are left out.
+    ids = {name: left.pop(name, None) for name in ("eos_token_id", "pad_token_id")}
+    given = {name: value for name, value in ids.items() if value is not None}
+    named = config.replace(**given)
+    arguments: dict[str, Any] = {"stop_ids": named.eos_token_ids}
+    pad_ids = ids_within((given.get("pad_token_id"),), config.vocab_size)
+    # Before the sampler: searches are in the table of options, but have no transform.
     beams = _take_beams(left)
     max_new_tokens = _take_max_new_tokens(left, prompt_length)
     others = {
         "num_return_sequences": left.pop("num_return_sequences", None),
-        "pad_id": left.pop("pad_token_id", None),
+        "pad_id": pad_ids[0] if pad_ids else None,
         "max_new_tokens": max_new_tokens,
     }
     arguments |= beams
@@ -106,6 +111,7 @@ def _take_fixed(left: dict[str, Any]) -> None:
     """Takes out the keys of which one value is supported; raises `ValueError` for another."""
     for name, only in FIXED_KEYS.items():
         value = left.pop(name, None)
+        # null stands for the default, which is the one.
         if value is not None and value != only:
             supported = f"must be {only!r}, the one value that is supported"
             raise ValueError(f"`{name}` {supported}; got {value!r}.")
@@ -120,6 +126,7 @@ def _take_beams(left: dict[str, Any]) -> dict[str, Any]:
     values = {}
     idle = []
     for name in BEAM_ARGUMENTS:
+        # The first of the neutral values is HF's default.
         default = OPTIONS[name].neutral[0]
         value = left.pop(name, None)  # None stands for HF's default
         values[name] = default if value is None else value

@@ -87,6 +87,7 @@ def _top_k(value: Any, context: Context) -> Any:
 
 
 def _sequence_bias(value: Any, context: Context) -> Any:
+    # Here, like `sampling`: the table is read without any arrays.
     import numpy as np
 
     del context
@@ -116,6 +117,7 @@ def _min_new_tokens(value: Any, context: Context) -> Any:
 
 def _forced_first(value: Any, context: Context) -> Any:
     del context
+    # HF acts where the text has one token, which for GPT-2 is a prompt of one.
     return _sampling().Force((value,), length=1)
 
 
@@ -127,6 +129,7 @@ def _forced_last(value: Any, context: Context) -> Any:
 
 
 def _decay(value: Any, context: Context) -> Any:
+    # HF has them as a pair too, the start counted from the end of the prompt.
     start, factor = value
     return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
 
@@ -138,6 +141,7 @@ def _suppress(value: Any, context: Context) -> Any:
 
 def _suppress_first(value: Any, context: Context) -> Any:
     del context
+    # HF counts from the prompt's end, and so from step 0, as here.
     return _sampling().Suppress(as_ids(value), steps=1)
 
 
@@ -507,12 +511,14 @@ def sampler_from_options(
         assert make is not None, name  # `_chosen` takes no others
         transforms.append(make(value, context))
     sampling = _sampling()
+    # Even of none: every sampler has a transform, which beams and speculation look for.
     chain = sampling.Chain(tuple(transforms))
     return sampling.Categorical(chain) if do_sample else sampling.Greedy(chain)
 
 
 def options_table() -> str:
     """Returns the documentation's table of options, as Markdown."""
+    # A test holds the README to it.
     rows = [("option (HF's name)", "here", "differs from HF"), ("---", "---", "---")]
     for option in OPTIONS.values():
         rows.append((f"`{option.name}`", option.here, option.differs))
@@ -539,6 +545,7 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"These options are not supported: {listed}. There are {', '.join(names)}."
         )
+    # In the order of the table, whatever order the user's are in: transforms do not commute.
     return {
         option.name: options[option.name]
         for option in known
@@ -560,6 +567,7 @@ def changes_nothing(option: Option, value: Any) -> bool:
 
 def _check_needs(chosen: Mapping[str, Any], do_sample: bool, stop_ids: Sequence[int]) -> None:
     """Raises `ValueError` for options that would do nothing."""
+    # HF warns, or passes such options over: who asks for them has mistaken what is done.
     if not do_sample:
         idle = [name for name in chosen if OPTIONS[name].needs == "do_sample"]
         if idle:
@@ -572,6 +580,7 @@ def _check_needs(chosen: Mapping[str, Any], do_sample: bool, stop_ids: Sequence[
 
 def _check_ranges(chosen: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a number out of its option's range."""
+    # Here with the option's name; the class would name its own field.
     for name, value in chosen.items():
         expected = OPTIONS[name].range
         if expected is not None:
@@ -580,9 +589,11 @@ def _check_ranges(chosen: Mapping[str, Any]) -> None:
 
 def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
     """Raises `ValueError` where a token would be forced and removed at once."""
+    # HF then moves the second on by a token after a prompt of one, which nobody expects.
     if "forced_bos_token_id" in chosen and "begin_suppress_tokens" in chosen:
         both = "`forced_bos_token_id` and `begin_suppress_tokens`"
         raise ValueError(f"{both} are both about the first token: give one.")
+    # Here by ids, unlike above: another token that is suppressed is no contradiction.
     suppressed = set(as_ids(chosen.get("suppress_tokens", ())))
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         if name not in chosen:
@@ -597,6 +608,7 @@ def _check_ids(chosen: Mapping[str, Any], stop_ids: Sequence[int], vocab_size: i
     """Raises `ValueError` for an id outside the vocabulary."""
     expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
     for name, value in chosen.items():
+        # Before any array is made: JAX would drop an id beyond the last without a word.
         ids = list(_ids_in(OPTIONS[name], value))
         if OPTIONS[name].needs == "stop_ids":
             ids += stop_ids  # its transform acts on these

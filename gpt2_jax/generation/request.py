@@ -4,7 +4,7 @@
 each reads them here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, UInt32
 
-from gpt2_jax.cache import bucket, device_memory, row_bytes
-from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
+from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
 from gpt2_jax.generation.sampling import as_sampler
-from gpt2_jax.model import check_ids, check_side
+from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 from gpt2_jax.pytrees import classes_of, dataclass, static
 
@@ -66,6 +66,24 @@ class Prompts(NamedTuple):
         return int(self.lengths.max(initial=1))
 
 
+class Past(NamedTuple):
+    """Texts of which a cache holds the beginnings. Arrays of the host, but for the cache."""
+
+    cache: KVCache
+    ids: Int[np.ndarray, "B U"]  # what it does not hold yet, padded on the right to a bucket
+    lengths: Int[np.ndarray, " B"]
+    at_slots: Int[np.ndarray, "B S"]  # every token at its slot, those of `ids` included
+
+    @property
+    def used(self) -> int:
+        """How many slots are in use when all is read."""
+        slots = np.broadcast_to(np.asarray(self.cache.slot), self.lengths.shape)
+        # Rows that share their slot go on from behind the longest.
+        if jnp.ndim(self.cache.slot) == 0:
+            return int(slots.max(initial=0) + self.lengths.max(initial=0))
+        return int((slots + self.lengths).max(initial=0))
+
+
 class Endings(NamedTuple):
     """What ends a row, and what follows it."""
 
@@ -94,14 +112,57 @@ def read_prompts(
     if padding_side == "left":
         # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
         shifted = [np.roll(row, length - width) for row, length in zip(given, real, strict=True)]
+        # `np.stack` takes no empty list: a batch of no rows stays what it is.
         given = np.stack(shifted) if shifted else given
     longest = int(real.max(initial=1))
     # Few widths, so that few programs are compiled; a prompt that is too long is refused by its
     # reader.
     columns = max(longest, bucket(longest, config.n_positions))
     padded = np.zeros((n_rows, columns), np.int32)
+    # What is padding in every row is dropped: the width of what was given compiles nothing.
     padded[:, :longest] = given[:, :longest]
     return Prompts(padded, real.astype(np.int32))
+
+
+def read_past(prompts: Prompts, cache: KVCache, *, config: GPT2Config) -> Past:
+    """Returns what of some texts a cache does not hold yet.
+
+    Raises:
+      ValueError: the cache is of another model or of other rows, or of a text nothing is left to
+        read, whose last logits are not known then.
+    """
+    valid = np.asarray(cache.valid)
+    n_rows = len(prompts.lengths)
+    shape = [len(cache.layers), len(valid)]
+    if shape != [config.n_layer, n_rows]:
+        expected = f"{config.n_layer} layers and {n_rows} rows"
+        raise ValueError(f"`cache` must have {expected}, got {shape[0]} and {shape[1]}.")
+    known = valid.sum(axis=1)
+    if (known != np.asarray(cache.lengths)).any():
+        raise ValueError(
+            "`cache` must hold the beginnings of `ids`: it was made with a mask, segments or"
+            " positions, so that its slots do not tell which tokens they hold."
+        )
+    n_unread = prompts.lengths - known
+    if (n_unread < 1).any():
+        row = int(np.argmax(n_unread < 1))
+        raise ValueError(
+            "`ids` must hold the whole texts, at least one token longer than what is in the cache:"
+            f" row {row} has {prompts.lengths[row]} tokens, the cache holds {known[row]}."
+        )
+    texts = [row[:length] for row, length in zip(prompts.ids, prompts.lengths, strict=True)]
+    unread = [text[n_known:] for text, n_known in zip(texts, known, strict=True)]
+    longest = int(n_unread.max(initial=1))
+    ids, lengths = pad_rows(unread, bucket(longest, config.n_positions))
+    starts = np.broadcast_to(np.asarray(cache.slot), n_rows)
+    # All columns are written, padding too: a slot too few, and they would overwrite the last ones.
+    slots = max(cache.slots, int(starts.max(initial=0)) + ids.shape[1])
+    at_slots = np.zeros((n_rows, slots), np.int32)
+    for row, text in enumerate(texts):
+        # In a row the order of slots is that of the text, but there may be gaps.
+        at_slots[row, np.flatnonzero(valid[row])] = text[: known[row]]
+        at_slots[row, starts[row] : starts[row] + lengths[row]] = unread[row]
+    return Past(cache, ids, lengths, at_slots)
 
 
 def check_not_traced(params: Params, *arrays: Any) -> None:
@@ -124,6 +185,7 @@ def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: 
     longest = prompts.longest
     fits = {
         "error": longest + max_new_tokens <= config.n_positions,
+        # A row that is full from the start would get no token at all.
         "stop": longest < config.n_positions,
         "slide": True,
     }
@@ -155,19 +217,32 @@ def read_endings(
     """Returns what ends a row, by default the config's `eos_token_id`, and what follows it.
 
     Raises:
-      ValueError: an id is outside the vocabulary.
+      ValueError: an id that was given is outside the vocabulary. Of the config's own, which may be
+        there for want of another, such ids are left out.
     """
-    stops = config.eos_token_ids if stop_ids is None else tuple(stop_ids)
-    pad = config.pad_token_id if pad_id is None else pad_id
-    # As HF has it. What stands there is not read: `lengths` say what was made.
-    if pad is None:
-        pad = stops[0] if stops else 0
-    for name, ids in (("stop_ids", stops), ("pad_id", (pad,))):
-        for token_id in ids:
-            if not 0 <= token_id < config.vocab_size:
-                expected = f"[0, {config.vocab_size}) (`vocab_size`)"
-                raise ValueError(f"`{name}` must be in {expected}, got {token_id}.")
+    stops = config.eos_token_ids
+    if stop_ids is not None:
+        stops = _checked_ids("stop_ids", stop_ids, config)
+    if pad_id is None:
+        own = ids_within((config.pad_token_id,), config.vocab_size)
+        # As HF has it. What stands there is not read: `lengths` say what was made.
+        return Endings(stops, (*own, *stops, 0)[0])
+    (pad,) = _checked_ids("pad_id", (pad_id,), config)
     return Endings(stops, pad)
+
+
+def _checked_ids(name: str, ids: Sequence[int], config: GPT2Config) -> tuple[int, ...]:
+    """Returns ids as Python's `int`; raises `ValueError` for one outside the vocabulary."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ValueError(f"`{name}` must be a sequence of ids, got {ids!r}.")
+    checked = []
+    for given in ids:
+        token = as_integer(given)
+        if token is None or not 0 <= token < config.vocab_size:
+            expected = f"[0, {config.vocab_size}) (`vocab_size`)"
+            raise ValueError(f"`{name}` must be in {expected}, got {given!r}.")
+        checked.append(token)
+    return tuple(checked)
 
 
 def make_request(
@@ -192,10 +267,12 @@ def make_request(
         raise ValueError(
             f"Greedy would write the same text {n_sequences} times: use a sampler that draws."
         )
+    # Before the prompts are repeated, which is done on the device: a key for each text.
     n_rows = len(prompts.lengths) * n_sequences
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
+        # An array, and so no part of the program: other stop ids, if as many, compile nothing.
         stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
         pad_id=jnp.int32(endings.pad_id),
         tap=as_pytree(tap),
@@ -205,6 +282,7 @@ def make_request(
 
 def check_sampler(sampler: Any, key: Keys | None) -> Any:
     """Returns the sampler; raises `ValueError` if it draws and there is no key."""
+    # First: what a user gave may be a function, which is taken to draw.
     sampler = as_sampler(sampler)
     if key is None and sampler.draws:
         name = type(sampler).__name__
@@ -245,6 +323,7 @@ def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
     # `jax.random.PRNGKey` makes raw keys, which look like arrays of two numbers.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    # Folded, not split: the number of rows is not in it, so that a row keeps its key in any batch.
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
     if key.shape != (n_rows,):
@@ -268,6 +347,7 @@ def _check_lengths(lengths: Any, n_rows: int, width: int) -> Int[np.ndarray, " B
     if lengths is None:
         return np.full(n_rows, width)
     expected = f"`lengths` must be integers of shape [{n_rows}]"
+    # In the place of `lengths`: what comes of leaving them out and going on with the key.
     if isinstance(lengths, jax.Array) and jnp.issubdtype(lengths.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{expected}, got a key: pass it as `key=`.")
     lengths = np.asarray(lengths)

@@ -54,9 +54,8 @@ class History(NamedTuple):
         """Returns the ids without gaps: row `b` has its `length[b]` tokens first, then -1."""
         n_rows, n_slots = self.ids.shape
         rank = jnp.cumsum(self.valid, axis=-1) - 1
-        column = jnp.where(
-            self.valid, rank, n_slots
-        )  # a gap goes beyond the last one, where it is dropped
+        # A gap goes beyond the last column, where it is dropped.
+        column = jnp.where(self.valid, rank, n_slots)
         rows = jnp.arange(n_rows)[:, None]
         blank = jnp.full_like(self.ids, -1)
         return blank.at[rows, column].set(self.ids, mode="drop")
@@ -139,6 +138,7 @@ class TopP(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
         p = jnp.asarray(self.p).reshape(-1, 1)  # [1, 1] or [B, 1]
+        # In a function that is jitted by itself, for those who call a transform outside of `jit`.
         removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
 
@@ -291,6 +291,7 @@ class FrequencyPenalty(Transform):
     penalty: PerRow  # of either sign
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
+        # OpenAI counts what was generated, HF's rule above the prompt as well.
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
         return logits - _column(self.penalty) * counts
 
@@ -393,6 +394,7 @@ class Suppress(Transform):
     `Suppress(stop_ids, length=n)`. Only the first needs no history.
     """
 
+    # A leaf, not static: other ids, if as many, compile nothing.
     ids: Any  # int[N]
     steps: PerRow | None = None
     length: PerRow | None = None
@@ -451,9 +453,8 @@ class ExponentialDecayLength(Transform):
         lift = _column(jnp.asarray(self.factor, logits.dtype) ** excess - 1)
         stop = jnp.asarray(self.stop_ids, jnp.int32)
         stopping = logits[:, stop]
-        lifted = (
-            stopping + jnp.abs(stopping) * lift
-        )  # by `abs`, as a negative logit is to rise, too
+        # By `abs`, as a negative logit is to rise, too.
+        lifted = stopping + jnp.abs(stopping) * lift
         # What is removed stays so: -inf + inf would be NaN.
         return logits.at[:, stop].set(jnp.where(jnp.isfinite(stopping), lifted, stopping))
 
@@ -561,15 +562,17 @@ class FunctionSampler:
 def as_sampler(sampler: Any) -> Sampler:
     """Returns what a user gave as a sampler in the form of one.
 
-    Args: sampler: None for `Greedy()`; a `Sampler`, that is, a callable pytree with the attributes
-      `transform` and `draws`,
-        as it is; or a function `(keys[B], logits[B, V], history) -> ids[B]`, which runs under `jit`
-        and is taken to draw. An own class without those attributes counts as such a function: as a
-        pytree (`flax.struct.dataclass` makes one) its numbers may change without recompiling,
-        otherwise it must be hashable and compiles once for each object.
+    Args:
+      sampler: None for `Greedy()`; a `Sampler`, that is, a callable pytree with the attributes
+        `transform` and `draws`, as it is; or a function
+        `(keys[B], logits[B, V], history) -> ids[B]`, which runs under `jit` and is taken to draw.
+        An own class without those attributes counts as such a function: as a pytree
+        (`flax.struct.dataclass` makes one) its numbers may change without recompiling, otherwise it
+        must be hashable and compiles once for each object.
 
-    Raises: ValueError: it is a transform, a class instead of an object, not hashable, or nothing
-      that can be called.
+    Raises:
+      ValueError: it is a transform, a class instead of an object, not hashable, or nothing that can
+        be called.
     """
     if sampler is None:
         return Greedy()

@@ -74,9 +74,8 @@ class _State(NamedTuple):
     ids: Int[Array, "B S"]
     count: Int[Array, " B"]  # tokens of each row
     n_generated: Int[Array, " B"]
-    logprobs: Float[
-        Array, "B M"
-    ]  # of the generated tokens, with room for the guesses of one more round
+    # Of the generated tokens, with room for the guesses of one more round.
+    logprobs: Float[Array, "B M"]
     done: Bool[Array, " B"]
     cache: KVCache
     draft_cache: KVCache | None
@@ -223,6 +222,7 @@ def _begin(
     # From here on a slot is a position, so that each row can go back behind a refused guess.
     ids = jnp.pad(request.ids, ((0, 0), (0, room)))
     probs = _distribution(logits, ids, lengths, request)
+    # Round 0: those of the loop count from 1, so that no key serves twice.
     first = _draw(fold_rows(request.rules.keys, 0), 0, probs)
     logprob = jnp.take_along_axis(_log_softmax(logits), first[:, None], axis=1)
     ones = jnp.ones(n_rows, jnp.int32)
@@ -283,10 +283,12 @@ def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
         matches = (starts + size < count) & (count >= size)
         for i in range(size):
             token = jnp.take_along_axis(state.ids, jnp.maximum(count - size + i, 0), axis=1)
+            # `roll` wraps around at the end, where no n-gram may begin.
             matches &= jnp.roll(state.ids, -i, axis=1) == token
         # A longer match takes a shorter one's place.
         begins = jnp.where(matches.any(axis=1), jnp.argmax(matches, axis=1) + size, begins)
     offsets = jnp.arange(sizes.num_draft_tokens)[None]
+    # What is clipped, or not written yet, is no guess: `n_guessed` leaves it out.
     tokens = jnp.take_along_axis(state.ids, begins[:, None] + offsets, axis=1, mode="clip")
     n_guessed = jnp.clip(state.count - begins, 0, sizes.num_draft_tokens).astype(jnp.int32)
     return _Guess(
@@ -365,9 +367,7 @@ def _own_token(
     """Returns the model's own token, behind the guesses that hold.
 
     After a refusal it is a draw from what `wanted` has more than was guessed; behind guesses that
-    all hold, a plain one.
-
-    If all guesses hold, nothing was guessed there, and it is a plain draw.
+    all hold nothing was guessed, and it is a plain draw.
     """
     n_guesses = guess.probs.shape[1]
     exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
@@ -384,9 +384,7 @@ def _own_token(
 def _emit(
     state: _State, guess: _Guess, verdict: _Verdict, request: Request, sizes: _Sizes
 ) -> _State:
-    """Adds a round's tokens to each row that is not done, up to a stop id or the end of the
-    request.
-    """
+    """Adds a round's tokens to each row that is not done, up to a stop id or the last one."""
     slots = state.ids.shape[1]
     n_tokens = verdict.n_accepted + 1
     room = sizes.max_new_tokens - state.n_generated

@@ -10,7 +10,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.decode import Generation
 from gpt2_jax.generation.generate import stream
 from gpt2_jax.generation.request import Keys
-from gpt2_jax.model import pad_rows
+from gpt2_jax.inputs import pad_rows
 from gpt2_jax.modules import Params
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ class Continuation:
       finish_reason: "stop" after a stop text or a stop id, "length" when nothing more will come,
         None before.
       score: of the beam that found it, if one did.
+      context: the ids of the prompt, on which the text of the first token may depend.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Continuation:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
+        context: Sequence[int] = (),
     ):
         self.prompt = prompt
+        self.context = context
         self.text = ""
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -47,13 +50,15 @@ class Continuation:
         self._stop = tuple(stop)
         self._stop_ids = tuple(stop_ids)
         self._n_shown = 0  # characters of `text` that were in some `new`
-        self._decoder = tokenizer.stream_decoder()
+        # A token may end within a character, which is shown when it is whole.
+        self._decoder = tokenizer.stream_decoder(context)
 
     def push(self, ids: Sequence[int], logprobs: Sequence[float]) -> str:
         """Takes the next tokens, up to a stop, and returns `new`."""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish_reason:
                 break
+            # As Python's numbers, which JSON takes.
             self.ids.append(int(token))
             self.logprobs.append(float(logprob))
             # The id that ends the text is no part of it.
@@ -75,6 +80,7 @@ class Continuation:
     def _append(self, text: str) -> None:
         """Adds to the text; the first stop text in it, wherever that begins, ends it."""
         self.text += text
+        # In all of the text: a stop text may have begun tokens ago.
         starts = [self.text.find(stop) for stop in self._stop]
         starts = [start for start in starts if start >= 0]
         if starts:
@@ -111,6 +117,7 @@ def stream_text(
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
     allow_special: bool = False,
+    add_special_tokens: bool = True,
     num_return_sequences: int = 1,
     stop_ids: Sequence[int] | None = None,
     **options: Any,
@@ -124,7 +131,9 @@ def stream_text(
       key, config, max_new_tokens, num_return_sequences, stop_ids: as for `generate`; continuations
         of the same prompt stand together.
       stop: texts before which a continuation ends, wherever they begin and end in its tokens.
-      allow_special: read `<|endoftext|>` in a prompt as the special token.
+      allow_special: read `<|endoftext|>` and the like in a prompt as special tokens.
+      add_special_tokens: add to a prompt what the tokenizer's template adds to a text, as HF does;
+        GPT-2's own adds nothing.
       **options: further arguments of `stream`, such as `sampler` and `overflow`.
 
     Raises:
@@ -133,7 +142,10 @@ def stream_text(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stop):
         raise ValueError("`stop` must not hold an empty text.")
-    ids, lengths = encode_batch(tokenizer, prompts, allow_special=allow_special)
+    ids, lengths = encode_batch(
+        tokenizer, prompts, allow_special=allow_special, add_special_tokens=add_special_tokens
+    )
+    # Said here, and not left to `stream`: the rows must know where their text ends, too.
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     pieces = stream(
         params,
@@ -146,11 +158,12 @@ def stream_text(
         stop_ids=stop_ids,
         **options,
     )
-    rows = [
-        Continuation(prompt, tokenizer, stop, stop_ids)
-        for prompt in prompts
-        for _ in range(num_return_sequences)
-    ]
+    rows = []
+    for prompt, prompt_ids, length in zip(prompts, ids, lengths, strict=True):
+        context = prompt_ids[:length].tolist()
+        for _ in range(num_return_sequences):
+            rows.append(Continuation(prompt, tokenizer, stop, stop_ids, context))
+    # Not a generator itself, so that arguments are checked when it is called: see `stream`.
     return _grow(rows, pieces)
 
 
@@ -163,6 +176,7 @@ def _grow(rows: list[Continuation], pieces: Iterator[Generation]) -> Iterator[li
             ids = all_ids[number, :length].tolist()
             rows[number].push(ids, all_logprobs[number, :length].tolist())
         yield rows
+        # Stop texts end rows of which the program knows nothing: it is simply not asked again.
         if all(row.finish_reason for row in rows):
             break
     for row in rows:
@@ -174,14 +188,25 @@ def complete(
     params: Params, tokenizer: Tokenizer, prompts: Sequence[str], *args: Any, **options: Any
 ) -> list[Continuation]:
     """Returns the finished continuations of `stream_text`, whose arguments it takes."""
+    # Each time the same rows, further on: the last have all of it.
     *_, rows = stream_text(params, tokenizer, prompts, *args, **options)
     return rows
 
 
 def encode_batch(
-    tokenizer: Tokenizer, texts: Sequence[str], *, allow_special: bool = False
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    allow_special: bool = False,
+    add_special_tokens: bool = True,
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns texts as `generate` takes them: ids, padded on the right, and lengths, in int32.
+
+    Args:
+      tokenizer: of the model.
+      texts: what to encode.
+      allow_special: read `<|endoftext|>` and the like in a text as special tokens.
+      add_special_tokens: add what the tokenizer's template adds to a text, as HF does.
 
     Raises:
       ValueError: a text is empty, or `texts` is one text.
@@ -189,11 +214,10 @@ def encode_batch(
     if isinstance(texts, str):
         raise ValueError("A sequence of texts is expected, got one text.")
     allowed = "all" if allow_special else ()
-    encoded = [tokenizer.encode(text, allowed) for text in texts]
+    encoded = tokenizer.encode_batch(texts, allowed, add_special_tokens=add_special_tokens)
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
-            raise ValueError(
-                f"The prompt {text!r} is empty. To start from nothing, take '<|endoftext|>' with"
-                " `allow_special`."
-            )
+            eot_token = tokenizer.eot_token
+            advice = f"take {eot_token!r} with `allow_special`" if eot_token else "take any token"
+            raise ValueError(f"The prompt {text!r} is empty. To start from nothing, {advice}.")
     return pad_rows(encoded)

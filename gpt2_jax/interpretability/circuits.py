@@ -70,6 +70,7 @@ def untie(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     # What is folded into the head must not reach the embeddings, with which it is one matrix.
     lm_head = {"embedding": head_matrix(params, config=config)}
     untied = config.replace(tie_word_embeddings=False)
+    # A new dict at the top: the caller's params stay what they were.
     return untied, params | {"lm_head": lm_head}
 
 
@@ -137,6 +138,7 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
 
     Every LayerNorm takes that direction away, so that nobody reads what is written along it.
     """
+    # Untied first: as the head, the centred table would give other logits.
     config, params = untie(params, config=config)
 
     def center(path: Any, leaf: Array) -> Array:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.inputs import check_ids
 from gpt2_jax.interpretability.reading import Metric
 from gpt2_jax.interpretability.taps import (
     AnyArray,
@@ -28,7 +29,7 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_axes,
 )
-from gpt2_jax.model import Params, check_ids, hidden_states, unembed
+from gpt2_jax.model import Params, hidden_states, unembed
 
 # Patching in every layer.
 

@@ -25,6 +25,7 @@ def plot_patterns(
     patterns: Float[ArrayLike, "H T T"], tokens: Sequence[str], title: str = ""
 ) -> "matplotlib.figure.Figure":
     """Returns a figure of attention patterns: a square for each head, rows attending to columns."""
+    # matplotlib draws no bfloat16.
     patterns = np.asarray(patterns, np.float32)
     n_heads = len(patterns)
     # XL has 25 heads: in rows of four they stay legible.

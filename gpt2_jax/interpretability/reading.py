@@ -95,6 +95,7 @@ def stream_logits(
 ) -> Float[Array, "... V"]:
     """Returns the logits of residual streams: the last LayerNorm, and the head."""
     final_norm = LayerNorm(config)
+    # The layer by itself: linen asks only for the params of the module that is applied.
     normed: Any = final_norm.apply({"params": params["ln_f"]}, x)
     return unembed(params, normed, config=config)
 

@@ -155,6 +155,7 @@ class Edits:
             new: Any = edit(x)
         else:
             new = jnp.broadcast_to(edit, x.shape)
+        # In the activation's dtype: a float32 donor must not widen the rest of a bfloat16 pass.
         new = jnp.asarray(new, x.dtype)
         # A function's result is not broadcast: a lost axis is a mistake more often than a wish.
         if new.shape != x.shape:
@@ -218,18 +219,23 @@ class Recorder:
 
 def capture(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     sites: str | Sequence[str],
     edits: Mapping[str, Edit] | None = None,
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T V"], Acts]:
     """Returns `apply`'s logits, and the activations of some sites by their names.
 
     Args:
-      params, ids, lengths, config, padding_side: as for `apply`.
+      params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
+        for `apply`.
       sites: names or patterns of names: see `find_sites`, and `SITES` for what there is.
       edits: see `make_tap`. What is captured is what the model goes on with.
 
@@ -245,6 +251,10 @@ def capture(
         lengths,
         config=config,
         padding_side=padding_side,
+        positions=positions,
+        mask=mask,
+        segment_ids=segment_ids,
+        inputs_embeds=inputs_embeds,
         tap=recorder,
     )
     return logits, recorder.acts
@@ -252,19 +262,24 @@ def capture(
 
 def patch(
     params: Params,
-    ids: Int[ArrayLike, "B T"],
+    ids: Int[ArrayLike, "B T"] | None,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
     config: GPT2Config,
     edits: Mapping[str, Edit],
     padding_side: str = "right",
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Returns `apply`'s logits of a model whose activations are edited.
 
     `edits={"h.3.attn.out": lambda x: 0 * x}` takes out what the attention of layer 3 writes.
 
     Args:
-      params, ids, lengths, config, padding_side: as for `apply`.
+      params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
+        for `apply`.
       edits: see `make_tap`.
 
     Raises:
@@ -279,6 +294,10 @@ def patch(
         sites=(),
         edits=edits,
         padding_side=padding_side,
+        positions=positions,
+        mask=mask,
+        segment_ids=segment_ids,
+        inputs_embeds=inputs_embeds,
     )
     return logits
 

@@ -17,13 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.patching import patch_each
 from gpt2_jax.interpretability.reading import stream_logits
-from gpt2_jax.interpretability.taps import (
-    Acts,
-    axis_masks,
-    capture,
-    find_sites,
-    site_axes,
-)
+from gpt2_jax.interpretability.taps import Acts, axis_masks, capture, find_sites, site_axes
 from gpt2_jax.model import Params, apply
 
 # Wraps batches of masks on their way, such as `tqdm`, to show how far a sweep is.
@@ -198,6 +192,7 @@ def view_patching(
 
     starts = range(0, len(masks), plan.batch_size)
     batches = [masks[start : start + plan.batch_size] for start in starts]
+    # On the host, batch by batch: the device holds one at a time.
     measured = []
     for batch in progress(batches):
         measured.append(np.asarray(measure(params, ids, donors, batch)))
@@ -250,6 +245,7 @@ def _next_logits(
     params: Params, ids: Int[ArrayLike, "1 T"], config: GPT2Config
 ) -> Float[Array, " V"]:
     """Returns the logits after a text's last token."""
+    # A new `jit` of the same function finds the programs that an earlier one has compiled.
     logits = jax.jit(apply)(params, ids, config=config)
     return logits[0, -1]
 

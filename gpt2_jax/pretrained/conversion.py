@@ -17,6 +17,7 @@ from gpt2_jax.files import CheckpointError, local_path, replacing
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.tokenizer_files import files_in
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -67,9 +68,10 @@ def convert(
         or the logits differ.
     """
     folder = None if is_params_file(source) else hub.resolve(source, revision=revision)
+    brings_tokenizer = folder is not None and bool(files_in(folder))
     keep = None
     if not is_params_file(target):
-        keep = weights.kept_files(with_tokenizer=bool(folder and _tokenizer_files(folder)))
+        keep = weights.kept_files(with_tokenizer=brings_tokenizer)
     # So that float64 weights stay what they are.
     with (
         jax.enable_x64(True),
@@ -132,15 +134,13 @@ def write(
         weights.save_params(target, params, config)
         return
     weights.save(target, params, config)
-    # Byte for byte: no tokenizer of ours has read them.
-    for file in _tokenizer_files(tokenizer_folder) if tokenizer_folder else ():
-        shutil.copyfile(file, target / file.name)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    """Returns a folder's files that go with the weights when a model is copied."""
-    files = [folder / name for name in hub.TOKENIZER_FILES]
-    return [file for file in files if file.is_file()]
+    if tokenizer_folder is None:
+        return
+    # Byte for byte, and those of every kind: without its `vocab.txt` another kind's model would
+    # pass for one of GPT-2's. Generation's defaults go with them.
+    for name in (*files_in(tokenizer_folder), "generation_config.json"):
+        if (tokenizer_folder / name).is_file():
+            shutil.copyfile(tokenizer_folder / name, target / name)
 
 
 def compare(written: Path, source: Path | None) -> Difference:
@@ -157,7 +157,9 @@ def compare(written: Path, source: Path | None) -> Difference:
     except ImportError as error:
         raise CheckpointError(f"`--verify` needs PyTorch and transformers: {error}.") from None
 
+    # Its bar for loading is none of this command's output.
     transformers.utils.logging.disable_progress_bar()
+    # Read again from the disk: what is checked is the file, not what it was written from.
     config, params = read(written)
     # Random ids, as any text will do: no logit is to differ.
     shape = (N_ROWS, min(LONGEST_ROW, config.n_positions))

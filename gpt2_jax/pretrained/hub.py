@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2_jax import tokenizer
+from gpt2_jax import tokenizer_files
 from gpt2_jax.files import CheckpointError, kind_of, local_path
 from gpt2_jax.pretrained.formats import SAFETENSORS, TORCH
 
@@ -32,7 +32,7 @@ TIMEOUT = 10  # seconds for its first answer, as long as its own functions wait 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 
 # What goes with the weights when a model is copied. Generation's defaults count among them.
-TOKENIZER_FILES = (*tokenizer.FILES, "generation_config.json")
+TOKENIZER_FILES = (*tokenizer_files.FILES, "generation_config.json")
 
 
 class Source(NamedTuple):
@@ -144,7 +144,7 @@ def needed_files(names: Sequence[str], *, with_weights: bool = True) -> list[str
     """
     needed = []
     # Other kinds' vocabularies are small, and without them such a model would look like GPT-2.
-    for pattern in ("config.json", *TOKENIZER_FILES, *tokenizer.OTHER_KINDS):
+    for pattern in ("config.json", *TOKENIZER_FILES, *tokenizer_files.OTHER_KINDS):
         needed += fnmatch.filter(names, pattern)
     if with_weights:
         needed += _needed_weights(names)

@@ -15,7 +15,8 @@ from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import weights
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
-from gpt2_jax.tokenizer import Tokenizer, TokenizerKindError, check_kind, files_in
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import TokenizerKindError, files_in
 
 GPT2_NAMES = {*PRESETS, *HUB_IDS.values()}  # models that share GPT-2's tokenizer
 ADVICE = (
@@ -40,6 +41,7 @@ def load_pretrained(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    missing_bytes: str = "error",
 ) -> Pretrained:
     """Returns a checkpoint's config, params and tokenizer: what `load` and `load_tokenizer` return.
 
@@ -51,11 +53,14 @@ def load_pretrained(
       revision: branch, tag or commit of the model on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
+      missing_bytes: see `load_tokenizer`.
 
     Raises:
       CheckpointError: a `ValueError`; what was found is not a sound GPT-2 checkpoint.
       FileNotFoundError: there is no tokenizer.
-      ValueError: the tokenizer is damaged or of another kind.
+      ImportError: the tokenizer is of another kind than GPT-2's, and `tokenizers`, which reads it,
+        is not installed.
+      ValueError: the tokenizer is damaged, of a kind that cannot be read, or larger than the model.
       ConnectionError: the hub could not be reached and nothing is cached.
     """
     dtype = weights.checked_dtype(dtype)  # before a download of gigabytes, not after it
@@ -71,9 +76,27 @@ def load_pretrained(
             tokenizer_name,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            missing_bytes=missing_bytes,
         )
         config, params = weights.load(folder, dtype=dtype)
-        return Pretrained(config, params, parsing.result())
+        tokenizer = parsing.result()
+    check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")
+    return Pretrained(config, params, tokenizer)
+
+
+def check_fits(tokenizer: Tokenizer, config: GPT2Config, name: str) -> None:
+    """Raises `ValueError` if a tokenizer has ids that a model has no row for.
+
+    Fewer are fine: a model's table may be padded to a round number, and such ids decode to nothing.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        added = [token for token in tokenizer.added_tokens if token.id >= config.vocab_size]
+        beyond = ", ".join(f"{token.content!r} ({token.id})" for token in added[:3])
+        got = f"ids up to {tokenizer.vocab_size - 1} from that of {name}"
+        if beyond:
+            got += f"; added tokens among them are {beyond}"
+        expected = f"a tokenizer of ids below {config.vocab_size}, the model's `vocab_size`"
+        raise ValueError(f"Expected {expected}, got {got}. {ADVICE}")
 
 
 def load_tokenizer(
@@ -83,6 +106,7 @@ def load_tokenizer(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    missing_bytes: str = "error",
 ) -> Tokenizer:
     """Returns the tokenizer of a checkpoint, or the one that is asked for by `name`.
 
@@ -95,11 +119,15 @@ def load_tokenizer(
       revision: branch, tag or commit of `folder` on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
+      missing_bytes: what becomes of bytes that the vocabulary lacks, a space or a line end, say:
+        "error" raises, "drop" passes over them, as HF does.
 
     Raises:
       CheckpointError: a `ValueError`; there is no such folder or hub model.
       FileNotFoundError: there is no tokenizer, or half of one.
-      ValueError: the tokenizer is of another kind (`TokenizerKindError`), or a file is damaged.
+      ImportError: the tokenizer is of another kind than GPT-2's, and `tokenizers`, which reads it,
+        is not installed.
+      ValueError: the tokenizer cannot be read (`TokenizerKindError`), or a file is damaged.
       ConnectionError: the hub could not be reached and nothing is cached.
     """
     wanted = folder if name is None else name
@@ -114,30 +142,15 @@ def load_tokenizer(
         with_weights=False,
     )
     try:
-        # One who names a tokenizer wants that one and no other.
-        return _own_or_gpt2s(found) if name is None else _own(found)
-    except (FileNotFoundError, TokenizerKindError) as error:
-        raise type(error)(f"{error} {ADVICE}") from error
-
-
-def _own(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in a folder; of one that is not there, says of which kind it is."""
-    try:
-        return Tokenizer.load(folder)
-    except FileNotFoundError:
-        check_kind(folder)
-        raise
-
-
-def _own_or_gpt2s(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in a checkpoint's folder, or GPT-2's where there is no trace of one."""
-    try:
-        return _own(folder)
-    except FileNotFoundError:
-        # Half a tokenizer, its vocabulary lost on the way, may have been any.
-        if files_in(folder) or not _holds_gpt2(folder):
-            raise
-        return Tokenizer.gpt2()
+        return Tokenizer.load(found, missing_bytes=missing_bytes)
+    except TokenizerKindError as error:
+        raise TokenizerKindError(f"{error} {ADVICE}") from error
+    except FileNotFoundError as error:
+        # One who names a tokenizer wants that one and no other; and half a tokenizer, its
+        # vocabulary lost on the way, may have been any.
+        if name is None and not files_in(found) and _holds_gpt2(found):
+            return Tokenizer.gpt2()
+        raise FileNotFoundError(f"{error} {ADVICE}") from error
 
 
 def _holds_gpt2(folder: Path) -> bool:
@@ -146,4 +159,5 @@ def _holds_gpt2(folder: Path) -> bool:
     # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():
         return read_json_object(config).get("model_type", "gpt2") == "gpt2"
+    # Weights without a config: `load` says so, which tells more than the lack of a tokenizer.
     return any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir())

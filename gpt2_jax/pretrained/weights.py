@@ -40,8 +40,9 @@ from gpt2_jax.pretrained.formats import (
     open_folder,
     save_file,
 )
-from gpt2_jax.pretrained.hub import TOKENIZER_FILES, naming_download, resolve
+from gpt2_jax.pretrained.hub import naming_download, resolve
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import is_tokenizer_file
 
 State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
 
@@ -100,6 +101,7 @@ def load(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
     with naming_download(folder):
+        # The config first: it says what the tensors must be called, and how large they are.
         config = _read_config(folder)
         config_file = str(folder / "config.json")
         params = _from_reader(open_folder(folder), config, target, what=config_file)
@@ -135,6 +137,7 @@ def save(
     for name, array in state.items():
         shapes[name.removeprefix(PREFIX)] = array.shape
     _check_depth(config, len(shapes))
+    # Before a file is written: HF fills what it does not find with fresh weights, and only warns.
     _check_names(shapes, param_shapes(config))
     # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -153,7 +156,7 @@ def kept_files(*, with_tokenizer: bool) -> NameFilter:
 
     def keep(name: str) -> bool:
         # An old file in a format that comes first would be read instead of the new ones.
-        if with_tokenizer and name in TOKENIZER_FILES:
+        if with_tokenizer and is_tokenizer_file(name):
             return False
         return not WEIGHT_FILE.fullmatch(name)
 
@@ -239,6 +242,7 @@ def load_params(file: str | Path) -> Params:
     stored = SafetensorsFile(local_path(file))
     # Unlike in `load`, nothing is checked: any tree may have been saved, with integers and NaN.
     leaves = {}
+    # As in `_from_reader`, for the sake of the peak of memory.
     for name in _largest_first(stored.shapes):
         with naming(stored.file, name):
             leaves[name] = _to_jax(stored.read(name), name)

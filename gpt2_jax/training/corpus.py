@@ -7,8 +7,10 @@ Alone knows what lies in such a folder: `train.bin` and `val.bin` as `data.py` r
 import contextlib
 import multiprocessing
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +18,25 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm import tqdm
 
+from gpt2_jax.byte_spelling import byte_chars
 from gpt2_jax.files import replacing, write_json
-from gpt2_jax.pretrained.hub import TOKENIZER_FILES, resolve
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, byte_chars
+from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import is_tokenizer_file
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
+from gpt2_jax.tokenizer_template import NO_TEMPLATE
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
-from gpt2_jax.training.texts import Parts, documents, read_texts, spans, split
+from gpt2_jax.training.texts import Parts, Reading, Span, read_documents, spans, split
 
 MAX_BPE = 2**24  # tokens of a "bpe", a hundred times the largest in use
 MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
 SMALLEST_BPE = 257  # the bytes and the end of a text
+READING = Reading()  # plain texts, as they are
 
 
 class Corpus(NamedTuple):
-    """What `prepare`, or nanoGPT's `prepare.py`, left in a folder."""
+    """What `prepare`, or a `prepare.py` of nanoGPT's or llm.c's, left in a folder."""
 
     train: Integer[np.ndarray, " N"]  # ids
     val: Integer[np.ndarray, " M"] | None
@@ -66,28 +73,35 @@ def prepare(
     tokenizer: str | Path = "gpt2",
     vocab_size: int | None = None,
     val_fraction: float = 0.1,
-    unwrap: bool = False,
+    reading: Reading = READING,
     workers: int | None = None,
+    missing_bytes: str = "error",
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes a folder with `train.bin`, `val.bin`, `meta.json` and the tokenizer, all or nothing.
 
     The end of a text is marked after each document, if there are several and the vocabulary has a
-    token for it. So one text with `val_fraction=0.1` becomes the very files of nanoGPT's
-    `data/shakespeare` and `data/shakespeare_char`.
+    token for it; where the tokenizer itself adds tokens to each text, these mark it. So one text
+    with `val_fraction=0.1` becomes the very files of nanoGPT's `data/shakespeare` and
+    `data/shakespeare_char`.
 
     Args:
-      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input. A line
-        `<|endoftext|>` parts the documents of a file.
+      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input; or files of
+        records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) and folders of them. All may be
+        packed (`.gz`, `.zst`).
       out: the folder to write.
       tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the
         training part; or the folder, hub id or "demo" of a model, whose tokenizer it is.
       vocab_size: tokens of a "bpe".
       val_fraction: how much of each file is for validation: its last documents or, of a single
         document, its last characters. 0 writes no `val.bin`.
-      unwrap: joins the lines of each paragraph, as printed books need it.
+      reading: which field of records is their text; whether the lines of each paragraph are
+        joined, as printed books need it; and whether `<|endoftext|>`, which parts the documents of
+        a file wherever it stands, is text instead.
       workers: processes; by default one for each core.
+      missing_bytes: what becomes of bytes that a model's vocabulary lacks: "error" raises, "drop"
+        passes over them, as HF does.
       overwrite: replaces the files of an `out` that is not empty.
       progress: shows a bar on standard error.
 
@@ -96,19 +110,22 @@ def prepare(
       number of `tokens`, UTF-8 `bytes` and `documents`; and the arguments.
 
     Raises:
-      DataError: an input is missing, empty or not UTF-8, or an argument is out of range.
+      DataError: an input is missing, empty, damaged or not UTF-8, or holds records and
+        `reading.field` is none of theirs; or an argument is out of range.
       CheckpointError: `out` is in use, or there is no such tokenizer.
+      ImportError: an input is one for `pyarrow`, which is not installed.
     """
     _check_arguments(tokenizer, vocab_size, val_fraction, workers)
     names = [str(name) for name in inputs]
     with replacing(out, overwrite=overwrite, keep=_is_no_file_of_ours) as folder:
-        files = [documents(text, unwrap) for text in read_texts(names)]
+        files = list(read_documents(names, reading))
         n_documents = sum(len(texts) for texts in files)
+        # File by file, so that each is in both parts.
         parts = split(files, val_fraction)
         del files  # a document that was cut in two is held once from here on
         if not parts.train:
             raise DataError("There is nothing to train on: expected at least one text.")
-        made = make_tokenizer(tokenizer, parts, vocab_size)
+        made = make_tokenizer(tokenizer, parts, vocab_size, missing_bytes=missing_bytes)
         encoding = _make_encoding(made, n_documents, workers or os.cpu_count() or 1)
 
         folder.mkdir()
@@ -124,7 +141,7 @@ def prepare(
         meta["inputs"] = [Path(name).name for name in names]
         meta["tokenizer"] = str(tokenizer)
         meta["val_fraction"] = val_fraction
-        meta["unwrap"] = unwrap
+        meta |= reading._asdict()
         write_json(folder / "meta.json", meta)
         made.save(folder)
     return meta
@@ -132,27 +149,35 @@ def prepare(
 
 def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[Piece]:
     """Yields texts piece by piece, in order. Short ones are encoded here, without workers."""
-    pieces = list(spans(texts))  # bounds alone, no text is copied
+    # Bounds alone, no text is copied.
+    if tokenizer.is_seamless:
+        pieces = list(spans(texts))
+    else:
+        pieces = [Span(text, 0, len(text)) for text in texts]
     # A generator: pieces are cut out as workers ask for them, since together they are the corpus.
     cut_out = (piece.cut() for piece in pieces)
     n_characters = sum(len(text) for text in texts)
     with contextlib.ExitStack() as stack:
         if n_workers == 1 or n_characters < MIN_CHARACTERS_FOR_WORKERS:
-            encoded = map(tokenizer.encode, cut_out)
+            encoded = map(partial(tokenizer.encode, add_special_tokens=False), cut_out)
         else:
             # Not forked: JAX, which `import gpt2_jax` brings, has threads, and a fork may hang.
             context = multiprocessing.get_context("spawn")
-            tokenizer_parts = (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
-            pool = stack.enter_context(context.Pool(n_workers, _start_worker, tokenizer_parts))
+            pool = stack.enter_context(context.Pool(n_workers, _start_worker, (tokenizer,)))
+            # In order, and as they come: `map` would wait for the whole corpus and hold it.
             encoded = pool.imap(_encode_in_worker, cut_out)
         for piece, ids in zip(pieces, encoded, strict=True):
             ends_text = piece.end == len(piece.text)
+            if piece.start == 0:
+                ids = [*tokenizer.template.before, *ids]
+            if ends_text:
+                ids = [*ids, *tokenizer.template.after]
             yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
 
 
 def _is_no_file_of_ours(name: str) -> bool:
     """Returns whether a file may stay where token files are written anew: a text, for one."""
-    return name not in ("train.bin", "val.bin", "meta.json", *TOKENIZER_FILES)
+    return name not in ("train.bin", "val.bin", "meta.json") and not is_tokenizer_file(name)
 
 
 def _check_arguments(
@@ -178,7 +203,8 @@ def _make_encoding(tokenizer: Tokenizer, n_documents: int, n_workers: int) -> En
     """Returns how documents are written with a tokenizer."""
     separator = []
     # A single text gets no mark, as in nanoGPT: nothing follows that it would be parted from.
-    if n_documents > 1 and tokenizer.eot_id is not None:
+    is_marked = tokenizer.template != NO_TEMPLATE  # by the tokenizer
+    if n_documents > 1 and tokenizer.eot_id is not None and not is_marked:
         separator = [tokenizer.eot_id]
     # `vocab_size` is the largest id plus one, so that 2^16 itself still fits.
     fits_16_bits = tokenizer.vocab_size <= 2**16
@@ -212,27 +238,27 @@ def _write_part(file: Path, texts: list[str], encoding: Encoding, progress: bool
 # What a worker does. It gets the tokenizer once, when its process starts, not with each piece.
 
 
-def _start_worker(
-    vocab: dict[str, int], merges: list[tuple[str, str]], special_tokens: dict[str, int]
-) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
-    _worker_tokenizer = Tokenizer(vocab, merges, special_tokens)
+    _worker_tokenizer = tokenizer
 
 
 def _encode_in_worker(text: str) -> list[int]:
-    return _worker_tokenizer.encode(text)
+    return _worker_tokenizer.encode(text, add_special_tokens=False)
 
 
 # Tokenizers.
 
 
-def make_tokenizer(kind: str | Path, parts: Parts, vocab_size: int | None) -> Tokenizer:
+def make_tokenizer(
+    kind: str | Path, parts: Parts, vocab_size: int | None, *, missing_bytes: str = "error"
+) -> Tokenizer:
     """Returns the tokenizer that `prepare` was asked for: "gpt2", "char", "bpe" or a model's.
 
     Raises:
       CheckpointError: there is no such model.
       DataError, ImportError: as `train_bpe`.
-      FileNotFoundError: the model has no tokenizer.
+      FileNotFoundError, ValueError: as `load_tokenizer`, of a model.
     """
     if kind == "gpt2":
         return Tokenizer.gpt2()
@@ -243,7 +269,7 @@ def make_tokenizer(kind: str | Path, parts: Parts, vocab_size: int | None) -> To
         if vocab_size is None:
             raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
         return train_bpe(parts.train, vocab_size)
-    return Tokenizer.load(resolve(kind))
+    return load_tokenizer(kind, missing_bytes=missing_bytes)
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -256,8 +282,12 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    spellings = [_spelling(character) for character in sorted(characters)]
+    return tokenizer_of(sorted(characters))
 
+
+def tokenizer_of(characters: list[str]) -> Tokenizer:
+    """Returns a tokenizer with a token for each of some characters, ids in their order."""
+    spellings = [_spelling(character) for character in characters]
     vocab: dict[str, int] = {}
     for spelling in spellings:
         vocab["".join(spelling)] = len(vocab)
@@ -314,24 +344,31 @@ def _spelling(character: str) -> list[str]:
 def open_corpus(folder: str | Path) -> Corpus:
     """Opens a folder's `train.bin` and, where there are, its `val.bin`, `meta.json` and tokenizer.
 
+    The token files may also be numpy's or llm.c's, under names such as `fineweb_train_000001.npy`.
+    nanoGPT's `meta.pkl` is read too, and its characters are the tokenizer.
+
     Raises:
-      DataError: there is no `train.bin`, or a file is damaged, too short, or holds ids outside the
-        vocabulary.
+      DataError: there is no `train.bin` or the like, or there are several; or a file is damaged,
+        too short, of another kind, or holds ids outside the vocabulary.
     """
     folder = Path(folder).expanduser()
     meta = read_meta(folder)
-    # nanoGPT's files for GPT-2 come without a word on their vocabulary.
-    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
-    train_file = folder / "train.bin"
-    if not train_file.is_file():
+    train_file = _token_file(folder, "train")
+    if train_file is None:
         raise DataError(
             f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
         )
+    tokenizer = _tokenizer_in(folder, meta)
+    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
+    # Of characters, the bytes of some have ids too, which a model must have for its tokenizer's
+    # sake.
+    if "itos" in meta and tokenizer is not None:
+        vocab_size = max(vocab_size, tokenizer.vocab_size)
     train = open_tokens(train_file, vocab_size=vocab_size)
     identity = {"train": fingerprint(train_file)}
     val = None
-    val_file = folder / "val.bin"
-    if val_file.is_file():
+    val_file = _token_file(folder, "val")
+    if val_file is not None:
         val = open_tokens(val_file, vocab_size=vocab_size)
         if len(val) < 2:
             raise DataError(f"{val_file}: expected at least 2 ids, to predict one, got {len(val)}.")
@@ -339,19 +376,56 @@ def open_corpus(folder: str | Path) -> Corpus:
     return Corpus(
         train=train,
         val=val,
-        tokenizer=_tokenizer_in(folder, vocab_size),
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
         bytes_per_token=_bytes_per_token(meta),
         identity=identity,
     )
 
 
-def _tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
+def _token_file(folder: Path, part: str) -> Path | None:
+    """Returns the token file of a part, "train" or "val".
+
+    That is `train.bin`, `train.npy`, or a name such as llm.c's `tiny_shakespeare_train.bin`.
+
+    Raises:
+      DataError: several files may be it.
+    """
+    for name in (f"{part}.bin", f"{part}.npy"):
+        if (folder / name).is_file():
+            return folder / name
+    pattern = re.compile(rf".*_{part}(_\d+)?\.(bin|npy)")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [file.name for file in files if pattern.fullmatch(file.name)]
+    if len(names) > 1:
+        raise DataError(f"{folder}: expected one file of tokens for {part}, got {names[:10]}.")
+    return folder / names[0] if names else None
+
+
+def _tokenizer_in(folder: Path, meta: dict[str, Any]) -> Tokenizer | None:
     """Returns the tokenizer in a folder of token files; without one, GPT-2's if it may be that."""
     try:
-        return Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
-        return Tokenizer.gpt2() if vocab_size == GPT2_VOCAB_SIZE else None
+        return _implied_tokenizer(meta)
+    vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
+    if tokenizer.vocab_size > vocab_size:
+        expected = f"a tokenizer of ids below {vocab_size}, the data's `vocab_size`"
+        got = f"ids up to {tokenizer.vocab_size - 1}"
+        raise DataError(f"{folder}: expected {expected}, got {got}.")
+    return tokenizer
+
+
+def _implied_tokenizer(meta: dict[str, Any]) -> Tokenizer | None:
+    """Returns the tokenizer of a folder that holds none: of nanoGPT's characters, or GPT-2's."""
+    tokens = meta.get("itos")
+    if tokens is not None:
+        # Tokens that are words or the like have no tokenizer here: their ids can be trained on.
+        is_characters = all(len(token) == 1 for token in tokens)
+        is_distinct = len(set(tokens)) == len(tokens)
+        return tokenizer_of(tokens) if is_characters and is_distinct else None
+    is_gpt2s = meta.get("vocab_size", GPT2_VOCAB_SIZE) == GPT2_VOCAB_SIZE
+    return Tokenizer.gpt2() if is_gpt2s else None
 
 
 def _bytes_per_token(meta: dict[str, Any]) -> float | None:

@@ -21,7 +21,11 @@ def option(default: Any, help: str, *, curve: bool = True) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A training run, but for its data. The defaults are nanoGPT's for GPT-2 124M, on one device.
+    """A training run, but for its data. The defaults train GPT-2 124M, on one device.
+
+    Batches, steps and optimizer are those of nanoGPT's `config/train_gpt2.py`. The model is
+    OpenAI's: its layers have biases, its GELU is the tanh one, and its table has a row for each
+    token. nanoGPT's has no biases, the exact GELU, and 50,304 rows for 50,257 tokens.
 
     Raises:
       ValueError: a field is of another type than its default, or out of range.
@@ -45,7 +49,7 @@ class Recipe:
         40, "parts of a batch that pass through the model one after the other"
     )
     steps: int = option(600_000, "updates")
-    # Muon learns more from each token, and a step of it takes longer: see `models/tinystories`.
+    # Muon learns more from each token, and a step of it takes longer: see the demo's model card.
     optimizer: str = option("adamw", "adamw, or muon for the layers' matrices")
     # The end is a tenth of the peak, "per Chinchilla" (nanoGPT's `train.py`; arXiv:2203.15556).
     learning_rate: float = option(6e-4, "at its peak")
@@ -187,8 +191,8 @@ def changeable_fields() -> frozenset[str]:
 
 
 RECIPES = {
-    # nanoGPT's recipe for a CPU: `config/train_shakespeare_char.py` with the changes that its
-    # README names.
+    # nanoGPT's recipe for a CPU, `config/train_shakespeare_char.py` with the changes that its
+    # README names, but for the optimizer: there it is AdamW, from `learning_rate=1e-3` to a tenth.
     "shakespeare_char": Recipe(
         n_layer=4,
         n_head=4,
@@ -197,15 +201,17 @@ RECIPES = {
         batch_size=12,
         micro_batches=1,
         steps=2000,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
+        optimizer="muon",
+        learning_rate=4e-3,
+        min_learning_rate=4e-5,
         warmup_steps=100,
         b2=0.99,  # more than elsewhere, as an update sees few tokens
         eval_every=250,
         save_every=250,
         seed=1337,
     ),
-    # `models/tinystories` of a checkout: 3.5 M parameters, an hour and a half on two cores.
+    # The model that ships with the package as "demo": 3.5 M parameters on TinyStories, an hour and
+    # a half on two cores.
     "tinystories": Recipe(
         n_layer=3,
         n_head=4,
@@ -222,8 +228,7 @@ RECIPES = {
         eval_every=500,
         save_every=250,
     ),
-    # The model that ships with the package as "demo": 4.3 M parameters on children's books, an hour
-    # or two on two cores.
+    # 4.3 M parameters on children's books, which are harder: an hour or two on two cores.
     "storyteller": Recipe(
         n_layer=4,
         n_head=4,
@@ -252,7 +257,7 @@ RECIPES = {
         eval_every=100,
         save_every=100,
     ),
-    # nanoGPT's `config/train_gpt2.py`, the defaults: 124M parameters, half a million tokens an
-    # update.
+    # The defaults: OpenAI's GPT-2 124M by nanoGPT's batches and optimizer (`config/train_gpt2.py`),
+    # half a million tokens an update.
     "gpt2": Recipe(dtype="bfloat16"),
 }

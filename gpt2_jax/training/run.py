@@ -45,6 +45,7 @@ from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.weights import load, param_shapes, save
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
 from gpt2_jax.training.corpus import Corpus, open_corpus
 from gpt2_jax.training.data import Batches, DataError, windows
@@ -92,6 +93,7 @@ class Plan(NamedTuple):
     batches: Batches
     tx: optax.GradientTransformation  # `optimizer`'s one object, or each call would compile anew
     identity: dict[str, Any]  # what tells it from other runs; `run.json` holds it
+    say: Callable[[str], None]  # takes messages
 
 
 class Position(NamedTuple):
@@ -141,7 +143,7 @@ def fit(
     """
     corpus = open_corpus(data)
     config, params = _initial_model(recipe, corpus, from_pretrained)
-    plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained)
+    plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, say)
     with (
         _locked(plan.out),
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
@@ -157,6 +159,7 @@ def fit(
         first_step = int(position.state.step)
         _write_run(plan, first_step)
         say(_opening_message(plan, n_params, first_step))
+        # Only behind `_write_run`, which replaces its file: it would go on writing to the old one.
         with _open_log(plan, first_step, progress) as log:
             position = _train(plan, position, checkpoints, log, stop_requested)
     plot_curves(plan.out / "metrics.jsonl", plan.out / "curves.png")
@@ -189,8 +192,11 @@ def export(
     out = local_path(out)
     run = read_run(out)
     step, params = _best_params(out, run, say)
+    # Cast last: a checkpoint is restored in the dtypes that it was saved in.
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
-    tokenizer = Tokenizer.load(out) if (out / "vocab.json").is_file() else None
+    tokenizer = None
+    with contextlib.suppress(FileNotFoundError):  # data need not come with one
+        tokenizer = Tokenizer.load(out)
     save(target, params, run.config, tokenizer=tokenizer, overwrite=overwrite)
     return step
 
@@ -345,6 +351,11 @@ def _pretrained_model(
         tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
         tokenizer = None  # then only the vocabularies' sizes can be compared
+    except TokenizerKindError as error:
+        # Whoever brings ids of his own can go on without.
+        if corpus.tokenizer:
+            raise DataError(f"The data was made with another kind of tokenizer: {error}") from error
+        tokenizer = None
     if tokenizer and corpus.tokenizer and corpus.tokenizer.vocab != tokenizer.vocab:
         raise DataError(
             f"The data was made with another vocabulary than {from_pretrained}'s: prepare it with "
@@ -360,7 +371,12 @@ def _pretrained_model(
 
 
 def _make_plan(
-    out: Path, recipe: Recipe, config: GPT2Config, corpus: Corpus, from_pretrained: str | None
+    out: Path,
+    recipe: Recipe,
+    config: GPT2Config,
+    corpus: Corpus,
+    from_pretrained: str | None,
+    say: Callable[[str], None],
 ) -> Plan:
     """Returns what a run does; raises `ValueError` if its windows are longer than the positions."""
     length = recipe.window_length(config)
@@ -379,6 +395,7 @@ def _make_plan(
         batches=batches,
         tx=optimizer(recipe),
         identity=identity,
+        say=say,
     )
 
 
@@ -498,6 +515,7 @@ def _write_run(plan: Plan, first_step: int) -> None:
     # A killed run has logged steps that its last checkpoint does not know. First, as it refuses
     # a file that is none of metrics.
     forget_after(plan.out / "metrics.jsonl", first_step)
+    # Again at each resumption: the fields that may change have their present values.
     with replacing(plan.out / "run.json", overwrite=True) as temporary:
         write_json(temporary, plan.identity)
     if plan.corpus.tokenizer:
@@ -547,6 +565,7 @@ def _train(
         position, metrics = _advance(plan, position, step)
         log.started(Pending(step, cursor, metrics))
 
+        # A request to stop is answered here, between steps, where the state is whole.
         is_last = step == recipe.steps or stop_requested()
         val_loss = None
         if _is_evaluated(plan, step):
@@ -605,8 +624,19 @@ def _evaluate(plan: Plan, position: Position, step: int) -> Evaluation:
         step=step,
         val_loss=validation_loss(params, plan.corpus.val, config=plan.config, recipe=plan.recipe),
         bytes_per_token=plan.corpus.bytes_per_token,
-        sample=_sample_text(plan, params, position.key),
+        sample=_sample_or_note(plan, position, step),
     )
+
+
+def _sample_or_note(plan: Plan, position: Position, step: int) -> str | None:
+    """Returns a text of the model's own; where there is none to be had, says why."""
+    try:
+        return _sample_text(plan, position.state.params, position.key)
+    # Whatever it was, memory for a cache of keys and values included: people look at samples, and
+    # no step of a run of days depends on one.
+    except Exception as error:
+        plan.say(f"No sample after step {step}: {error}")
+        return None
 
 
 def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:

@@ -15,6 +15,9 @@ Axes are those of `modules.py`; here `T` counts one id more than the model reads
 only predicted.
 """
 
+import difflib
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,14 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import apply, check_ids
+from gpt2_jax.inputs import Layout, check_ids
+from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
 
 Metrics = dict[str, Array]  # scalars by name
+# `(params, batch, *, config, dropout_key) -> (loss, metrics)`
+LossFn = Callable[..., tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -45,6 +52,8 @@ class _Batch(NamedTuple):
 
     ids: Int[Array, "B T"]
     weights: Float[Array, "B T"]  # how much the prediction of each id counts; the first, never
+    layout: Layout
+    inputs_embeds: Float[Array, "B T D"] | None  # what the model reads in the place of `ids`
 
 
 class _Program(NamedTuple):
@@ -53,21 +62,102 @@ class _Program(NamedTuple):
     tx: optax.GradientTransformation  # equal to itself alone, so the caller keeps one object
     micro_batches: int
     remat: bool
+    loss_fn: Any  # None, or a function, likewise equal to itself alone
+    trainable: str | tuple[str, ...] | None  # patterns of names; None for all
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    trainable: str | Sequence[str] | None = None,
+) -> TrainState:
     """Returns the state before the first step.
 
-    It holds a copy of the params, as `train_step` donates its state. Params of 16 bits become
-    float32: small updates would vanish in them. `config.dtype` says what a step computes in.
+    It holds a copy of the params, as `train_step` donates its state. Params of 16 bits that are
+    trained become float32: small updates would vanish in them. `config.dtype` says what a step
+    computes in.
+
+    Args:
+      params: the parameters, or any pytree that a `loss_fn` takes.
+      tx: the optimizer; it sees, and holds moments of, what is trained alone.
+      trainable: patterns of the names of leaves that are trained, such as "h.11.*" or "lora.*"; all
+        by default. See `partition`.
+
+    Raises:
+      ValueError: a pattern matches no leaf.
     """
 
     def widened_copy(leaf: Array | np.ndarray) -> Array:
         # `jnp.array`, not `asarray`, which would share the memory of a leaf that is wide already.
         return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
-    params = jax.tree.map(widened_copy, params)
-    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+    trained, frozen = partition(params, trainable)
+    trained = jax.tree.map(widened_copy, trained)
+    frozen = jax.tree.map(jnp.array, frozen)  # copies: these are donated, too
+    state = TrainState(
+        step=jnp.int32(0), params=combine(trained, frozen), opt_state=tx.init(trained)
+    )
+    return _unshared(state)
+
+
+def partition(params: Any, patterns: str | Sequence[str] | None) -> tuple[Any, Any]:
+    """Returns the leaves of a tree whose names match, and the others: `combine` joins them again.
+
+    Each is the whole tree, with None in the places of the other's leaves.
+
+    Args:
+      params: any pytree. A leaf's name is its path, as in "h.3.attn.c_attn.kernel".
+      patterns: one or more patterns as in a shell: `*` is any text. None matches all.
+
+    Raises:
+      ValueError: a pattern matches no leaf.
+    """
+    if patterns is None:
+        return params, jax.tree.map(lambda leaf: None, params)
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    paths_and_leaves, structure = jax.tree.flatten_with_path(params)
+    names = [keystr(path, simple=True, separator=".") for path, _ in paths_and_leaves]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or names[:4]
+            raise ValueError(
+                f"`trainable` must match leaves of the params, {pattern!r} matches none. Names are"
+                f" such as {', '.join(near)}."
+            )
+    trained: list[Any] = []
+    frozen: list[Any] = []
+    for name, (_, leaf) in zip(names, paths_and_leaves, strict=True):
+        is_trained = any(fnmatchcase(name, pattern) for pattern in patterns)
+        trained.append(leaf if is_trained else None)
+        frozen.append(None if is_trained else leaf)
+    return jax.tree.unflatten(structure, trained), jax.tree.unflatten(structure, frozen)
+
+
+def combine(one: Any, other: Any) -> Any:
+    """Returns the tree of which each has the leaves that the other lacks."""
+
+    def present(a: Any, b: Any) -> Any:
+        return b if a is None else a
+
+    return jax.tree.map(present, one, other, is_leaf=lambda leaf: leaf is None)
+
+
+def _unshared(state: TrainState) -> TrainState:
+    """Returns a state of which no two leaves are the same array.
+
+    Some optimizers keep the first params, or one zero in two places; a step donates each leaf, and
+    no array can be given away twice.
+    """
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.array(leaf)  # a copy
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)
 
 
 def next_token_loss(
@@ -76,6 +166,10 @@ def next_token_loss(
     *,
     config: GPT2Config,
     weights: Num[ArrayLike, "B T"] | None = None,
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -90,8 +184,12 @@ def next_token_loss(
         `T - 1`; so `T` is 2 to `n_positions + 1`.
       config: the model's configuration.
       weights: how much the prediction of each id counts, not negative. The first column is never
-        predicted and is ignored. Padding on the right, or the first token of a packed document, has
-        weight 0.
+        predicted and is ignored. Padding on the right has weight 0.
+      positions, mask: see `apply`; with a place for each of `ids`, the last included. A mask says
+        what is seen, not what counts.
+      segment_ids: several texts to a row: see `apply`. The first token of each is not predicted,
+        whatever its weight.
+      inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
       dropout_key: turns dropout on.
       remat: recomputes each layer's activations in the backward pass instead of keeping them.
 
@@ -102,7 +200,8 @@ def next_token_loss(
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns, or `weights` another shape.
     """
-    batch = _make_batch(ids, weights, config)
+    layout = Layout(positions, mask, segment_ids)
+    batch = _make_batch(ids, weights, layout, inputs_embeds, config)
     weight = _predicted_weight(batch)
     loss = _share_of_loss(
         params, batch, dropout_key, whole_weight=weight, config=config, remat=remat
@@ -112,44 +211,74 @@ def next_token_loss(
 
 def train_step(
     state: TrainState,
-    ids: Int[ArrayLike, "B T"],
+    ids: Any,
     key: PRNGKeyArray | None = None,
     *,
     config: GPT2Config,
     tx: optax.GradientTransformation,
     weights: Num[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     micro_batches: int = 1,
     remat: bool = False,
+    loss_fn: LossFn | None = None,
+    trainable: str | Sequence[str] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Makes one update. Compiles itself; `state` is donated, so use the one that comes back.
 
     Args:
       state: what `init_state` or the last step returned.
-      ids: token ids: see `next_token_loss`.
+      ids: token ids: see `next_token_loss`; with a `loss_fn`, the batch that it takes, a pytree of
+        arrays with one number of rows.
       key: turns dropout on. The step's number is folded in, so that one key serves a whole run.
       config: the model's configuration.
       tx: any optax optimizer, such as `make_optimizer` returns. Each object compiles its own step.
-      weights: see `next_token_loss`.
+      weights, segment_ids: see `next_token_loss`.
       micro_batches: in how many parts the batch passes through the model, one after the other. The
         update is that of the whole batch, the memory that of a part.
       remat: see `next_token_loss`.
+      loss_fn: another loss, `loss_fn(params, batch, *, config, dropout_key) -> (loss, metrics)`, as
+        `next_token_loss` is one: `dropout_key` is the step's, or None, and metrics are a dict of
+        scalars. Of `micro_batches` the loss and the metrics are the mean. Each object compiles its
+        own step.
+      trainable: what `init_state` was given. The gradient of the other leaves is not computed.
 
     Returns:
-      The next state, and a dict of `loss`, `weight` and `grad_norm` (the gradient's global norm
-      before clipping), all of the params before the update.
+      The next state, and a dict of `loss`, `grad_norm` (the gradient's global norm before clipping)
+      and `weight`, or the metrics of `loss_fn`, all of the params before the update.
 
     Raises:
-      ValueError: as `next_token_loss`; or `B` is not a multiple of `micro_batches`.
+      ValueError: as `next_token_loss`; or `B` is not a multiple of `micro_batches`, or `weights`,
+        `segment_ids` or `remat` stand beside a `loss_fn`, which does not take them.
     """
     # Everything is checked before the compiled step, which takes the state's memory away.
-    batch = _make_batch(ids, weights, config)
-    n_rows = batch.ids.shape[0]
+    if loss_fn is None:
+        batch = _make_batch(ids, weights, Layout(segment_ids=segment_ids), None, config)
+    elif weights is not None or segment_ids is not None or remat:
+        raise ValueError(
+            "`weights`, `segment_ids` and `remat` are the usual loss's: a `loss_fn` finds what it"
+            " needs in its batch."
+        )
+    else:
+        batch = jax.tree.map(jnp.asarray, ids)
+    _check_parts(batch, micro_batches)
+    if trainable is not None and not isinstance(trainable, str):
+        trainable = tuple(trainable)
+    program = _Program(tx, micro_batches, remat, loss_fn, trainable)
+    return _train_step(_unshared(state), batch, key, config=config, program=program)
+
+
+def _check_parts(batch: Any, micro_batches: int) -> None:
+    """Raises `ValueError` unless all arrays split into as many parts."""
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The arrays of a batch must have one number of rows, got {sorted(sizes)}."
+        )
+    n_rows = sizes.pop()
     if micro_batches < 1 or n_rows % micro_batches:
         raise ValueError(
             f"The {n_rows} rows of `ids` must split into `micro_batches`, got {micro_batches}."
         )
-    program = _Program(tx, micro_batches, remat)
-    return _train_step(state, batch, key, config=config, program=program)
 
 
 # The step, compiled.
@@ -159,56 +288,97 @@ def train_step(
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _train_step(
     state: TrainState,
-    batch: _Batch,
+    batch: Any,
     key: PRNGKeyArray | None,
     *,
     config: GPT2Config,
     program: _Program,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after an update, and what `train_step` measures."""
-    weight = _predicted_weight(batch)
     # The step is the state's own: a resumed run drops what it would have dropped without a stop.
     step_key = None if key is None else jax.random.fold_in(key, state.step)
-    loss, grads = _loss_and_grads(
-        state.params, batch, step_key, weight, config=config, program=program
-    )
+    trained, frozen = partition(state.params, program.trainable)
+    # A batch of another loss weighs what that loss says.
+    weight = _predicted_weight(batch) if isinstance(batch, _Batch) else None
+    share = partial(_share, whole_weight=weight, config=config, program=program)
+
+    # Of what is trained alone: the gradient of the rest is never computed.
+    def loss_of(trained, part, part_key):
+        return share(combine(trained, frozen), part, part_key)
+
+    def value_and_grads(trained: Params) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+        of_part = partial(jax.value_and_grad(loss_of, has_aux=True), trained)
+        return _summed(of_part, batch, step_key, program.micro_batches)
+
+    def value_fn(trained: Params) -> Float[Array, ""]:
+        loss, _ = _summed(partial(loss_of, trained), batch, step_key, program.micro_batches)
+        return loss
+
+    (loss, metrics), grads = value_and_grads(trained)
     # Before clipping, which is the optimizer's: the norm shows a step that clipping hides.
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = program.tx.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    # By the names that optax's line searches, plateaus, SAM and Sophia ask for. What none asks for
+    # is not traced.
+    updates, opt_state = optax.with_extra_args_support(program.tx).update(
+        grads,
+        state.opt_state,
+        trained,
+        value=loss,
+        grad=grads,
+        value_fn=value_fn,
+        obj_fn=value_fn,
+        grad_fn=lambda params, _: value_and_grads(params)[1],
+    )
+    params = combine(optax.apply_updates(trained, updates), frozen)
     next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-    return next_state, {"loss": loss, "weight": weight, "grad_norm": grad_norm}
+    return next_state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
 
-def _loss_and_grads(
-    params: Params,
-    batch: _Batch,
+def _summed(
+    of_part: Callable[[Any, PRNGKeyArray | None], Any],
+    batch: Any,
     key: PRNGKeyArray | None,
-    weight: Float[Array, ""],
-    *,
-    config: GPT2Config,
-    program: _Program,
-) -> tuple[Float[Array, ""], Params]:
-    """Returns the loss of a batch and its gradient, in one pass or as the sum over its parts."""
-    share = partial(_share_of_loss, whole_weight=weight, config=config, remat=program.remat)
-    share_and_grads = jax.value_and_grad(share)
-    if program.micro_batches == 1:
-        return share_and_grads(params, batch, key)
+    n_parts: int,
+) -> Any:
+    """Returns the sum of what a function gives for each part of a batch, a pytree."""
+    if n_parts == 1:
+        return of_part(batch, key)
 
     def add_part(total, numbered_part):  # one step of the scan
         number, part = numbered_part
         # Parts with one and the same key would all drop the same units.
         part_key = None if key is None else jax.random.fold_in(key, number)
-        addend = share_and_grads(params, part, part_key)
-        return jax.tree.map(jnp.add, total, addend), None
+        return jax.tree.map(jnp.add, total, of_part(part, part_key)), None
 
-    n_parts = program.micro_batches
     numbers = jnp.arange(n_parts)
-    parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, x.shape[1]), batch)  # [N, B / N, T]
-    zeros = jax.tree.map(jnp.zeros_like, (weight, params))  # of the loss and of the gradient
+    parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(of_part, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # A scan, not a Python loop: it is compiled once, and the activations of one part are alive.
     total, _ = jax.lax.scan(add_part, zeros, (numbers, parts))
     return total
+
+
+def _share(
+    params: Params,
+    part: Any,
+    key: PRNGKeyArray | None,
+    *,
+    whole_weight: Float[Array, ""] | None,
+    config: GPT2Config,
+    program: _Program,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns what a part of a batch adds to the loss and the metrics of the whole."""
+    if program.loss_fn is None:
+        assert whole_weight is not None
+        loss = _share_of_loss(
+            params, part, key, whole_weight=whole_weight, config=config, remat=program.remat
+        )
+        return loss, {"weight": _predicted_weight(part)}
+    loss, metrics = program.loss_fn(params, part, config=config, dropout_key=key)
+    # The mean over the parts, which are of one size.
+    return jax.tree.map(lambda x: x / program.micro_batches, (loss, metrics))
 
 
 def _share_of_loss(
@@ -228,7 +398,19 @@ def _share_of_loss(
     read = part.ids[:, :-1]
     predicted = part.ids[:, 1:]
     # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
-    logits = apply(params, read, config=config, dropout_key=dropout_key, remat=remat)
+    embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
+    layout = part.layout.without_last()
+    logits = apply(
+        params,
+        read if embeds is None else None,
+        config=config,
+        positions=layout.positions,
+        mask=layout.mask,
+        segment_ids=layout.segment_ids,
+        inputs_embeds=embeds,
+        dropout_key=dropout_key,
+        remat=remat,
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)  # [B, T - 1]
     total = (losses * part.weights[:, 1:]).sum()
     # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
@@ -242,9 +424,17 @@ def _predicted_weight(batch: _Batch) -> Float[Array, ""]:
 
 
 def _make_batch(
-    ids: Int[ArrayLike, "B T"], weights: Num[ArrayLike, "B T"] | None, config: GPT2Config
+    ids: Int[ArrayLike, "B T"],
+    weights: Num[ArrayLike, "B T"] | None,
+    layout: Layout,
+    inputs_embeds: Float[ArrayLike, "B T D"] | None,
+    config: GPT2Config,
 ) -> _Batch:
-    """Returns ids and weights as arrays that fit each other; raises `ValueError` if they do not."""
+    """Returns what a step learns from as arrays that fit each other.
+
+    Raises:
+      ValueError: they do not.
+    """
     # One more than the model reads: the last id is only predicted.
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
@@ -254,12 +444,26 @@ def _make_batch(
     # The dtype of the logits, whatever the weights came in: a mask of integers, say.
     dtype = wide_dtype(config)
     if weights is None:
-        return _Batch(ids, jnp.ones(ids.shape, dtype))
-    if jnp.shape(weights) != ids.shape:
+        weights = jnp.ones(ids.shape, dtype)
+    _check_shape("weights", weights, ids)
+    weights = jnp.asarray(weights, dtype)
+    if inputs_embeds is not None:
+        inputs_embeds = jnp.asarray(inputs_embeds)
+    if layout.segment_ids is not None:
+        _check_shape("segment_ids", layout.segment_ids, ids)
+        segment_ids = jnp.asarray(layout.segment_ids)
+        layout = layout._replace(segment_ids=segment_ids)
+        # Nothing before it says what a text begins with.
+        is_first = segment_ids[:, 1:] != segment_ids[:, :-1]
+        weights = weights.at[:, 1:].multiply(~is_first)
+    return _Batch(ids, weights, layout, inputs_embeds)
+
+
+def _check_shape(name: str, given: ArrayLike, ids: Int[Array, "B T"]) -> None:
+    if jnp.shape(given) != ids.shape:
         expected = list(ids.shape)
-        got = list(jnp.shape(weights))
-        raise ValueError(f"`weights` must have the shape of `ids`, {expected}, got {got}.")
-    return _Batch(ids, jnp.asarray(weights, dtype))
+        got = list(jnp.shape(given))
+        raise ValueError(f"`{name}` must have the shape of `ids`, {expected}, got {got}.")
 
 
 # The optimizer.

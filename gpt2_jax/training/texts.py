@@ -9,19 +9,35 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2_jax.tokenizer import END_OF_TEXT
+from gpt2_jax.files import decode_text
+from gpt2_jax.tokenizer_settings import END_OF_TEXT
 from gpt2_jax.training.data import DataError
+from gpt2_jax.training.records import (
+    RECORD_READERS,
+    is_records,
+    kind_of,
+    read_field,
+    text_in,
+)
 
+FIELD_ADVICE = "name the field that is the text, as in `--field text`"
 CHARACTERS_PER_PIECE = 2**20  # about so many are encoded at a time
-BYTE_ORDER_MARK = "\ufeff"  # Windows' editors begin UTF-8 files with it; it is no part of the text
 
 # Behind a letter or sign that a space or a line end follows, no piece of the tokenizer's pattern
 # goes on: the ids of what stands before, and then those of what stands behind, are those of both.
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
-# A line of its own, with its end. Within a line the mark is ordinary text.
-DOCUMENT_END = re.compile(rf"^{re.escape(END_OF_TEXT)}[ \t]*(?:\r?\n|$)", re.MULTILINE)
+# With the end of its line where nothing else follows there: that belongs to the mark.
+DOCUMENT_END = re.compile(rf"{re.escape(END_OF_TEXT)}(?:[ \t]*(?:\r?\n|\Z))?")
 PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*")
+
+
+class Reading(NamedTuple):
+    """What of a file is text, and where its documents end."""
+
+    field: str | None = None  # of the records that files hold; None for plain text
+    unwrap: bool = False  # whether the lines of each paragraph are joined to one
+    eot_as_text: bool = False  # whether `<|endoftext|>` is text like any other, and parts nothing
 
 
 class Parts(NamedTuple):
@@ -43,31 +59,39 @@ class Span(NamedTuple):
         return self.text[self.start : self.end]
 
 
-def read_texts(names: Iterable[str]) -> Iterator[str]:
-    """Yields the texts of files, of folders' `*.txt` and, for "-", of standard input.
+def read_documents(names: Iterable[str], reading: Reading) -> Iterator[list[str]]:
+    """Yields the documents of each file, of folders' files and, for "-", of standard input.
 
-    Line ends stay as they are.
+    Of a folder these are its `*.txt` or, with `reading.field`, its files of records. Line ends stay
+    as they are.
 
     Raises:
-      DataError: there is no such file, or no text in a folder, or a text is empty or not UTF-8.
+      DataError: there is no such file, or none that fits in a folder; or a file is empty, damaged,
+        not UTF-8, or holds records and no field is named, or the other way round.
+      ImportError: a file is one for `pyarrow`, which is not installed.
     """
     for name in names:
         if name == "-":
-            yield _decoded(name, sys.stdin.buffer.read())
+            yield _documents_of("Standard input", _typed(reading.field), reading)
             continue
-        for file in _text_files(Path(name).expanduser()):
-            yield _decoded(file, file.read_bytes())
+        for file in _files(Path(name).expanduser(), reading.field):
+            yield _documents_of(file, _texts_in(file, reading.field), reading)
 
 
-def documents(text: str, unwrap: bool) -> list[str]:
-    """Returns the documents of a text, which lines `<|endoftext|>` part; empty ones are left out.
+def _documents_of(source: str | Path, texts: Iterable[str], reading: Reading) -> list[str]:
+    """Returns the documents of a file's texts, at least one."""
+    found = [document for text in texts for document in documents(text, reading)]
+    if not found:
+        raise DataError(f"{source}: expected a text, got an empty one.")
+    return found
 
-    With `unwrap`, the lines of each paragraph are joined to one.
-    """
-    parted = DOCUMENT_END.split(text)
+
+def documents(text: str, reading: Reading) -> list[str]:
+    """Returns the documents of a text, which `<|endoftext|>` parts; empty ones are left out."""
+    parted = [text] if reading.eot_as_text else DOCUMENT_END.split(text)
     # Before the first mark and after the last there may be nothing.
     found = [document for document in parted if document.strip()]
-    if unwrap:
+    if reading.unwrap:
         return [_unwrapped(document) for document in found]
     return found
 
@@ -115,29 +139,45 @@ def spans(texts: Iterable[str]) -> Iterator[Span]:
             start = end
 
 
-def _text_files(path: Path) -> list[Path]:
-    """Returns a file, or the texts of a folder and its folders in the order of their names."""
+def _files(path: Path, field: str | None) -> list[Path]:
+    """Returns a file, or those of a folder and its folders in the order of their names."""
     if path.is_file():
         return [path]
     # Sorted: disks list their files in orders of their own, and the ids must be the same anywhere.
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else []
+    inside = sorted(path.rglob("*")) if path.is_dir() else []
+    files = []
+    for file in inside:
+        wanted = kind_of(file) == ".txt" if field is None else is_records(file)
+        if wanted and file.is_file():
+            files.append(file)
     if not files:
-        raise DataError(f"{path}: expected a text file, or a folder with *.txt.")
+        kinds = "*.txt" if field is None else f"files of records ({', '.join(RECORD_READERS)})"
+        has_records = field is None and any(is_records(file) for file in inside)
+        got = f", got records: {FIELD_ADVICE}" if has_records else ""
+        raise DataError(f"{path}: expected a file, or a folder with {kinds}{got}.")
     return files
 
 
-def _decoded(source: str | Path, content: bytes) -> str:
-    """Returns the text of a file's bytes; errors name the source."""
+def _texts_in(file: Path, field: str | None) -> Iterable[str]:
+    """Returns the texts of a file: one, or a field of each record."""
+    if is_records(file):
+        if field is None:
+            raise DataError(f"{file}: expected a text, got records: {FIELD_ADVICE}.")
+        return read_field(file, field)
+    if field is not None:
+        kinds = ", ".join(RECORD_READERS)
+        raise DataError(f"{file}: expected records ({kinds}) with a field `{field}`, got a text.")
+    return [text_in(file)]
+
+
+def _typed(field: str | None) -> list[str]:
+    """Returns the text on standard input."""
+    if field is not None:
+        raise DataError(f"Standard input is a text, and has no field `{field}`: name a file.")
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}: expected UTF-8, but {error.reason} at byte {error.start}."
-        ) from None
-    text = text.removeprefix(BYTE_ORDER_MARK)
-    if not text.strip():
-        raise DataError(f"{source}: expected a text, got an empty one.")
-    return text
+        return [decode_text(sys.stdin.buffer.read(), "Standard input")]
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _unwrapped(text: str) -> str:

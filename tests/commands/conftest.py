@@ -19,15 +19,18 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a command with the packaged model unless told otherwise, and `typed` as its input."""
+    """Runs a command with the packaged model unless told otherwise, and `typed` as its input.
+
+    `model=()` leaves the choice to the command.
+    """
     # It would change JAX for every test that follows; its own tests have a process each.
     monkeypatch.setattr(generate, "set_up_jax", lambda args, report: None)
 
-    def run(*arguments, typed=""):
+    def run(*arguments, typed="", model=("--from_pretrained", "demo")):
         stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stdin)
-        model = [] if "--from_pretrained" in arguments else ["--from_pretrained", "demo"]
-        code = main.run([*arguments, *model])
+        default = () if "--from_pretrained" in arguments else model
+        code = main.run([*arguments, *default])
         out, err = capsys.readouterr()
         return Done(code, out, err)
 

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,9 +16,10 @@ import gpt2_jax
 from gpt2_jax.commands import generate
 from gpt2_jax.commands.generate import parser, shade_of
 from gpt2_jax.commands.main import run
+from gpt2_jax.files import lines_of
 from gpt2_jax.generation.options import OPTIONS
 from gpt2_jax.tokenizer import Tokenizer
-from tests.reference import ROOT
+from tests.reference import ROOT, TINY
 
 # Users have neither of the two.
 COMMAND = """
@@ -55,7 +57,7 @@ def process(environment):
 def records_of(done):
     """The JSON lines of a run that went well."""
     assert done.code == 0, done.err
-    return [json.loads(line) for line in done.out.splitlines()]
+    return [json.loads(line) for line in lines_of(done.out)[:-1]]
 
 
 # In a process.
@@ -68,7 +70,7 @@ def test_greedy_text_is_what_the_library_generates(process, demo):
     ids = np.array([demo.tokenizer.encode(prompt)])
     out = gpt2_jax.generate(demo.params, ids, config=demo.config, max_new_tokens=20)
     assert done.stdout.decode() == prompt + demo.tokenizer.decode(out.ids[0]) + "\n"
-    assert b"4,273,664 parameters" in done.stderr
+    assert b"3,483,904 parameters" in done.stderr
     assert b"tokens/s" in done.stderr
 
 
@@ -84,7 +86,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(process, environme
 def test_text_that_is_not_utf8_is_named(process):
     done = process(input=b"caf\xe9 noir", stdin=None)
     assert done.returncode == 2
-    assert done.stderr.startswith(b"gpt2-jax: Standard input must be UTF-8, but ")
+    assert done.stderr.startswith(b"gpt2-jax: Standard input: expected UTF-8, but ")
     assert b"at byte 3" in done.stderr
 
 
@@ -157,9 +159,11 @@ def test_a_prompt_is_read_from_standard_input_and_a_text_stops_before_its_stop(c
 
 def test_each_line_may_be_a_prompt(command):
     records = records_of(
-        command("--lines", "--json", "--max_tokens", "2", typed="The king\n\nThe queen\n")
+        command(
+            "--lines", "--json", "--max_tokens", "2", typed="\ufeffThe king\r\n\nThe\u2028queen\n"
+        )
     )
-    assert [record["prompt"] for record in records] == ["The king", "The queen"]
+    assert [record["prompt"] for record in records] == ["The king", "The\u2028queen"]
 
 
 def test_several_texts_are_parted_by_rules(command):
@@ -172,9 +176,10 @@ def test_several_texts_are_parted_by_rules(command):
 
 def test_rules_change_what_is_written(command):
     prompt = ["The king", "--max_tokens", "40", "--json", "--quiet"]
-    (free,) = records_of(command(*prompt))
-    (once,) = records_of(command(*prompt, "--no_repeat_ngram_size", "1"))
-    penalty = ["--suppress_tokens", "12", "--repetition_penalty", "1.3"]
+    endless = ["--suppress_tokens", "0"]  # the end of a story
+    (free,) = records_of(command(*prompt, *endless))
+    (once,) = records_of(command(*prompt, *endless, "--no_repeat_ngram_size", "1"))
+    penalty = [*endless, "--suppress_tokens", "12", "--repetition_penalty", "1.3"]
     (without,) = records_of(command(*prompt, *penalty))
     assert len(set(free["ids"])) < 40 == len(set(once["ids"]))
     assert free["ids"] != without["ids"]
@@ -228,10 +233,12 @@ def test_speculation_writes_the_same_text(command, guess):
 
 
 def test_past_the_context_a_text_stops_or_slides_on(command, demo):
-    prompt = ("Once upon a time there was a king", "--max_tokens", "270", "--json", "--quiet")
+    text = "Once upon a time there was a king"
+    endless = ("--suppress_tokens", "0")  # the end of a story
+    prompt = (text, *endless, "--max_tokens", "270", "--json", "--quiet")
     (stopped,) = records_of(command(*prompt, "--overflow", "stop"))
     (slid,) = records_of(command(*prompt, "--overflow", "slide"))
-    room = 256 - len(demo.tokenizer.encode(prompt[0]))
+    room = 256 - len(demo.tokenizer.encode(text))
     assert len(stopped["ids"]) == room
     assert stopped["finish_reason"] == "length"
     assert len(slid["ids"]) == 270
@@ -240,7 +247,7 @@ def test_past_the_context_a_text_stops_or_slides_on(command, demo):
 
 def test_a_conversation_goes_on_until_it_is_begun_anew(command, demo):
     turns = "The king was old\nThe queen was young\n/new\nThe queen was young\n"
-    done = command("--interactive", "--max_tokens", "12", "--quiet", typed=turns)
+    done = command("--interactive", "--max_tokens", "12", "--quiet", typed="\ufeff" + turns)
     talk = gpt2_jax.Conversation(demo.params, demo.tokenizer, config=demo.config)
     expected = ""
     for text in ("The king was old", "\nThe queen was young", None, "The queen was young"):
@@ -251,6 +258,55 @@ def test_a_conversation_goes_on_until_it_is_begun_anew(command, demo):
         expected += row.text + "\n"
     assert done.code == 0
     assert done.out == expected
+
+
+def test_enter_alone_goes_on_where_the_turn_was_cut(command):
+    cut = command("--interactive", "--max_tokens", "9", "--quiet", typed="The king was old\n\n")
+    whole = command("The king was old", "--max_tokens", "18", "--quiet")
+    assert "The king was old" + cut.out.replace("\n", "", 1) == whole.out
+
+
+def test_an_ended_story_is_announced(command):
+    done = command("--interactive", "--max_tokens", "200", typed="They all lived happily\n")
+    assert "; the text ends here: add a line, or /new" in done.err
+
+
+@pytest.fixture
+def without_network(monkeypatch):
+    """No hub can be reached, and nothing is in its cache."""
+    load = generate.load_pretrained
+
+    def refuse(name, **options):
+        if name != "demo":
+            raise ConnectionError("the hub could not be reached")
+        return load(name, **options)
+
+    monkeypatch.setattr(generate, "load_pretrained", refuse)
+
+
+def test_without_a_network_the_demo_takes_the_place_of_a_model_not_asked_for(
+    command, without_network
+):
+    asked_for = command("The king", "--max_tokens", "5")
+    fallen_back = command("The king", "--max_tokens", "5", model=())
+    assert fallen_back.code == 0
+    assert fallen_back.out == asked_for.out
+    notice, description, _ = fallen_back.err.splitlines()
+    assert notice.startswith("gpt2 is not here and the hub cannot be reached: this is demo")
+    assert "--from_pretrained" in notice
+    assert description.startswith("demo: 3,483,904 parameters")
+    # Whose text it is must be known to all who read it.
+    assert command("The king", "--quiet", model=()).err == notice + "\n"
+
+
+@pytest.mark.parametrize(
+    "asked_for", [("--from_pretrained", "gpt2"), ("--model_name", "gpt2"), ("--revision", "main")]
+)
+def test_what_was_asked_for_has_no_replacement(command, without_network, asked_for):
+    done = command("The king", *asked_for, model=())
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err == "gpt2-jax: the hub could not be reached\n"
 
 
 def test_probabilities_are_shown_as_colours(command):
@@ -266,6 +322,24 @@ def test_the_likelier_a_token_the_greener_it_is():
     shades = [shade_of(np.log(probability)) for probability in (0.9, 0.3, 0.1, 0.03, 0.001)]
     assert shades == [34, 112, 178, 208, 196]
     assert shade_of(-np.inf) == 196
+
+
+def test_a_model_of_another_kind_of_tokenizer_is_read_or_named(tmp_path, capsys):
+    config = gpt2_jax.GPT2Config(**TINY)
+    gpt2_jax.save(tmp_path, gpt2_jax.init(jax.random.key(0), config), config)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    arguments = ["the cats", "--from_pretrained", str(tmp_path), "--max_tokens", "3", "--json"]
+    assert run(arguments) == 2
+    assert "got the class unknown and vocab.txt" in capsys.readouterr().err
+
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    params = gpt2_jax.load(tmp_path)[1]
+    for flags, ids in (([], [2, 5, 6, 7, 3]), (["--no_special_tokens"], [5, 6, 7])):
+        assert run([*arguments, *flags]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        out = gpt2_jax.generate(params, np.array([ids]), config=config, max_new_tokens=3)
+        assert json.loads(line)["ids"] == out.ids[0, : out.lengths[0]].tolist()
 
 
 # Mistakes.
@@ -338,6 +412,7 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
         (["--interactive", "--num_samples", "2", "--do_sample"], "--interactive writes one text"),
         (["--show_probs", "--json"], "--json has the probabilities already"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["b\udcff"], "spellable in UTF-8, got '\\udcff' at position 1"),
     ],
 )
 def test_options_out_of_range_are_named(capsys, monkeypatch, arguments, message):

@@ -35,7 +35,7 @@ def test_the_lens_shows_the_models_own_prediction_last(look, demo, tmp_path):
     logits = jax.jit(gpt2_jax.apply)(demo.params, ids, config=demo.config)[0]
     probabilities = jax.nn.softmax(logits)
     best = np.asarray(probabilities.argmax(-1))
-    assert found["sites"] == [f"h.{i}.resid_post" for i in range(4)]
+    assert found["sites"] == [f"h.{i}.resid_post" for i in range(demo.config.n_layer)]
     assert found["best"][-1] == [demo.tokenizer.decode([i]) for i in best]
     np.testing.assert_allclose(found["probabilities"][-1], probabilities.max(-1), rtol=1e-4)
     assert imread(tmp_path / "lens.png").std() > 0.05  # something is drawn
@@ -58,7 +58,7 @@ def test_the_heat_map_ends_in_the_donors_value(look, tmp_path):
     found = numbers_of(look(GIRL, *options, "--json", "--out", str(picture)))
     values = np.array(found["values"])
     assert found["labels"] == ["The", " little", " girl", " took"]
-    assert values.shape == (4, 4)
+    assert values.shape == (3, 4)  # layers, tokens
     # Where the texts are the same, and where all that differs is patched.
     np.testing.assert_allclose(values[:, :2], found["unpatched"], rtol=1e-5)
     np.testing.assert_allclose(values[0, 2], found["donor"], rtol=1e-5)
@@ -74,14 +74,14 @@ def test_the_heat_map_ends_in_the_donors_value(look, tmp_path):
             [GIRL, "--json", "--donor", "The boy"],
             "--donor must have the 4 tokens of the prompt, got 2.",
         ),
-        ([GIRL, "--json", "--donor", BOY], "Both texts go on with ' the': give two --answers"),
+        ([GIRL, "--json", "--donor", BOY], "Both texts go on with ' a': give two --answers"),
         (
             [GIRL, "--json", "--donor", BOY, "--answers", "", " his"],
             "The --answers must not be empty.",
         ),
         (
             [GIRL, "--json", "--site", "h.9.resid_post"],
-            "There is no site 'h.9.resid_post' in 4 layers.",
+            "There is no site 'h.9.resid_post' in 3 layers.",
         ),
         (
             [GIRL, "--json", "--site", "h.1.attn.z"],

@@ -324,3 +324,12 @@ def test_a_disk_that_is_full_is_named():
         )
     assert done.returncode == 2
     assert done.stderr == b"gpt2-jax inspect: [Errno 28] No space left on device\n"
+
+
+def test_json_has_no_nan():
+    from gpt2_jax.commands.evaluate import as_record
+    from gpt2_jax.evaluation.tasks import Figure
+
+    one = Figure("cbt", "accuracy", 1.0, float("nan"), 1, "questions", "ours")
+    assert as_record(one)["stderr"] is None
+    assert as_record(one._replace(stderr=0.5)) == one._replace(stderr=0.5)._asdict()

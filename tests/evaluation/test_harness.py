@@ -1,7 +1,11 @@
 """Our figures against lm-evaluation-harness with its own `hf` model, for the shipped model."""
 
 import json
+import subprocess
+import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +13,8 @@ import gpt2_jax
 from gpt2_jax.evaluation import readers
 from gpt2_jax.evaluation.score import rolling_windows
 from gpt2_jax.evaluation.tasks import Model, hellaswag, lambada, wikitext
-from tests.reference import DATA
+from gpt2_jax.tokenizer_template import Template
+from tests.reference import DATA, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
@@ -60,6 +65,34 @@ def harness_pages(articles):
     starts = [i for i, line in enumerate(lines) if line.startswith(" = Title")]
     ends = [*starts[1:], len(lines)]
     return ["\n".join(lines[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_texts_begin_and_end_as_with_the_harnesss_own_model(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    from gpt2_jax.evaluation.harness import GPT2JaxLM
+
+    config = gpt2_jax.GPT2Config(**TINY | {"vocab_size": 70})
+    gpt2_jax.save(tmp_path, gpt2_jax.init(jax.random.key(0), config), config)
+    vocab = {chr(byte): byte - 33 for byte in range(33, 100)} | {
+        "<s>": 67,
+        "</s>": 68,
+        "\u0120": 69,
+    }
+    roles = {"bos_token": "<s>", "eos_token": "</s>"}
+    specials = {"<s>": 67, "</s>": 68}
+    for template in ((), (67,)), ((67,), ()), ((67,), (68,)):
+        gpt2_jax.Tokenizer(vocab, [], specials, roles=roles, template=Template(*template)).save(
+            tmp_path
+        )
+        ours = GPT2JaxLM(pretrained=str(tmp_path))
+        theirs = HFLM(pretrained=str(tmp_path), device="cpu")
+        assert ours.prefix_token_id == theirs.prefix_token_id == 67
+        assert ours.eot_token_id == theirs.eot_token_id == 68
+        for text in ("AB A", "<s>AB", "A</s>B", ""):
+            for add_special_tokens in (None, True, False):
+                ids = ours.tok_encode(text, add_special_tokens)
+                assert ids == theirs.tok_encode(text, add_special_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -261,13 +294,140 @@ def test_sampling_is_repeatable_and_greedy_ignores_its_options(adapter):
     assert one(do_sample=True, top_k=1) == one()
 
 
+def test_a_repeated_question_gets_answers_that_no_batch_size_changes(adapter):
+    drawn = {"max_gen_toks": 8, "temperature": 1.0}
+    questions = [("Once upon a time", drawn)] * 3 + [("The wolf said", drawn)]
+    requests = instances("generate_until", *questions)
+    answers = adapter.generate_until(requests, disable_tqdm=True)
+    assert len(set(answers)) == 4
+    adapter.batch_size = 2
+    try:
+        assert adapter.generate_until(requests, disable_tqdm=True) == answers
+        # Nor does what else is asked.
+        assert adapter.generate_until(requests[3:] * 2, disable_tqdm=True)[0] == answers[3]
+    finally:
+        adapter.batch_size = 8
+
+
+@pytest.mark.parametrize("first", ["gpt2_jax.evaluation.harness", "lm_eval"])
+def test_the_harness_keeps_its_own_models(first):
+    code = f"""
+import {first}, gpt2_jax.evaluation.harness
+from lm_eval.api.registry import MODEL_REGISTRY
+from lm_eval.models import MODEL_MAPPING
+print(sorted({{*MODEL_MAPPING, "gpt2_jax"}} - set(MODEL_REGISTRY.keys())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+ARGUMENTS = ({}, {"add_bos_token": True}, {"prefix_token_id": 5}, {"logits_cache": False})
+
+
+@pytest.mark.parametrize("options", ARGUMENTS, ids=str)
+def test_arguments_do_what_they_do_with_hf(options):
+    from lm_eval.models.huggingface import HFLM
+
+    from gpt2_jax.evaluation.harness import GPT2JaxLM
+
+    models = [
+        HFLM(str(gpt2_jax.resolve("demo")), device="cpu", dtype="float32", **options),
+        GPT2JaxLM("demo", **options),
+    ]
+    pairs = [("Once", " upon"), ("", " upon a"), ("<|endoftext|>Once ", "upon")]
+    # Answers that are letters, to one question.
+    pairs += [("The answer is", f" {letter}") for letter in "ABCD"]
+    scored = []
+    for model in models:
+        answers = model.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+        (whole,) = model.loglikelihood_rolling(
+            instances("loglikelihood_rolling", ("Once upon a time",)), disable_tqdm=True
+        )
+        scored.append(([answer[0] for answer in answers], [answer[1] for answer in answers], whole))
+    (theirs, their_greedy, their_whole), (ours, our_greedy, our_whole) = scored
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert our_greedy == their_greedy
+    np.testing.assert_allclose(our_whole, their_whole, rtol=1e-4)
+    for text in ("Once", "<|endoftext|>Once"):
+        for add in (None, False, True):
+            theirs, ours = (model.tok_encode(text, add_special_tokens=add) for model in models)
+            assert theirs == ours
+    theirs, ours = (model.tok_encode("Once upon a time", left_truncate_len=2) for model in models)
+    assert theirs == ours
+
+
+def test_prompts_are_truncated_as_hfs_are(adapter, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    hf = HFLM(str(gpt2_jax.resolve("demo")), device="cpu", dtype="float32", truncation=True)
+    hf.tokenizer.model_max_length = adapter.max_length
+    for truncation in (False, True):
+        monkeypatch.setattr(adapter, "truncation", truncation)
+        ids, _ = hf.tok_batch_encode([PAGE], left_truncate_len=200, truncation=truncation)
+        assert adapter._prompt(PAGE, 200) == ids[0].tolist()
+
+
+def test_what_is_drawn_from_is_hfs(adapter):
+    from transformers import GenerationConfig
+
+    from gpt2_jax.evaluation.harness import _sampler
+
+    top_k = GenerationConfig().top_k or GenerationConfig._get_default_generation_params()["top_k"]
+    expected = gpt2_jax.sampler_from_options({"top_k": top_k}, do_sample=True)
+    assert _sampler({"temperature": 1.0}, ()) == expected
+    plain = gpt2_jax.sampler_from_options({}, do_sample=True)
+    assert _sampler({"do_sample": True, "top_k": 0}, ()) == plain
+    assert not _sampler({"do_sample": None, "temperature": 0}, ()).draws
+    with pytest.raises(ValueError, match="`temperature` must be greater than 0, got 0"):
+        _sampler({"do_sample": True, "temperature": 0}, ())
+
+
+def test_the_automatic_batch_is_what_memory_holds(adapter, monkeypatch):
+    from gpt2_jax.evaluation import harness
+
+    tried = []
+
+    def score(params, requests, *, config, batch_size, share):
+        tried.append(batch_size)
+        assert len(requests) == batch_size and not share
+        assert len(requests[0].ids) == adapter.max_length + 1
+        if batch_size > 5:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(harness, "score", score)
+    assert adapter._largest_batch(4) == 4  # on this CPU, untried
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert adapter._largest_batch(20) == 5
+    assert tried == [20, 10, 5]
+
+
+def test_an_end_of_text_beyond_the_vocabulary_stops_nothing(adapter, monkeypatch):
+    assert adapter._stop_ids == (0,)
+    small = adapter.config.replace(vocab_size=97, eos_token_id=(50256, 7))
+    monkeypatch.setattr(adapter, "config", small)
+    assert sorted(adapter._stop_ids) == [0, 7]
+    monkeypatch.setattr(adapter, "tokenizer", types.SimpleNamespace(eot_id=50256))
+    assert adapter._stop_ids == (7,)
+
+
 def test_what_the_adapter_cannot_do_is_named(adapter):
     from gpt2_jax.evaluation.harness import GPT2JaxLM
 
     with pytest.raises(ValueError, match="`max_length` must be at most 256, got 300"):
         GPT2JaxLM("demo", max_length=300)
-    with pytest.raises(ValueError, match="`batch_size` must be a number, got 'auto'"):
-        GPT2JaxLM("demo", batch_size="auto")
+    for wrong in ("auto:4", 0, True):
+        with pytest.raises(ValueError, match='`batch_size` must be a positive number or "auto"'):
+            GPT2JaxLM("demo", batch_size=wrong)
+    with pytest.raises(ValueError, match=r"`prefix_token_id` must be less than 4096 .*, got 4096"):
+        GPT2JaxLM("demo", prefix_token_id=4096)
+    with pytest.raises(ValueError, match="`add_bos_token` must be True or False, got 'false'"):
+        GPT2JaxLM("demo", add_bos_token="false")
+    with pytest.raises(ValueError, match="`max_gen_toks` must be a positive integer, got 'x'"):
+        GPT2JaxLM("demo", max_gen_toks="x")
+    for ask in (lambda: adapter.chat_template(True), lambda: adapter.apply_chat_template([])):
+        with pytest.raises(ValueError, match="GPT-2 has no chat template: leave out"):
+            ask()
+    assert adapter.chat_template(False) is None
     with pytest.raises(ValueError, match="not supported: num_beams"):
         adapter.generate_until(instances("generate_until", ("Once", {"num_beams": 3})))
     with pytest.raises(ValueError, match="from 1 to 255, got 256"):

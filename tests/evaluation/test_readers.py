@@ -1,8 +1,10 @@
 """The data sets' published formats, on small files made by hand."""
 
+import gzip
 import json
 import sys
 import types
+import zipfile
 
 import pytest
 
@@ -33,14 +35,28 @@ def write_rows(file, rows):
 # Lines.
 
 
-def test_a_text_keeps_its_ends_of_line(file):
-    assert readers.read_text(write(file, b"one\r\ntwo\n")) == "one\r\ntwo\n"
+@pytest.mark.parametrize("content", [b"one\r\ntwo\n", b"\xef\xbb\xbfone\ntwo\n"])
+def test_a_text_that_went_through_windows_is_the_published_one(file, content):
+    assert readers.read_text(write(file, content)) == "one\ntwo\n"
 
 
-def test_a_tail_may_begin_inside_a_character(file):
-    write(file, "ab\N{EURO SIGN}cd".encode())
-    assert readers.read_tail(file, 3) == "\N{REPLACEMENT CHARACTER}cd"
-    assert readers.read_tail(file, 100) == "ab\N{EURO SIGN}cd"
+def test_a_return_that_stands_alone_is_text(file):
+    assert readers.read_text(write(file, b"one\rtwo\n")) == "one\rtwo\n"
+
+
+def test_sets_that_went_through_windows_are_read_alike(file):
+    row = {"ctx_a": "He said.", "ctx_b": "then", "activity_label": "Talk"}
+    contents = {
+        "lambada": b'{"text": "one two"}\n{"text": "three four"}\n',
+        "hellaswag": json.dumps(HELLASWAG | row).encode() + b"\n",
+        "wikitext": b" \n = Title = \n \n A text . \n",
+        "cbt": b"1 Once .\n2 The XXXXX\tfox\t\tcat|fox\n",
+    }
+    for name, content in contents.items():
+        read = getattr(readers, f"read_{name}")
+        published = list(read(write(file, content)))
+        through_windows = b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")
+        assert list(read(write(file, through_windows))) == published
 
 
 def test_lines_are_numbered_as_in_an_editor(file):
@@ -48,10 +64,16 @@ def test_lines_are_numbered_as_in_an_editor(file):
     assert [(line.number, line.text) for line in lines] == [(1, "one"), (4, "two")]
 
 
-def test_a_line_separator_inside_a_json_text_is_text(file):
-    write(file, '{"text": "one two\N{LINE SEPARATOR}three four"}\n'.encode())
+@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
+def test_a_line_separator_inside_a_json_text_is_text(file, separator):
+    write(file, f'{{"text": "one two{separator}three four"}}\n'.encode())
     (question,) = readers.read_lambada(file)
-    assert question == LastWord("one two\N{LINE SEPARATOR}three", "four")
+    assert question == LastWord(f"one two{separator}three", "four")
+
+
+def test_a_form_feed_inside_a_line_is_text(file):
+    (line,) = readers.read_lines(write(file, b"one\x0ctwo\n"))
+    assert line.text == "one\x0ctwo"
 
 
 def test_a_wrong_field_is_named_with_its_line(file):
@@ -73,10 +95,16 @@ def test_hellaswags_label_may_be_a_text(file):
     assert [question.label for question in readers.read_hellaswag(file)] == [1, 0]
 
 
-@pytest.mark.parametrize("label", [2, -1, "", "one"])
+@pytest.mark.parametrize("label", [2, -1, "", "one", True])
 def test_hellaswags_label_must_name_an_ending(file, label):
-    write_rows(file, [HELLASWAG | {"label": label}])
-    with pytest.raises(TaskError, match=rf"line 1: expected a label in \[0, 2\), got {label}"):
+    write_rows(file, [HELLASWAG, HELLASWAG | {"label": label}])
+    with pytest.raises(TaskError, match=rf"line 2: expected a label in \[0, 2\), got {label!r}"):
+        list(readers.read_hellaswag(file))
+
+
+def test_a_label_that_is_missing_is_named_with_its_line(file):
+    write_rows(file, [HELLASWAG, {"ctx": "a b", "endings": ["c"]}])
+    with pytest.raises(TaskError, match="line 2: expected a field `label`, got"):
         list(readers.read_hellaswag(file))
 
 
@@ -114,6 +142,8 @@ def test_cbt_reads_other_ends_of_line(file):
     [
         ("read_text", b" \n", "data: expected a text, got an empty one"),
         ("read_text", b"ab\xff", "data: expected UTF-8, but invalid start byte at byte 2"),
+        ("read_text", b"a\0b\0", "data: expected UTF-8, got zero bytes, as in UTF-16"),
+        ("read_lambada", b"[" * 200_000, "line 1: expected a JSON object"),
         ("read_lambada", b"plain text", "line 1: expected a JSON object, got 'plain text'"),
         ("read_lambada", b"[1, 2]", "line 1: expected a JSON object"),
         ("read_lambada", b'{"txt": "a b"}', r"line 1: expected a field `text`, got \['txt'\]"),
@@ -129,6 +159,63 @@ def test_a_wrong_format_is_named(file, read, content, message):
     write(file, content)
     with pytest.raises(TaskError, match=message):
         list(getattr(readers, read)(file))
+
+
+# enwik8 and text8.
+
+
+def test_a_tail_may_begin_inside_a_character(file):
+    write(file, "ab\N{EURO SIGN}cd\r\n".encode())
+    assert readers.read_enwik8(file, 5) == "\N{REPLACEMENT CHARACTER}cd\r\n"
+    assert readers.read_enwik8(file, 100) == "ab\N{EURO SIGN}cd\r\n"
+
+
+def zipped(file, **members):
+    """Writes a zip; returns the file."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file
+
+
+def test_the_zip_that_is_published_is_read(file):
+    zipped(file, enwik8=b"<mediawiki> a text", other=b"no")
+    assert readers.read_enwik8(file, 6) == "a text"
+    assert readers.read_text8(zipped(file, text8=b" a text"), 5) == " text"
+
+
+def test_a_damaged_zip_is_named(file):
+    content = bytearray(zipped(file, enwik8=b"a text " * 100).read_bytes())
+    content[45] ^= 255
+    with pytest.raises(TaskError, match="data: expected a sound zip, but "):
+        readers.read_enwik8(write(file, bytes(content)), 10)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (gzip.compress(b"<mediawiki>"), "got a gzip"),
+        ("a text".encode("utf-16"), "got UTF-16"),
+        ("a text".encode("utf-16-le"), "got a zero byte at 1"),
+    ],
+)
+def test_what_is_no_published_file_is_named(file, content, message):
+    write(file, content)
+    for name in ("enwik8", "text8"):
+        with pytest.raises(TaskError, match=f"data: expected {name} as .* or as a zip, {message}"):
+            getattr(readers, f"read_{name}")(file, 100)
+
+
+def test_a_zip_of_something_else_is_named(file):
+    zipped(file, text8=b"letters", more=b"")
+    with pytest.raises(TaskError, match=r"a zip with a file enwik8, got \['text8', 'more'\]"):
+        readers.read_enwik8(file, 100)
+
+
+def test_text8_holds_letters_and_spaces(file):
+    assert readers.read_text8(write(file, b" some text"), 4) == "text"
+    with pytest.raises(TaskError, match="the letters a to z and spaces alone, got b'T' at byte 5"):
+        readers.read_text8(write(file, b"some Text"), 4)
 
 
 # WikiText.

@@ -101,10 +101,27 @@ def test_totals_are_summed_in_float64():
 
 def test_progress_counts_the_requests_of_each_batch(models, rng):
     _, config, params = models
-    requests = [(rng.integers(0, 61, 5), 1)] * 7
+    requests = [(rng.integers(0, 61, 5), 1) for _ in range(7)]
     counts = []
     score(params, requests, config=config, batch_size=3, progress=counts.append)
     assert counts == [3, 3, 1]
+
+
+def test_texts_that_differ_in_their_last_token_share_a_pass(models, rng):
+    _, config, params = models
+    read = rng.integers(0, 61, 5).tolist()
+    # More letters than a row may hold, and others that share nothing with them.
+    letters = [([*read, letter], 1) for letter in range(30)]
+    others = [([*read, 1], 2), (rng.integers(0, 61, 5), 1), ([*read, 3], 5)]
+    requests = [*others, *letters]
+    counts = []
+    shared = score(params, requests, config=config, batch_size=2, progress=counts.append)
+    assert max(counts) > 2
+    apart = score(params, requests, config=config, batch_size=2, share=False)
+    for one, other in zip(shared, apart, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-12)
+        np.testing.assert_array_equal(one.greedy, other.greedy)
+    assert len({one.total for one in shared[3:]}) == 30
 
 
 def test_groups_keep_their_requests_together(models, rng):

@@ -110,7 +110,8 @@ def test_hellaswag_as_llm_c_has_it(model, logprobs, tmp_path):
 
 
 def test_cbt_puts_each_word_in_its_place(model, logprobs, tmp_path):
-    context = [f"{i} Sentence number {i} of a tale ." for i in range(1, 21)]
+    # Fewer lines than the published twenty: all that PyTorch reads must fit into its context.
+    context = [f"{i} Line {i} of a tale ." for i in range(1, 16)]
     words = ["king", "queen", "wolf", "apple"]
     lines = [*context, "21 Then the XXXXX went home .\tking\t\t" + "|".join(words), "", *context]
     lines.append("21 At the end the XXXXX ate it .\twolf\t\t" + "|".join(words))
@@ -204,9 +205,9 @@ def test_progress_reaches_its_total(model, tmp_path):
 
 
 def test_a_tokenizer_without_end_of_text_is_named(model, tmp_path):
-    without = types.SimpleNamespace(encode=model.tokenizer.encode, eot_id=None)
+    without = types.SimpleNamespace(encode=model.tokenizer.encode, bot_id=None)
     (tmp_path / "w").write_text(" = Title = \n\n Once upon a time . \n")
-    with pytest.raises(ValueError, match=r"needs a tokenizer with the token <\|endoftext\|>"):
+    with pytest.raises(ValueError, match="a tokenizer that names its `bos_token` or"):
         tasks.wikitext(model._replace(tokenizer=without), tmp_path / "w")
 
 
@@ -214,7 +215,7 @@ def test_data_is_fetched_through_the_tasks():
     assert tasks.fetch is readers.fetch
 
 
-def test_the_script_prints_figures_and_explains_mistakes(tmp_path):
+def test_the_script_prints_figures_and_explains_mistakes(model, tmp_path):
     def run(*args):
         command = [
             sys.executable,
@@ -232,7 +233,8 @@ def test_the_script_prints_figures_and_explains_mistakes(tmp_path):
     assert [row["metric"] for row in rows] == ["perplexity", "word perplexity", "bits per byte"], (
         done.stderr
     )
-    assert 1 < rows[2]["value"] < 2.2
+    values = [figure.value for figure in tasks.perplexity_of_file(model, HELD_OUT)]
+    np.testing.assert_allclose([row["value"] for row in rows], values, rtol=1e-6)
     wrong = run("--task", "perplexity", "--data", tmp_path / "none")
     assert wrong.returncode == 2
     assert wrong.stderr.endswith("none: there is no such file.\n")

@@ -17,7 +17,7 @@ from gpt2_jax import Categorical, Chain, GPT2Config, Temperature, generate, samp
 V, N = 30, 9
 TINY = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 1, "n_head": 3}
 
-token_logprobs = jax.jit(gpt2_jax.token_logprobs, static_argnames="config")
+token_logprobs = jax.jit(gpt2_jax.token_logprobs)
 
 
 def beam_search(*args, **options):
@@ -41,8 +41,9 @@ def models():
 
 
 def search_hf(model, ids, lengths, *, stops, pad, **options):
-    """HF's beams of left-padded prompts: texts [B * R, up to N] without the prompts, and scores [B
-    * R].
+    """HF's beams of left-padded prompts: texts `[B * R, up to N]` and scores `[B * R]`.
+
+    The texts are without the prompts.
     """
     width = ids.shape[1]
     left = np.stack(
@@ -192,10 +193,8 @@ def test_log_probabilities_are_the_models_own_and_add_up_to_the_score(models, rn
         own[row, place, : lengths[row] + N] = [*ids[row, : lengths[row]], *found.ids[row, place]]
     own = np.asarray(token_logprobs(params, own.reshape(9, -1), config=config)).reshape(3, 3, -1)
     for row, place in itertools.product(range(3), range(3)):
-        size, start = (
-            found.lengths[row, place],
-            lengths[row] - 1,
-        )  # a prediction stands before its token
+        # A prediction stands before its token.
+        size, start = found.lengths[row, place], lengths[row] - 1
         np.testing.assert_allclose(
             found.logprobs[row, place, :size], own[row, place, start:][:size], atol=1e-5
         )
@@ -233,9 +232,8 @@ def test_sampling_draws_beams_without_replacement_in_proportion(models):
     ) ** (1 / 1.7)
     p = np.asarray(p / p.sum())
     first, second = np.meshgrid(range(V), range(V), indexing="ij")
-    pairs = np.where(
-        first == second, 0.0, p[first] * p[second] / (1 - p[first])
-    )  # in order of drawing
+    # In order of drawing.
+    pairs = np.where(first == second, 0.0, p[first] * p[second] / (1 - p[first]))
     best = np.where(p[first] >= p[second], first, second)
     expected = np.bincount(best.ravel(), pairs.ravel(), V)
     found = beam_search(
@@ -251,9 +249,8 @@ def test_sampling_draws_beams_without_replacement_in_proportion(models):
     )
     seen = np.bincount(np.ravel(found.ids), minlength=V) / draws
     assert np.abs(seen - expected).max() < 4 * np.sqrt(0.25 / draws)
-    assert np.abs(expected - p).max() > 8 * np.sqrt(
-        0.25 / draws
-    )  # so that plain draws would have failed
+    # So that plain draws would have failed.
+    assert np.abs(expected - p).max() > 8 * np.sqrt(0.25 / draws)
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch(models, rng):

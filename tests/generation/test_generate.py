@@ -29,7 +29,7 @@ TINY = GPT2Config(
     eos_token_id=None,
     bos_token_id=None,
 )
-apply = jax.jit(gpt2_jax.apply, static_argnames="config")
+apply = jax.jit(gpt2_jax.apply)
 SAMPLER = Categorical(Chain((Temperature(1.5), TopK(30), TopP(0.95))))
 
 
@@ -224,9 +224,8 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
     ids, lengths = rng.integers(0, 61, (2, 30)), np.array([30, 11])
     advance.clear_cache()
     with jax.log_compiles():  # in this thread
-        out = generate(
-            params, ids, lengths, config=config, max_new_tokens=600
-        )  # 256 slots, then 512, then 640
+        # 256 slots, then 512, then 640.
+        out = generate(params, ids, lengths, config=config, max_new_tokens=600)
     compiled = [
         record.message
         for record in caplog.records
@@ -307,6 +306,11 @@ def test_buckets_are_powers_of_two_up_to_the_largest():
         ),
         ({"max_new_tokens": 2**31}, "`max_new_tokens` must be at most 2147483647, got 2147483648"),
         ({"stop_ids": (61,)}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 61"),
+        ({"stop_ids": [1, 2.5]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 2.5"),
+        ({"stop_ids": ["3"]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got '3'"),
+        ({"stop_ids": 3}, "`stop_ids` must be a sequence of ids, got 3"),
+        ({"stop_ids": "3"}, "`stop_ids` must be a sequence of ids, got '3'"),
+        ({"pad_id": True}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got True"),
         ({"pad_id": -1}, r"`pad_id` must be in \[0, 61\) \(`vocab_size`\), got -1"),
     ],
 )
@@ -322,6 +326,17 @@ def test_bad_arguments_are_named_before_anything_runs(params, changes, message):
         generate(params, **arguments)
     with pytest.raises(ValueError, match=message):
         stream(params, **arguments)
+
+
+def test_ids_of_the_config_that_the_vocabulary_lacks_are_left_out(params, prompts):
+    beyond = TINY.replace(eos_token_id=50256, pad_token_id=-1)
+    assert read_endings(None, None, config=beyond) == ((), 0)
+    some = TINY.replace(eos_token_id=(50256, 7), pad_token_id=60)
+    assert read_endings(None, None, config=some) == ((7,), 60)
+    chex.assert_trees_all_equal(
+        generate(params, *prompts, config=beyond, max_new_tokens=4),
+        generate(params, *prompts, config=TINY, max_new_tokens=4),
+    )
 
 
 def test_greedy_is_the_default(params, prompts):
@@ -400,10 +415,7 @@ def test_past_the_context_a_row_stops(params, rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            {"max_new_tokens": 5},
-            "is 5, together 65, but the model has 64 positions",
-        ),
+        ({"max_new_tokens": 5}, "is 5, together 65, but the model has 64 positions"),
         ({"overflow": "clamp"}, '`overflow` must be "error", "stop" or "slide", got \'clamp\''),
         (
             {"overflow": "stop", "keep": 3},

@@ -423,6 +423,14 @@ def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
     assert "max_new_tokens" not in arguments
 
 
+def test_ids_of_a_generation_config_that_the_vocabulary_lacks_are_left_out(tmp_path):
+    content = {"eos_token_id": [50256, 7], "pad_token_id": 50257}
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    arguments = load_generation_config(tmp_path, config=GPT2Config(vocab_size=97))
+    assert arguments["stop_ids"] == (7,)
+    assert "pad_id" not in arguments
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -439,6 +447,8 @@ def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
             r"`suppress_tokens` must hold ids in \[0, 50257\) \(`vocab_size`\), got 60000",
         ),
         ({"bad_words_ids": [[1, -2]]}, "`bad_words_ids` must hold ids in .* got -2"),
+        ({"eos_token_id": "3"}, "`eos_token_id` must be an integer or None, got '3'"),
+        ({"pad_token_id": [3]}, r"`pad_token_id` must be an integer or None, got \[3\]"),
         ([], "expected an object, got list"),
     ],
 )

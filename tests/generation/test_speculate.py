@@ -1,6 +1,4 @@
-"""Speculation is lossless: greedy texts are those of `generate`, and drawn ones have the model's
-own distribution.
-"""
+"""Speculation is lossless: greedy texts are `generate`'s, drawn ones have its distribution."""
 
 import itertools
 
@@ -157,9 +155,7 @@ DICE = GPT2Config(
 
 
 def texts_and_probabilities(params, prompt, transform, stop):
-    """Every text of NEW tokens, padded with 0 after its stop, and its probability by the
-    definition.
-    """
+    """Every text of NEW tokens, with 0 after its stop, and its probability by the definition."""
     texts = np.array(list(itertools.product(range(V), repeat=NEW)))
     whole = np.concatenate([np.tile(prompt, (len(texts), 1)), texts], axis=1)
     logits = gpt2_jax.apply(params, whole, config=DICE)
@@ -210,9 +206,8 @@ def test_drawn_texts_have_the_models_distribution(kind):
     assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
     share = found.accepted.sum() / found.drafted.sum()
     assert 0.04 < share < 0.96  # guesses were taken and refused
-    if (
-        kind == "draft"
-    ):  # had refused guesses been replaced by plain draws, the test would have seen it
+    # Had refused guesses been replaced by plain draws, the test would have seen it.
+    if kind == "draft":
         _, others = texts_and_probabilities(other, prompt, sampler.transform, stop=2)
         assert (
             DRAWS * ((others - expected)[possible] ** 2 / expected[possible]).sum() > 10 * freedom

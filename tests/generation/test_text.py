@@ -14,6 +14,7 @@ from gpt2_jax import (
     sampler_from_options,
     stream_text,
 )
+from gpt2_jax.tokenizer_template import Template
 
 PROMPTS = ["Once upon a time there was a king", "The wolf said"]
 
@@ -67,6 +68,53 @@ def test_a_text_ends_before_its_first_stop_text_wherever_tokens_begin(model):
     assert shown == free.text[: free.text.index(stop)]
 
 
+def test_ids_beyond_the_tokenizer_are_no_text(model):
+    params, tokenizer, config = model
+    ids, lengths = gpt2_jax.encode_batch(tokenizer, PROMPTS)
+    out = generate(params, ids, lengths, config=config, max_new_tokens=8)
+    # A tokenizer that lacks the token that the model writes third.
+    lost = int(out.ids[0, 2])
+    vocab = {token: id for token, id in tokenizer.vocab.items() if id != lost}
+    merges = [pair for pair in tokenizer.merges if {*pair, "".join(pair)} <= vocab.keys()]
+    smaller = Tokenizer(vocab, merges)
+    contexts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    for prompt, context, new in zip(PROMPTS, contexts, np.asarray(out.ids), strict=True):
+        row = Continuation(prompt, smaller, context=context)
+        row.push(new.tolist(), [0.0] * 8)
+        assert row.ids == new.tolist()
+        assert row.text == tokenizer.decode([id for id in new if id != lost])
+
+
+def test_a_prompt_has_what_the_tokenizer_adds_to_a_text(model):
+    params, tokenizer, config = model
+    framed = Tokenizer(
+        tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens, template=Template((0, 5))
+    )
+    bare = tokenizer.encode(PROMPTS[0])
+    options = {"config": config, "max_new_tokens": 3}
+    for add_special_tokens, ids in ((True, [0, 5, *bare]), (False, bare)):
+        (row,) = complete(
+            params, framed, PROMPTS[:1], add_special_tokens=add_special_tokens, **options
+        )
+        assert row.context == ids
+        assert row.ids == generate(params, np.array([ids]), **options).ids[0].tolist()
+    talk = Conversation(params, framed, config=config)
+    (*_, row) = talk.reply(PROMPTS[0], max_new_tokens=1)
+    assert talk.ids == [0, 5, *bare, *row.ids]
+    bare_talk = Conversation(params, framed, config=config, add_special_tokens=False)
+    list(bare_talk.reply(PROMPTS[0], max_new_tokens=1))
+    assert bare_talk.ids[:-1] == bare
+    list(talk.reply(PROMPTS[1], max_new_tokens=1))
+    assert talk.ids[len(bare) + 3 : -1] == tokenizer.encode(PROMPTS[1])
+
+
+def test_the_end_of_a_text_has_the_tokenizers_name_for_it(model):
+    params, _, config = model
+    named = Tokenizer({"a": 0, "</s>": 1}, [], roles={"eos_token": "</s>"})
+    with pytest.raises(ValueError, match="take '</s>' with `allow_special`"):
+        complete(params, named, [""], config=config, max_new_tokens=1)
+
+
 def test_half_a_character_is_kept_back():
     tokenizer = Tokenizer.gpt2()
     ids = tokenizer.encode("né 🦩")
@@ -98,6 +146,7 @@ def test_bad_arguments_are_named_before_anything_is_generated(model, prompts, op
 
 def test_a_conversation_is_one_text_that_is_read_once(model, monkeypatch):
     params, tokenizer, config = model
+    config = config.replace(eos_token_id=None)  # its stories are short
     blocks = []
     read = gpt2_jax.generation.conversation.read
 
@@ -127,6 +176,7 @@ def test_a_conversation_is_one_text_that_is_read_once(model, monkeypatch):
 
 def test_a_conversation_goes_on_past_the_context_from_its_last_half(model):
     params, tokenizer, config = model
+    config = config.replace(eos_token_id=None)  # its stories are short
     talk = Conversation(params, tokenizer, config=config)
     *_, row = talk.reply(PROMPTS[0], max_new_tokens=300)
     start = tokenizer.encode(PROMPTS[0])

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.interpretability import patching
-from gpt2_jax.interpretability.taps import (
-    at_last_token,
-    axis_masks,
-    patch,
-    replace,
-)
+from gpt2_jax.interpretability.taps import at_last_token, axis_masks, patch, replace
 from gpt2_jax.model import hidden_states
 from tests.interpretability.hooks import hooked, layer_norm, near, put
 

@@ -1,6 +1,7 @@
 """Text to token files: the tokenizer's ids, the parts that were asked for, all or nothing."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -9,10 +10,13 @@ import pytest
 import tokenizers
 
 from gpt2_jax import Tokenizer
+from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.files import CheckpointError
+from gpt2_jax.tokenizer_template import Template
 from gpt2_jax.training import corpus, texts
 from gpt2_jax.training.corpus import Piece, char_tokenizer, encode, open_corpus, prepare
 from gpt2_jax.training.data import DataError
+from gpt2_jax.training.texts import Reading
 from tests.reference import DATA, ROOT
 
 PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
@@ -45,12 +49,35 @@ def test_one_text_is_cut_by_characters_and_gets_no_mark_as_in_nanogpt(tmp_path):
 
 
 def test_documents_end_with_a_mark_and_stay_whole(tmp_path):
-    texts = [f"Document {i}.\r\nIts <|endoftext|> second line.\n" for i in range(10)]
+    texts = [f"Document {i}.\r\nIts second line.\n" for i in range(10)]
     write(tmp_path / "a.txt", "\ufeff" + "<|endoftext|>\n".join(texts) + "<|endoftext|>")
     prepare([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.25)
     ids = [Tokenizer.gpt2().encode(text) + [50256] for text in texts]
     assert read(tmp_path / "out", "train") == sum(ids[:7], [])
     assert read(tmp_path / "out", "val") == sum(ids[7:], [])
+
+
+def test_each_record_is_a_document(tmp_path):
+    stories = ["One.\nTwo.", "<|endoftext|> Three.", "Four."]
+    lines = [json.dumps({"story": story}) for story in stories]
+    write(tmp_path / "a.jsonl", "\n".join(lines))
+    reading = Reading(field="story")
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", reading=reading, val_fraction=0.3)
+    encode = Tokenizer.gpt2().encode
+    expected = [*encode("One.\nTwo."), 50256, *encode(" Three."), 50256]
+    assert read(tmp_path / "out", "train") == expected
+    assert read(tmp_path / "out", "val") == [*encode("Four."), 50256]
+    assert (meta["field"], meta["unwrap"], meta["eot_as_text"]) == ("story", False, False)
+
+
+def test_the_mark_may_be_text(tmp_path):
+    text = "Its <|endoftext|> second\n<|endoftext|>\nline."
+    reading = Reading(eot_as_text=True)
+    write(tmp_path / "a.txt", text)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", reading=reading, val_fraction=0)
+    ids = read(tmp_path / "out", "train")
+    assert ids == Tokenizer.gpt2().encode(text)
+    assert 50256 not in ids
 
 
 def test_folders_are_read_in_order_and_each_file_is_divided(tmp_path):
@@ -73,7 +100,9 @@ def test_without_validation_there_is_no_file_of_it(tmp_path):
 
 def test_printed_lines_are_unwrapped(tmp_path):
     text = "\n\nA line\nand its  end.\r\n \t\r\nA second\n   paragraph.\n\n\n\nA third.\n"
-    prepare([write(tmp_path / "a.txt", text)], tmp_path / "out", unwrap=True, val_fraction=0)
+    write(tmp_path / "a.txt", text)
+    reading = Reading(unwrap=True)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", reading=reading, val_fraction=0)
     expected = "A line and its  end.\n\nA second paragraph.\n\nA third."
     assert Tokenizer.gpt2().decode(read(tmp_path / "out", "train")) == expected
 
@@ -112,6 +141,51 @@ def test_a_models_tokenizer_is_used(tmp_path):
         [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
     )
     assert read(tmp_path / "out", "train") == [sorted(set(PAGE)).index(char) for char in PAGE]
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_each_document_has_what_the_tokenizer_adds_to_a_text(
+    tmp_path, monkeypatch, add_prefix_space
+):
+    monkeypatch.setattr(texts, "CHARACTERS_PER_PIECE", 40)
+    gpt2 = Tokenizer.gpt2()
+    framed = Tokenizer(
+        gpt2.vocab,
+        gpt2.merges,
+        [*gpt2.added_tokens, AddedToken("a  b", 50257, special=False)],
+        template=Template((50256, 7), (8,)),
+        add_prefix_space=add_prefix_space,
+    )
+    framed.save(tmp_path / "tokenizer")
+    page = PAGE[:300] + "a  b" * 50
+    write(tmp_path / "a.txt", f"{page}\n<|endoftext|>\n{PAGE[:50]}")
+    prepare(
+        [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
+    )
+    first, second = texts.documents(
+        (tmp_path / "a.txt").read_text(encoding="utf-8"), texts.Reading()
+    )
+    # These part documents; there is no further mark.
+    assert read(tmp_path / "out", "train") == framed.encode(first) + framed.encode(second)
+    assert framed.encode(first)[:2] == [50256, 7]
+
+
+def test_bytes_that_a_models_vocabulary_lacks_are_dropped_if_asked(tmp_path):
+    Tokenizer({"a": 0, "b": 1}, []).save(tmp_path / "tokenizer")
+    write(tmp_path / "a.txt", "a b\na")
+    options = {"tokenizer": tmp_path / "tokenizer", "val_fraction": 0}
+    with pytest.raises(ValueError, match="no token for byte 32"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", **options)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", missing_bytes="drop", **options)
+    assert read(tmp_path / "out", "train") == [0, 1, 0]
+
+
+def test_a_tokenizer_larger_than_the_datas_vocabulary_is_refused(tmp_path):
+    write(tmp_path / "a.txt", PAGE)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="char")
+    Tokenizer.gpt2().save(tmp_path / "out")
+    with pytest.raises(DataError, match=r"the data's `vocab_size`, got ids up to 50256"):
+        open_corpus(tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -181,7 +255,7 @@ def test_what_is_no_file_of_ours_stays_where_token_files_are_overwritten(tmp_pat
         (b"text", {"vocab_size": 300}, 'got 300 for "gpt2"'),
         (b"text", {"workers": 0}, "`workers` must be at least 1, got 0"),
         (b"text", {"tokenizer": "bpe", "vocab_size": 256}, "at least 257.*got 256"),
-        (None, {}, "a.txt: expected a text file, or a folder"),
+        (None, {}, "a.txt: expected a file, or a folder"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(tmp_path, content, options, message):
@@ -241,3 +315,35 @@ def test_a_folder_that_says_little_has_no_tokenizer(tmp_path):
     np.array([64], np.uint16).tofile(tmp_path / "val.bin")
     with pytest.raises(DataError, match="val.bin: expected at least 2 ids, to predict one, got 1"):
         open_corpus(tmp_path)
+
+
+def test_nanogpts_characters_are_the_tokenizer(tmp_path):
+    text = "to be, or nöt"
+    # As `data/shakespeare_char/prepare.py` has them, but for the order.
+    chars = sorted(set(text), reverse=True)
+    itos = dict(enumerate(chars))
+    ids = [chars.index(char) for char in text]
+    np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
+    meta = {"vocab_size": len(chars), "itos": itos, "stoi": {char: i for i, char in itos.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    opened = open_corpus(tmp_path)
+    assert opened.tokenizer.encode(text) == ids
+    assert opened.tokenizer.decode(opened.train) == text
+    # With ids for the bytes of "ö" behind those of the characters.
+    assert opened.vocab_size == opened.tokenizer.vocab_size == len(chars) + 2
+    words = meta | {"itos": {i: char * 2 for i, char in itos.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(words))
+    opened = open_corpus(tmp_path)
+    assert (opened.tokenizer, opened.vocab_size) == (None, len(chars))
+
+
+def test_token_files_are_found_under_others_names(tmp_path):
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2, 3], np.uint16))
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.array([4, 5], np.uint16))
+    opened = open_corpus(tmp_path)
+    assert (opened.train.tolist(), opened.val.tolist()) == ([1, 2, 3], [4, 5])
+    np.save(tmp_path / "edufineweb_train_000002.npy", np.array([6], np.uint16))
+    with pytest.raises(DataError, match=r"one file of tokens for train, got \['edufineweb_train_0"):
+        open_corpus(tmp_path)
+    np.array([7], np.uint16).tofile(tmp_path / "train.bin")
+    assert open_corpus(tmp_path).train.tolist() == [7]

@@ -1,7 +1,10 @@
 """Token files and batches: each id once, never past the end, the same whatever came before."""
 
 import hashlib
+import io
 import json
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -43,11 +46,138 @@ def test_a_damaged_meta_json_is_named(tmp_path, text, message):
         read_meta(tmp_path)
 
 
-def test_a_pickle_is_not_opened_and_a_folder_without_meta_says_nothing(tmp_path):
+def test_a_folder_without_meta_says_nothing(tmp_path):
     assert read_meta(tmp_path) == {}
-    (tmp_path / "meta.pkl").write_bytes(b"no pickle at all")
-    with pytest.raises(DataError, match="meta.pkl is not read, as a pickle can run any code"):
+
+
+def write_pickle(folder, content):
+    """Writes a `meta.pkl`."""
+    with (folder / "meta.pkl").open("wb") as opened:
+        pickle.dump(content, opened)
+
+
+def test_nanogpts_pickle_is_read(tmp_path):
+    itos = {1: "b", 0: "a"}  # the ids count, not their order in the file
+    write_pickle(tmp_path, {"vocab_size": 2, "itos": itos, "stoi": {"a": 0, "b": 1}})
+    assert read_meta(tmp_path) == {"vocab_size": 2, "itos": ["a", "b"]}
+
+
+class Runs:
+    """What a pickle can hold: a function and what to call it with."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("ran",))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps({"vocab_size": 2, "itos": Runs()}, protocol)
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(DataError, match="meta.pkl: expected a pickle of plain data, but it names"):
         read_meta(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(content)  # elsewhere it does run
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1], "expected a positive `vocab_size`, as nanoGPT writes it, got None"),
+        ({"vocab_size": "65"}, "as nanoGPT writes it, got '65'"),
+        ({"vocab_size": 2, "itos": {0: "a"}}, "a text for each id below 2"),
+        ({"vocab_size": 1, "itos": {0: 7}}, "a text for each id below 1"),
+    ],
+)
+def test_another_pickle_is_named(tmp_path, content, message):
+    write_pickle(tmp_path, content)
+    with pytest.raises(DataError, match=f"meta.pkl: .*{message}"):
+        read_meta(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(b"no pickle at all")
+    with pytest.raises(DataError, match="meta.pkl: expected a pickle of plain data, but invalid"):
+        read_meta(tmp_path)
+
+
+def llm_c_file(file, magic, version, ids):
+    """Writes tokens as `write_datafile` of llm.c's `dev/data/data_common.py` does."""
+    header = np.zeros(256, np.int32)
+    header[0] = magic
+    header[1] = version
+    header[2] = len(ids)
+    file.write_bytes(header.tobytes() + ids.tobytes())
+    return file
+
+
+@pytest.mark.parametrize(
+    "magic, version, dtype", [(20240520, 1, np.uint16), (20240801, 7, np.uint32)]
+)
+def test_llm_cs_files_are_read(tmp_path, magic, version, dtype):
+    ids = np.array([50256, 1, 2], dtype)
+    file = llm_c_file(tmp_path / "train.bin", magic, version, ids)
+    np.testing.assert_array_equal(open_tokens(file, vocab_size=50257), ids)
+    with pytest.raises(DataError, match=r"in \[0, 256\) .*got 50256 at 0"):
+        open_tokens(file, vocab_size=256)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+def test_numpys_files_are_read(tmp_path, dtype):
+    np.save(tmp_path / "train.npy", np.array([5, 0, 3], dtype))
+    tokens = open_tokens(tmp_path / "train.npy", vocab_size=6)
+    assert isinstance(tokens, np.memmap)
+    np.testing.assert_array_equal(tokens, [5, 0, 3])
+
+
+def written(array):
+    """An array as numpy writes it."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def zipped(**arrays):
+    """Arrays as numpy zips them."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.bin", written(np.arange(4)), "expected token ids, got numpy's format: call it .npy"),
+        ("a.bin", zipped(ids=np.arange(4)), "got a zip, such as PyTorch and numpy write"),
+        ("a.bin", np.array([20240326, 3], np.int32).tobytes(), "got a model of llm.c's"),
+        ("a.bin", np.array([20240520, 2, 0], np.int32).tobytes(), "expected llm.c's version 1"),
+        ("a.npy", b"\1\0\2\0", "expected numpy's format, but "),
+        ("a.npy", written(np.ones((2, 2), int)), r"one row of integers, got int64 of shape \[2, 2"),
+        ("a.npy", written(np.ones(2)), r"one row of integers, got float64 of shape \[2\]"),
+        ("a.npy", written(np.array([1, -2])), r"expected ids in \[0, 50257\) .*, got -2 at 1"),
+        ("a.npy", zipped(ids=np.arange(4)), "one row of integers, got npz"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: .*{message}"):
+        open_tokens(tmp_path / name, vocab_size=50257)
+
+
+def test_a_header_that_counts_other_ids_is_named(tmp_path):
+    file = llm_c_file(tmp_path / "a.bin", 20240520, 1, np.arange(4, dtype=np.uint16))
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"a header that counts the ids, got \(1, 4\) with 6 bytes"):
+        open_tokens(file, vocab_size=50257)
+
+
+def test_a_file_of_int32_is_found_by_its_number_of_ids_and_not_by_its_zeros(tmp_path):
+    np.array([7, 8, 9], np.int32).tofile(tmp_path / "train.bin")
+    # Nobody can tell: these may be six ids, of which every second is 0.
+    assert open_tokens(tmp_path / "train.bin", vocab_size=10).tolist() == [7, 0, 8, 0, 9, 0]
+    (tmp_path / "meta.json").write_text(json.dumps({"train": {"tokens": 3}}))
+    with pytest.raises(
+        DataError, match="train.bin: expected 3 uint16 ids, as meta.json says, got 6"
+    ):
+        open_tokens(tmp_path / "train.bin", vocab_size=10)
 
 
 def test_bad_ids_are_found_wherever_the_check_divides_a_file(tmp_path, monkeypatch):
@@ -158,9 +288,8 @@ def test_windows_score_each_id_but_the_first_once(count):
         assert not weights[:, 0].any()
         for row, weight in zip(ids, weights, strict=True):
             places = np.flatnonzero(weight)
-            np.testing.assert_array_equal(
-                np.diff(row[: len(places) + 1]), 1
-            )  # what is scored follows what is read
+            # What is scored follows what is read.
+            np.testing.assert_array_equal(np.diff(row[: len(places) + 1]), 1)
             scored += row[places].tolist()
     assert scored == tokens[1:].tolist()
 

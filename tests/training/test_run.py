@@ -265,6 +265,26 @@ def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
         fit(gentle, corpus, tmp_path / "tuned", resume=True, say=quiet)
 
 
+def test_a_base_with_another_kind_of_tokenizer_takes_ids_alone(corpus, finished, tmp_path):
+    base = tmp_path / "base"
+    export(finished, base)
+    assert gpt2_jax.Tokenizer.load(base).vocab == gpt2_jax.Tokenizer.load(corpus).vocab
+    for file in (*base.glob("*vocab*"), *base.glob("*merges*"), *base.glob("*token*")):
+        file.unlink()
+    (base / "spiece.model").touch()
+    gentle = dataclasses.replace(SMALL, length=4, steps=1, warmup_steps=0)
+    with pytest.raises(DataError, match="another kind of tokenizer: .*spiece.model"):
+        fit(gentle, corpus, tmp_path / "run", from_pretrained=str(base), say=quiet)
+    ids = tmp_path / "ids"
+    ids.mkdir()
+    for name in ("train.bin", "meta.json"):
+        shutil.copy(corpus / name, ids / name)
+    fit(gentle, ids, tmp_path / "run", from_pretrained=str(base), say=quiet)
+    export(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        gpt2_jax.Tokenizer.load(tmp_path / "out")
+
+
 def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
     with pytest.raises(DataError, match="expected `train.bin`"):
         fit(SMALL, tmp_path, tmp_path / "run", say=quiet)
@@ -395,6 +415,19 @@ def test_without_validation_data_nothing_is_measured_and_the_latest_is_exported(
     assert (summary.finished, summary.val_loss) == (True, None)
     assert all("val_loss" not in line for line in curve(tmp_path / "run"))
     assert export(tmp_path / "run", tmp_path / "hf") == 12
+
+
+def test_a_sample_that_fails_is_a_note(corpus, finished, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module, "generate", fails)
+    said = []
+    assert fit(SMALL, corpus, tmp_path / "run", say=said.append).finished
+    notes = ["No sample after step 6: out of memory", "No sample after step 12: out of memory"]
+    assert said[1:] == notes
+    without = [{name: line[name] for name in line if name != "sample"} for line in curve(finished)]
+    assert curve(tmp_path / "run") == without
 
 
 def test_mistakes_on_the_command_line_are_one_line(corpus, tmp_path):

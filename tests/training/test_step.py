@@ -25,9 +25,8 @@ from tests.reference import TINY, hf_model, ours
 CONFIG = gpt2_jax.GPT2Config(
     **TINY | {"n_layer": 1}, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, dtype="float64"
 )
-TX = make_optimizer(
-    1e-3
-)  # one for all tests that need no other: a step is compiled for each optimizer
+# One for all tests that need no other: a step is compiled for each optimizer.
+TX = make_optimizer(1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +108,8 @@ def test_the_loss_is_hfs_and_its_ignored_labels_are_weights_of_zero(params, batc
     config, params = ours(model)
     ignored = rng.random(batch.shape) < 0.3
     labels = torch.tensor(np.where(ignored, -100, batch))
-    expected = model(
-        torch.tensor(batch), labels=labels
-    ).loss.item()  # HF computes its loss in float32
+    # HF computes its loss in float32.
+    expected = model(torch.tensor(batch), labels=labels).loss.item()
     loss, metrics = next_token_loss(params, batch, config=config, weights=(~ignored).astype(float))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert metrics["weight"] == (~ignored[:, 1:]).sum()

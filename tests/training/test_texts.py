@@ -1,5 +1,7 @@
 """Texts: what parts documents, how they are divided, and that no cut changes an id."""
 
+import gzip
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,27 +9,60 @@ from hypothesis import strategies as st
 from gpt2_jax.tokenizer import splitter
 from gpt2_jax.training import texts
 from gpt2_jax.training.data import DataError
-from gpt2_jax.training.texts import documents, read_texts, spans, split
+from gpt2_jax.training.texts import Reading, documents, read_documents, spans, split
 
 
-def test_a_line_with_the_mark_parts_documents_and_within_a_line_it_is_text():
-    text = "one <|endoftext|> still one\n<|endoftext|> \t\r\n<|endoftext|>\ntwo\n<|endoftext|>"
-    assert documents(text, unwrap=False) == ["one <|endoftext|> still one\n", "two\n"]
+def test_the_mark_parts_documents_wherever_it_stands():
+    text = "one <|endoftext|>two\n<|endoftext|> \t\r\n<|endoftext|>\nthree\n<|endoftext|>"
+    assert documents(text, Reading()) == ["one ", "two\n", "three\n"]
+    assert documents("a<|endoftext|> b", Reading()) == ["a", " b"]
+    assert documents(text, Reading(eot_as_text=True)) == [text]
 
 
 def test_unwrapping_joins_the_lines_of_a_paragraph_alone():
-    assert documents(" a\n b \n \n\nc", unwrap=True) == ["a b\n\nc"]
+    assert documents(" a\n b \n \n\nc", Reading(unwrap=True)) == ["a b\n\nc"]
+
+
+def read(*names, **reading):
+    """The documents of files."""
+    return list(read_documents([str(name) for name in names], Reading(**reading)))
 
 
 def test_a_mark_of_byte_order_is_no_text_and_line_ends_stay(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
-    assert list(read_texts([str(tmp_path / "a.txt")])) == ["one\r\ntwo\n"]
+    assert read(tmp_path / "a.txt") == [["one\r\ntwo\n"]]
 
 
 def test_a_folder_without_texts_is_named(tmp_path):
     (tmp_path / "notes.md").write_text("not this")
-    with pytest.raises(DataError, match=r"expected a text file, or a folder with \*.txt"):
-        list(read_texts([str(tmp_path)]))
+    with pytest.raises(DataError, match=r"expected a file, or a folder with \*.txt"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"a folder with files of records \(.jsonl, "):
+        read(tmp_path, field="text")
+
+
+def test_a_folder_is_read_for_its_texts_or_for_its_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a record"}\n')
+    (tmp_path / "b.txt").write_text("a text")
+    with gzip.open(tmp_path / "c.TXT.gz", "wt") as packed:
+        packed.write("a packed text")
+    assert read(tmp_path) == [["a text"], ["a packed text"]]
+    assert read(tmp_path, field="text") == [["a record"]]
+
+
+def test_syntax_is_never_read_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a record"}\n')
+    (tmp_path / "b.txt").write_text("a text")
+    with pytest.raises(DataError, match="a.jsonl: expected a text, got records: .* `--field text`"):
+        read(tmp_path / "a.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "folder" / "a.jsonl")
+    with pytest.raises(DataError, match=r"with \*.txt, got records: name the field"):
+        read(tmp_path / "folder")
+    with pytest.raises(DataError, match="b.txt: expected records .*`text`, got a text"):
+        read(tmp_path / "b.txt", field="text")
+    with pytest.raises(DataError, match="Standard input is a text, and has no field `text`"):
+        read("-", field="text")
 
 
 def test_a_single_document_is_divided_by_characters():
