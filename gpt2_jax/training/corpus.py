@@ -19,7 +19,7 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from gpt2_jax.byte_spelling import byte_chars
-from gpt2_jax.files import replacing, write_json
+from gpt2_jax.files import local_path, replacing, write_json
 from gpt2_jax.pretrained.loading import load_tokenizer
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import is_tokenizer_file
@@ -351,7 +351,7 @@ def open_corpus(folder: str | Path) -> Corpus:
       DataError: there is no `train.bin` or the like, or there are several; or a file is damaged,
         too short, of another kind, or holds ids outside the vocabulary.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     meta = read_meta(folder)
     train_file = _token_file(folder, "train")
     if train_file is None:
