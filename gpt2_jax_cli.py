@@ -20,6 +20,8 @@ def main(command: str | None = None, program: str = "gpt2-jax") -> None:
       program: what messages and the help call the program.
     """
 
+    _open_standard_streams()
+
     def end_interrupted(*_: object) -> None:
         # No exception: libraries swallow it, and print it as one more traceback, while they are
         # imported or torn down. Those who have something to undo ask for one: see
@@ -51,6 +53,51 @@ def main(command: str | None = None, program: str = "gpt2-jax") -> None:
     _flush(sys.stdout)
     _flush(sys.stderr)
     os._exit(code)
+
+
+class Notes:
+    """Standard error, of which the reader may be gone: what is said then is said to nobody.
+
+    Training, for one, is not to end because nobody watches it.
+    """
+
+    def __init__(self, stream: object):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text, if it can be written."""
+        try:
+            self._stream.write(text)  # type: ignore
+        except (OSError, ValueError):
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, if it can be written."""
+        _flush(self._stream)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def _open_standard_streams() -> None:
+    """Gives each standard stream that is closed a place to go to: nowhere.
+
+    The next file that is opened would have the number of a closed one, and whatever writes to that
+    number, such as XLA's log, would write into the file; `print` to a missing standard error
+    writes to standard output.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free: this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
+    sys.stderr = Notes(sys.stderr)  # type: ignore
+    # What a stream's encoding lacks becomes "?", not a traceback in the middle of a text.
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # type: ignore
 
 
 def _write(line: str) -> None:

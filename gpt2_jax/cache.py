@@ -5,6 +5,8 @@ values come and go as `[B, T, H, K]`; whoever decodes asks for them to be writte
 selected or forgotten, and never looks inside. Nothing here is jitted; everything can be.
 """
 
+import math
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -280,6 +282,22 @@ def cache_slots(used: int, most: int) -> int:
     # A quarter of the largest power of two in `size`.
     step = max(SMALLEST_BUCKET, 1 << size.bit_length() >> 3)
     return -(-size // step) * step
+
+
+def row_bytes(config: GPT2Config, slots: int) -> int:
+    """Returns how much memory a row takes at the least: its keys, its values and its logits."""
+    n_cached = 2 * config.n_layer * config.n_embd * slots
+    return n_cached * jnp.dtype(config.dtype).itemsize + 4 * config.vocab_size  # logits: float32
+
+
+def device_memory() -> int | float:
+    """Returns how many bytes the device has, or the machine if that is a CPU."""
+    stats = jax.devices()[0].memory_stats()  # None on CPU
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # Arrays.

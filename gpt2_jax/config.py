@@ -41,6 +41,8 @@ ACTIVATIONS = (
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # of params and of computation alike
 PRECISIONS = ("default", "high", "highest")  # those of `jax.lax.Precision`
 
+MAX_COUNT = 2**31 - 1  # what JAX counts with is int32
+
 # Fields by what they may hold.
 COUNTS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -92,12 +94,15 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
       least: the smallest count that makes sense.
 
     Raises:
-      ValueError: `value` is no integer (not even 2.0 is), or less than `least`.
+      ValueError: `value` is no integer (not even 2.0 is), less than `least` or more than int32
+        holds.
     """
     count = as_integer(value)
     if count is None or count < least:
         expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+    if count > MAX_COUNT:
+        raise ValueError(f"`{name}` must be at most {MAX_COUNT}, got {count!r:.30}.")
     return count
 
 
@@ -251,8 +256,9 @@ class GPT2Config:
         try:
             _check_own_fields(values)
             return cls.from_dict(values)
-        # `TypeError`: a list or an object where a name should stand cannot be looked up.
-        except (ValueError, TypeError) as error:
+        # `TypeError`: a list or an object where a name should stand cannot be looked up. The last
+        # two are of integers too large for a float, and of lists too deep to walk.
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.tokenizer import MISSING_BYTES
@@ -60,7 +62,7 @@ def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None
     for name, expected in ranges.items():
         value = getattr(args, name)
         if value is not None and not expected.contains(value):
-            raise ValueError(f"--{name} must be {expected}, got {value}.")
+            raise ValueError(f"--{name} must be {expected.asked(value)}, got {value}.")
 
 
 def reporter(quiet: bool) -> Report:
@@ -72,6 +74,12 @@ def reporter(quiet: bool) -> Report:
             print(line, file=sys.stderr, flush=True)
 
     return report
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """Returns an object as a line of JSON that standard output can spell without loss."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return json.dumps(values, ensure_ascii=encoding.lower() not in ("utf-8", "utf8"))
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from gpt2_jax.generation import ranges
 from gpt2_jax.pretrained.loading import load_pretrained
 
 COUNTS = {
-    "batch_size": ranges.AT_LEAST_1,
-    "limit": ranges.AT_LEAST_1,
-    "stride": ranges.AT_LEAST_1,
+    "batch_size": ranges.COUNT,
+    "limit": ranges.COUNT,
+    "stride": ranges.COUNT,
 }
 
 

@@ -5,7 +5,6 @@ Text goes to standard output, everything else to standard error.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import secrets
@@ -25,6 +24,7 @@ from gpt2_jax.commands.common import (
     DEFAULT_MODEL,
     Report,
     add_model_arguments,
+    as_json,
     check_numbers,
     reporter,
     unwinding,
@@ -59,8 +59,8 @@ EARLY_STOPPING = {None: False, "false": False, "true": True, "never": "never"}
 NEEDS = {"do_sample": ("random draws", "--do_sample"), "num_beams": ("beams", "--num_beams")}
 
 NUMBERS = {
-    "num_samples": ranges.AT_LEAST_1,
-    "max_tokens": ranges.AT_LEAST_1,
+    "num_samples": ranges.COUNT,
+    "max_tokens": ranges.COUNT,
     "seed": Range(low=0, high=2**32, high_open=True),
 }
 FALLBACK = (
@@ -270,7 +270,7 @@ def _check_option(option: Option, args: argparse.Namespace) -> None:
         raise ValueError(f"--{option.name} acts on {what}: add {remedy}.")
     if option.range is not None and not option.range.contains(value):
         hint = f"; {option.hint}" if option.hint else ""
-        raise ValueError(f"--{option.name} must be {option.range}, got {value}{hint}.")
+        raise ValueError(f"--{option.name} must be {option.range.asked(value)}, got {value}{hint}.")
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -387,8 +387,8 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
         jax.config.update("jax_enable_x64", True)
     # A folder that the user has set, by the environment, stays.
     if not jax.config.values["jax_compilation_cache_dir"]:
-        # Where XDG's base directories have it.
-        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        # Where XDG's base directories have it. A user without a home is left with `~` as it is.
+        cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = Path(cache_home) / "gpt2_jax" / "xla"
         if is_writable(folder):
             jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -405,13 +405,16 @@ def set_up_jax(args: argparse.Namespace, report: Report) -> None:
     # JAX looks for devices when it is first asked for one.
     try:
         jax.devices()
-    except RuntimeError as error:
-        found = f"JAX finds no such device here ({error})"
+    except (RuntimeError, AssertionError) as error:  # the second where its plugin is not installed
+        reason = str(error).partition("\n")[0]  # advice for developers follows
+        found = f"JAX finds no such device here ({reason or 'it has no plugin for one'})"
         raise ValueError(f"--device {args.device}: {found}.") from error
 
 
 def is_writable(folder: Path) -> bool:
     """Returns whether files can be written in a folder, which is made if need be."""
+    if not folder.is_absolute():  # `~` of a user without a home
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -684,7 +687,7 @@ def print_rows(rows: Sequence[Continuation], session: Session) -> None:
     for number, row in enumerate(rows, start=1):
         if args.json:
             record = as_record(row, with_score=args.num_beams > 1)
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print(as_json(record), flush=True)
             continue
         rule = f"=== {number} of {len(rows)} ===\n" if len(rows) > 1 else ""
         text = colour(row, session.model.tokenizer) if args.show_probs else row.text

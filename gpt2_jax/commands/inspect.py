@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     # All of this before the model is loaded, which takes seconds.
     if not (args.out or args.json):
         raise ValueError("Expected --out FILE, --json, or both.")
-    check_numbers(args, {"batch_size": ranges.AT_LEAST_1})
+    check_numbers(args, {"batch_size": ranges.COUNT})
     # An empty donor was given: it is not the same as none.
     if not args.prompt or args.donor == "":
         raise ValueError("The texts must not be empty.")

@@ -7,18 +7,21 @@ error that explains each but the first, are decided here:
 * 0: done, or nobody reads the output any more, as behind `| head`;
 * 1: a run cannot go on (`CommandFailed`), such as training whose loss is not finite, or a model
   whose logits are not;
-* 2: a mistake of the user, which the library reports as a `ValueError`, `OSError` or `ImportError`;
+* 2: a mistake of the user, which the library reports as a `ValueError`, `OSError` or `ImportError`,
+  or too little memory;
 * 130: Ctrl-C, which `gpt2_jax_cli` answers, as it must be there before this module is.
 
 Any other exception is a defect here and ends in its traceback.
 """
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
 from gpt2_jax.commands.common import COMMANDS, CommandFailed
+from gpt2_jax.files import readable
 
 DEFAULT = "generate"
 
@@ -47,11 +50,25 @@ def run(arguments: Sequence[str], command: str | None = None, program: str = "gp
     except BrokenPipeError:
         return 0
     except (CommandFailed, FloatingPointError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        _say(program, error)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        _say(program, error)
         return 2
+    except MemoryError:
+        _say(program, "There is not enough memory for this.")
+        return 2
+    except RuntimeError as error:
+        # JAX's, of a device; it is not imported for its name.
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
+            raise
+        _say(program, f"There is not enough memory for this: {error}")
+        return 2
+
+
+def _say(program: str, error: object) -> None:
+    """Explains an exit code on standard error, without the control characters of a file's names."""
+    print(readable(f"{program}: {error}"), file=sys.stderr)
 
 
 def _shower(program: str) -> Callable[..., None]:
@@ -71,6 +88,10 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
         args = module.parser(program).parse_args(arguments)
     except SystemExit as end:  # `argparse` has printed the help, with 0, or a mistake, with 2
         return int(end.code or 0)
+    if getattr(args, "quiet", False):
+        # Before the hub's library is imported, which then draws no bars and gives no advice.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["HF_HUB_VERBOSITY"] = "error"
     code = module.run(args)
     if sys.stdout is not None:
         sys.stdout.flush()  # here, where an error is still reported: a full disk, or a closed pipe

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.commands.common import CommandFailed, reporter
-from gpt2_jax.files import read_json_object
+from gpt2_jax.files import check_free, local_path, read_json_object
 from gpt2_jax.training.recipes import RECIPES, SHAPE, Recipe
 
 
@@ -90,14 +89,17 @@ def choose_start(args: argparse.Namespace) -> Start:
             given[field.name] = value
     recipe = RECIPES[args.recipe or "gpt2"]
     from_pretrained = args.from_pretrained
-    description = Path(args.out) / "run.json"
+    description = local_path(args.out) / "run.json"
     # Without the file the run was stopped before it wrote anything, and begins anew.
     if args.resume and description.is_file():
         run = read_json_object(description)
-        # Named, a recipe is what is meant: `fit` says where the run was another.
-        if not args.recipe:
-            recipe = Recipe(**run["recipe"])
-        from_pretrained = from_pretrained or run["from_pretrained"]
+        try:
+            # Named, a recipe is what is meant: `fit` says where the run was another.
+            recipe = recipe if args.recipe else Recipe.from_dict(run["recipe"])
+            from_pretrained = from_pretrained or run["from_pretrained"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            got = f"no {error}" if isinstance(error, KeyError) else f"got {error}"
+            raise ValueError(f"{description}: expected what this command writes, {got}.") from error
     fixed = [f"--{name}" for name in SHAPE if name in given]
     # Rather than to pass it over: who asks for another shape wants another model.
     if from_pretrained and fixed:
@@ -116,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
     report = reporter(args.quiet)
     recipe, from_pretrained = choose_start(args)
+    if args.export:
+        check_free(args.export)  # now, not after days of training
     # Not `unwinding`: `fit` answers Ctrl-C itself, by saving a checkpoint.
     try:
         summary = fit(
@@ -135,6 +139,6 @@ def run(args: argparse.Namespace) -> int:
         return 130
     # Only of a finished run: what --resume goes on with is not yet the result.
     if args.export:
-        step = export(args.out, args.export, dtype=args.export_dtype)
+        step = export(args.out, args.export, dtype=args.export_dtype, say=report)
         report(f"Wrote the weights of step {step} to {args.export}.")
     return 0

@@ -21,6 +21,7 @@ from gpt2_jax.generation.decode import check_numbers
 from gpt2_jax.generation.request import (
     Keys,
     Request,
+    check_memory,
     check_room,
     fold_rows,
     make_request,
@@ -136,6 +137,7 @@ def beam_search(
     prompts = read_prompts(params, ids, lengths, padding_side, config=config)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     check_room(prompts, max_new_tokens, "error", config=config)
+    check_memory(prompts, num_beams, "num_beams", config=config)
     endings = read_endings(stop_ids, pad_id, config=config)
     n_stops = len(endings.stop_ids)
     if config.vocab_size < 1 + n_stops:

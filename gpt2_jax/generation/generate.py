@@ -19,6 +19,7 @@ from gpt2_jax.generation.decode import Generation, Plan, pieces
 from gpt2_jax.generation.request import (
     Keys,
     Request,
+    check_memory,
     check_room,
     make_request,
     read_endings,
@@ -156,6 +157,7 @@ def stream(
     prompts = read_prompts(params, ids, lengths, padding_side, config=config)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     check_room(prompts, max_new_tokens, overflow, config=config)
+    check_memory(prompts, num_return_sequences, "num_return_sequences", config=config)
     full = config.n_positions
     if keep is not None and not (overflow == "slide" and 1 <= keep <= full):
         raise ValueError(f'`keep` must be in 1 to {full}, with `overflow="slide"`; got {keep}.')

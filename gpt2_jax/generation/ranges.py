@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
+MOST = 2**31 - 1  # that JAX's int32 holds
+
 
 class Range(NamedTuple):
     """The numbers from `low` to `high`, each bound included unless it is open.
@@ -27,17 +29,22 @@ class Range(NamedTuple):
         """Returns what follows "must be": "in [0, 1)", "at least 1", "greater than 0", "finite"."""
         if self.low == -math.inf and self.high == math.inf:
             return "finite"
-        if self.high == math.inf:
+        if self.high in (math.inf, MOST):
             return f"{'greater than' if self.low_open else 'at least'} {self.low}"
         opening = "(" if self.low_open else "["
         closing = ")" if self.high_open else "]"
         return f"in {opening}{self.low}, {self.high}{closing}"
 
+    def asked(self, value: Any) -> str:
+        """Returns what follows "must be" where a value is not in the range."""
+        # A bound that nobody comes near is named to those who did.
+        return f"at most {MOST}" if self.high == MOST and value > MOST else str(self)
+
 
 FINITE = Range()
 POSITIVE = Range(low=0, low_open=True)
-AT_LEAST_0 = Range(low=0)
-AT_LEAST_1 = Range(low=1)
+COUNT = Range(low=1, high=MOST)
+COUNT_OR_0 = Range(low=0, high=MOST)
 FRACTION = Range(low=0, high=1)  # a share, or a probability
 INNER_FRACTION = Range(low=0, high=1, low_open=True, high_open=True)
 POSITIVE_FRACTION = Range(low=0, high=1, low_open=True)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, UInt32
 
-from gpt2_jax.cache import KVCache, bucket
+from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
 from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
 from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
@@ -202,6 +202,19 @@ def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: 
             f" together {together}, but the model has {config.n_positions} positions: shorten one,"
             " or choose an `overflow`."
         )
+
+
+def check_memory(prompts: Prompts, n_each: Any, name: str, *, config: GPT2Config) -> None:
+    """Raises `ValueError` where prompts become more rows each than any memory holds.
+
+    `name` is the argument that says how many.
+    """
+    n_rows = len(prompts.lengths) * as_count(name, n_each)
+    needed = n_rows * row_bytes(config, prompts.longest)
+    there = device_memory()
+    if needed > there:
+        got = f"{n_rows:,} rows need at least {needed / 2**30:,.0f} GB of memory"
+        raise ValueError(f"`{name}` is {n_each}: {got}, there are {there / 2**30:,.0f}.")
 
 
 def read_endings(

@@ -610,7 +610,7 @@ def check_range(name: str, number: PerRow, expected: Range) -> None:
     if not concrete or isinstance(number, Tracer):
         return
     if not np.all(expected.contains(np.asarray(number))):
-        raise ValueError(f"`{name}` must be {expected}, got {number}.")
+        raise ValueError(f"`{name}` must be {expected.asked(np.max(number))}, got {number}.")
 
 
 def _check_count(name: str, number: Any) -> None:

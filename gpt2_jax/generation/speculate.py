@@ -160,6 +160,10 @@ def speculate(
         num_draft_tokens=as_count("num_draft_tokens", num_draft_tokens),
         max_matching_ngram_size=as_count("max_matching_ngram_size", max_matching_ngram_size),
     )
+    if sizes.num_draft_tokens > config.n_positions:  # room is made for them all
+        most = f"{config.n_positions} (`n_positions`)"
+        got = sizes.num_draft_tokens
+        raise ValueError(f"`num_draft_tokens` must be at most {most}, got {got}.")
     check_room(prompts, sizes.max_new_tokens, "error", config=config)
     endings = read_endings(stop_ids, pad_id, config=config)
     request = make_request(prompts, endings, key, sampler)

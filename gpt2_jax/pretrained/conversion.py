@@ -14,13 +14,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import CheckpointError, replacing, write_json
+from gpt2_jax.files import CheckpointError, local_path, replacing, write_json
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained import hub, loading, weights
 from gpt2_jax.pretrained.foreign import export, find, flax_msgpack
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.tokenizer_files import files_in, is_tokenizer_file
+from gpt2_jax.tokenizer_files import files_in
 
 # Largest difference allowed, relative to the largest logit, by the dtype of the written weights.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -73,16 +73,13 @@ def convert(
     """
     place = hub.resolve(source, revision=revision)
     brings_tokenizer = bool(files_in(_folder_of(place))) or find.has_tokenizer(place)
-
-    def is_kept(name: str) -> bool:
-        # Of two tokenizers in a folder, the old one might be the one that is read.
-        is_replaced = brings_tokenizer and is_tokenizer_file(name)
-        return weights.is_no_weight_file(name) and not is_replaced
-
+    keep = None
+    if not (is_params_file(target) or export.is_written(Path(target))):
+        keep = weights.kept_files(with_tokenizer=brings_tokenizer)
     # So that float64 weights stay what they are.
     with (
         jax.enable_x64(True),
-        replacing(target, overwrite=overwrite, keep=is_kept) as temporary,
+        replacing(target, overwrite=overwrite, keep=keep) as temporary,
     ):
         config, params = read(place, config_file=config_file, dtype=dtype)
         write(temporary, params, config, source=place)
@@ -112,7 +109,7 @@ def read(
     """
     config = None
     if config_file is not None:
-        path = Path(config_file)
+        path = local_path(config_file)
         config = GPT2Config.from_json_file(path / find.CONFIG if path.is_dir() else path)
     return weights.load(source, dtype=dtype, config=config)
 

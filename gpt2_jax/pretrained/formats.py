@@ -6,9 +6,12 @@ imported only to read a `pytorch_model.bin`.
 """
 
 import contextlib
+import math
+import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_safetensors
 
 from gpt2_jax.config import DTYPES
-from gpt2_jax.files import CheckpointError, listing, read_json_object
+from gpt2_jax.files import (
+    GZIP_MAGIC,
+    ZIP_MAGIC,
+    CheckpointError,
+    check_content,
+    listing,
+    read_json_object,
+    some,
+)
 
 # HF's names for the weights of a folder. Shards are called `model-00001-of-00002.safetensors`, and
 # an index beside them says which tensor lies in which.
@@ -27,7 +38,7 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
-ZIP_MAGIC = b"PK\x03\x04"
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a number, by safetensors' names
 # Pages of a mapped file count as this process's memory once they are read. After so many bytes the
 # file is mapped anew, which gives them back; a new map for each tensor would take too long.
 MAX_MAPPED_BYTES = 2**25
@@ -42,8 +53,17 @@ class TensorReader(Protocol):
 
     shapes: dict[str, Shape]  # of every tensor, by the name that it has in the file
 
+    @property
+    def file(self) -> Path | None:
+        """What messages about names are about; `None` for arrays in memory."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """Returns a tensor as an array that nothing else refers to. Call it once for each name."""
+        ...
+
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
         ...
 
 
@@ -67,20 +87,30 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
         with self._open() as opened:
+            dtype = opened.get_slice(name).get_dtype()
+            # Safetensors would end in a panic of its own, and print pages about it.
+            np.empty(math.prod(self.shapes[name]) * BYTES.get(dtype, 1), np.uint8)
             try:
                 return opened.get_tensor(name)
-            except AttributeError:  # safetensors asks numpy for float8 by a name that it lacks
-                dtype = opened.get_slice(name).get_dtype()
+            except (AttributeError, TypeError):  # it asks numpy for float8 by a name that it lacks
                 expected = f"one of {', '.join(DTYPES)}"
                 raise CheckpointError(f"{name}: expected {expected}, got {dtype}.") from None
 
+    def file_of(self, name: str) -> Path:
+        """Returns this file."""
+        del name
+        return self.file
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
+        expected = "a whole safetensors file"
         try:
+            check_content(self.file, allowed=(GZIP_MAGIC,))  # may be the length of a header
             with safe_open(self.file, framework="np") as opened:
                 yield opened
-        except (SafetensorError, FileNotFoundError) as error:
-            expected = "a whole safetensors file"
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.file}: expected {expected}, got no file.") from error
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.file}: expected {expected}, got {error}.") from error
 
 
@@ -96,13 +126,7 @@ class TorchFile:
         self.is_mapped = False  # whether tensors lie in the file until they are looked at
         self.n_mapped_bytes = 0
         self.state = self._open()
-        self.shapes: dict[str, Shape] = {}
-        try:
-            for name, tensor in self.state.items():
-                self.shapes[name] = tuple(tensor.shape)
-        except AttributeError:  # no dict, or no tensor in it
-            expected = "names and tensors"
-            raise CheckpointError(f"{file}: expected {expected}, got something else.") from None
+        self.shapes = _shapes_in(self.state, file)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor, once."""
@@ -116,6 +140,11 @@ class TorchFile:
             self.n_mapped_bytes = 0
         return array
 
+    def file_of(self, name: str) -> Path:
+        """Returns this file."""
+        del name
+        return self.file
+
     def _open(self) -> dict[str, Any]:
         try:
             import torch
@@ -126,14 +155,17 @@ class TorchFile:
             ) from None
         expected = "expected a file of tensors alone"
         try:
+            check_content(self.file, allowed=(ZIP_MAGIC,))
             # A file that is not mapped is read whole, and held besides the params made of it.
             self.is_mapped = self._is_zip()
-            return torch.load(self.file, mmap=self.is_mapped, weights_only=True, map_location="cpu")
+            return _load_quietly(torch, self.file, mmap=self.is_mapped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{self.file}: {expected}, got one that is damaged or holds other objects. "
                 "Those could run any code, so nothing of it was executed."
             ) from error
+        except (CheckpointError, MemoryError):
+            raise
         except Exception as error:  # zip's and torch's own, by the kind of damage
             raise CheckpointError(f"{self.file}: {expected}, got: {_reason(error)}") from error
 
@@ -143,33 +175,67 @@ class TorchFile:
             return opened.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
-class Shards:
-    """Several files as one reader. Of a tensor that lies in two, the last is read."""
+def _load_quietly(torch: Any, file: Path, *, mmap: bool) -> Any:
+    """Returns what `torch.load` does; it warns of details where a damaged file ends in an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, mmap=mmap, weights_only=True, map_location="cpu")
 
-    def __init__(self, readers: Sequence[TensorReader]):
+
+class Shards:
+    """Several files as one reader. Of a tensor that lies in two, the last is read.
+
+    Args:
+      index: the file that says which tensor lies where.
+      reader: opens a file in the format of them all.
+
+    Raises:
+      CheckpointError: the index or a file is damaged, or a file lacks what the index names.
+    """
+
+    def __init__(self, index: Path, reader: Callable[[Path], TensorReader]):
+        self.file = index
         self.shapes: dict[str, Shape] = {}
         self._reader_of: dict[str, TensorReader] = {}
-        for reader in readers:
-            self.shapes |= reader.shapes
-            self._reader_of |= dict.fromkeys(reader.shapes, reader)
+        for file, names in _files_of_index(index).items():
+            opened = reader(file)
+            missing = [name for name in names if name not in opened.shapes]
+            if missing:  # said of the file, as the index may be whole
+                expected = f"what {index.name} places there"
+                raise CheckpointError(f"{file}: expected {expected}, found no {some(missing)}.")
+            self.shapes |= opened.shapes
+            self._reader_of |= dict.fromkeys(opened.shapes, opened)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor, from the file that holds it."""
         return self._reader_of[name].read(name)
 
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        return self._reader_of[name].file
+
 
 class StateDict:
-    """Arrays in memory (numpy's, JAX's or PyTorch's) as a reader, which copies them."""
+    """Arrays in memory (numpy's, JAX's or PyTorch's) as a reader, which copies them.
+
+    Raises:
+      CheckpointError: something else than names and arrays is in it; on reading, an array without
+        numbers of its own, such as one on PyTorch's meta device.
+    """
+
+    file = None
 
     def __init__(self, state: Mapping[str, Any]):
         self.state = state
-        self.shapes: dict[str, Shape] = {}
-        for name, array in state.items():
-            self.shapes[name] = tuple(array.shape)
+        self.shapes = _shapes_in(state, "The state")
 
     def read(self, name: str) -> Tensor:
         """Returns a copy of an array."""
         return np.array(to_numpy(self.state[name]))
+
+    def file_of(self, name: str) -> None:
+        """Returns `None`, as there is no file."""
+        del name
 
 
 def open_folder(folder: Path) -> TensorReader:
@@ -185,26 +251,47 @@ def open_folder(folder: Path) -> TensorReader:
             return reader(whole)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return Shards([reader(shard) for shard in _files_of_index(index)])
+            return Shards(index, reader)
     expected = f"{SAFETENSORS} or {TORCH}, whole or in shards"
+    if any(WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir()):  # shards alone
+        expected += f" with {SAFETENSORS}.index.json or {TORCH}.index.json"
     raise CheckpointError(f"{folder}: expected {expected}, got {listing(folder)}.")
 
 
-def _files_of_index(index: Path) -> list[Path]:
-    """Returns the weight files that an index names, all of which exist."""
+def _files_of_index(index: Path) -> dict[Path, list[str]]:
+    """Returns the weight files that an index names, all of which exist, and the names in each."""
+    names_in: dict[Path, list[str]] = {}
+    weight_map: Any = read_json_object(index).get("weight_map")
     try:
-        weight_map = read_json_object(index)["weight_map"]
-        names = sorted(set(weight_map.values()))
-        # The bare name: an index from elsewhere must not lead out of its folder.
-        files = [index.parent / Path(name).name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, file in sorted(weight_map.items()):
+            # The bare name: an index from elsewhere must not lead out of its folder.
+            names_in.setdefault(index.parent / Path(file).name, []).append(name)
+    except (TypeError, AttributeError) as error:
         expected = "a `weight_map` from names to files"
         raise CheckpointError(f"{index}: expected {expected}, got {error!r}.") from error
-    missing = [file.name for file in files if not file.is_file()]
+    # Not `Path.is_file`, which raises for a name that is too long.
+    missing = [file.name for file in sorted(names_in) if not os.path.isfile(file)]
     if missing:
-        expected = f"{len(files)} weight files"
-        raise CheckpointError(f"{index}: expected {expected}, {', '.join(missing)} not found.")
-    return files
+        expected = f"{len(names_in)} weight files"
+        raise CheckpointError(f"{index}: expected {expected}, {some(missing)} not found.")
+    return dict(sorted(names_in.items()))
+
+
+def _shapes_in(state: Any, where: Path | str) -> dict[str, Shape]:
+    """Returns the shapes of the arrays in a state dict, by their names."""
+    expected = "names and tensors"
+    if not isinstance(state, Mapping):
+        got = type(state).__name__
+        raise CheckpointError(f"{where}: expected {expected}, got {got}.")
+    shapes = {}
+    for name, array in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: expected {expected}, got the name {name!r}.")
+        if not hasattr(array, "shape"):
+            got = type(array).__name__
+            raise CheckpointError(f"{where}: expected {expected}, got {got} as {name!r}.")
+        shapes[name] = tuple(array.shape)
+    return shapes
 
 
 def _reason(error: Exception) -> str:
@@ -217,6 +304,12 @@ def to_numpy(array: Any) -> Tensor:
     """Returns an array of numpy, JAX or PyTorch on the host, without a copy where that goes."""
     if not hasattr(array, "detach"):
         return np.asarray(array)
+    # What is no block of numbers in memory, by what PyTorch calls it.
+    if array.is_meta:
+        raise CheckpointError("Expected a tensor with values, got one on the meta device.")
+    if array.is_quantized or str(array.layout) != "torch.strided":
+        got = "a quantised one" if array.is_quantized else f"{array.layout}"
+        raise CheckpointError(f"Expected a dense tensor of floats, got {got}.")
     tensor = array.detach().cpu()
     # By its name: PyTorch need not be there for arrays that are none of its tensors.
     if str(tensor.dtype) == "torch.bfloat16":
@@ -224,7 +317,11 @@ def to_numpy(array: Any) -> Tensor:
 
         # Numpy itself has no bfloat16, so PyTorch refuses to convert it: its bits go instead.
         return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+    try:
+        return tensor.numpy()
+    except TypeError:  # float8 and others that numpy lacks
+        expected = f"one of {', '.join(DTYPES)}"
+        raise CheckpointError(f"Expected {expected}, got {tensor.dtype}.") from None
 
 
 def save_file(file: Path, arrays: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -233,5 +330,13 @@ def save_file(file: Path, arrays: Mapping[str, Tensor], metadata: dict[str, str]
     mode = file.stat().st_mode
     # Safetensors writes an array's memory as it lies, whatever its strides say.
     in_c_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    save_safetensors(in_c_order, file, metadata)
+    try:
+        save_safetensors(in_c_order, file, metadata)
+    except SafetensorError as error:
+        # The disk's, such as that it is full, in Rust's words: "... (os error 28)".
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise OSError(f"{file.name} could not be written: {error}") from error
+        code = int(found[1])
+        raise OSError(code, os.strerror(code)) from error  # `replacing` knows the target's name
     file.chmod(mode)

@@ -144,6 +144,7 @@ def load_tokenizer(
         revision=revision if name is None else None,  # that of the model, not of the one named
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        with_weights=False,
     )
     try:
         return _own(found, missing_bytes)

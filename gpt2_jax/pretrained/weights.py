@@ -3,11 +3,12 @@
 Knows names and shapes; nothing of the forward pass, and of files only what their readers return.
 """
 
+import contextlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from gpt2_jax.config import DTYPES, GPT2Config
-from gpt2_jax.files import CheckpointError, replacing, write_json
+from gpt2_jax.files import (
+    CheckpointError,
+    NameFilter,
+    local_path,
+    replacing,
+    some,
+    write_json,
+)
 from gpt2_jax.modules import Params
-from gpt2_jax.pretrained.foreign.find import open_checkpoint
+from gpt2_jax.pretrained.foreign.find import CONFIG, open_checkpoint
 from gpt2_jax.pretrained.foreign.names import OTHER_HEADS, upright
 from gpt2_jax.pretrained.foreign.names import bare as bare_name
 from gpt2_jax.pretrained.formats import (
@@ -34,7 +42,9 @@ from gpt2_jax.pretrained.formats import (
     TensorReader,
     save_file,
 )
-from gpt2_jax.pretrained.hub import resolve
+from gpt2_jax.pretrained.hub import naming_download, resolve
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import is_tokenizer_file
 
 State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
 
@@ -54,6 +64,8 @@ LEAF = {
 }
 PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
+MAX_DEPTH = 100  # of a tree in a file of params; a model's is 5
+MAX_MISSING_LAYERS = 1000  # that are listed one by one before the report is cut
 MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives twelve a layer
 
 # Safetensors' metadata are strings. HF asks for the framework that wrote the file.
@@ -92,16 +104,19 @@ def load(
     path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    # The config with the file: it says what the tensors must be called, and how large they are.
-    checkpoint, config = open_checkpoint(path, config)
-    try:
-        params = _from_reader(checkpoint.reader, config, target)
-    except CheckpointError as error:
-        reason = str(error)
-        if not reason.startswith(str(path)):  # what speaks of names alone does not say of where
-            place = ", ".join(filter(None, (str(path), checkpoint.kind)))
-            reason = f"{place}: {reason}"
-        raise CheckpointError(reason) from error
+    with naming_download(path):
+        # The config with the file: it says what the tensors must be called, and how large they are.
+        checkpoint, config = open_checkpoint(path, config)
+        config_file = path / CONFIG
+        what = str(config_file) if config_file.is_file() else "the config"
+        try:
+            params = _from_reader(checkpoint.reader, config, target, what)
+        except CheckpointError as error:
+            reason = str(error)
+            if str(path) not in reason:  # what speaks of names alone does not say of where
+                place = ", ".join(filter(None, (str(path), checkpoint.kind)))
+                reason = f"{place}: {reason}"
+            raise CheckpointError(reason) from error
     # A model computes in the dtype of its weights unless it is told otherwise.
     return config.replace(dtype=_dtype_of(params)), params
 
@@ -111,6 +126,7 @@ def save(
     params: Params,
     config: GPT2Config,
     *,
+    tokenizer: Tokenizer | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -123,26 +139,37 @@ def save(
         files.
       params: the parameters, written bit for bit.
       config: their config. The file's `dtype` is that of the params.
+      tokenizer: is written with them, and takes the place of the one that was there.
       max_shard_size: bytes per weight file, beyond which the weights are split over several.
       overwrite: replaces a checkpoint that is there.
 
     Raises:
       CheckpointError: the params are not `config`'s, or `folder` is in use.
     """
+    _check_depth(config, len(jax.tree.leaves(params)))
     state = whole_state(params, config)
     # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    with replacing(folder, overwrite=overwrite, keep=is_no_weight_file) as temporary:
+    keep = kept_files(with_tokenizer=tokenizer is not None)
+    with replacing(folder, overwrite=overwrite, keep=keep) as temporary:
         temporary.mkdir()
         write_json(temporary / "config.json", config.to_dict() | {"dtype": _dtype_of(params)})
         write_json(temporary / "generation_config.json", special_tokens)
         _write_weights(temporary, state, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
 
 
-def is_no_weight_file(name: str) -> bool:
-    """Returns whether a file may stay where new weights are written."""
-    # An old file in a format that comes first would be read instead of the new ones.
-    return not WEIGHT_FILE.fullmatch(name)
+def kept_files(*, with_tokenizer: bool) -> NameFilter:
+    """Returns which files may stay where new weights, and a tokenizer or not, are written."""
+
+    def keep(name: str) -> bool:
+        # An old file in a format that comes first would be read instead of the new ones.
+        if with_tokenizer and is_tokenizer_file(name):
+            return False
+        return not WEIGHT_FILE.fullmatch(name)
+
+    return keep
 
 
 def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
@@ -211,14 +238,27 @@ def load_params(file: str | Path) -> Params:
     Raises:
       CheckpointError: the file is missing or damaged, or holds float64 while JAX has none.
     """
-    stored = SafetensorsFile(Path(file))
+    stored = SafetensorsFile(local_path(file))
     # Unlike in `load`, nothing is checked: any tree may have been saved, with integers and NaN.
     leaves = {}
     # As in `_from_reader`, for the sake of the peak of memory.
     for name in _largest_first(stored.shapes):
-        leaves[name] = _to_jax(stored.read(name), name)
+        with naming(stored.file, name):
+            leaves[name] = _to_jax(stored.read(name), name)
     # The order of the file is that of the tree.
-    return unflatten_dict({name: leaves[name] for name in stored.shapes}, sep=".")
+    return _tree({name: leaves[name] for name in stored.shapes}, stored.file)
+
+
+def _tree(leaves: Mapping[str, Any], file: Path) -> Params:
+    """Returns the nested dicts of paths joined by ".", unless paths contradict each other."""
+    for path in leaves:
+        parts = path.split(".")
+        # Shallow, so that no tree of a hostile file is too deep for Python.
+        parents = [".".join(parts[:depth]) for depth in range(1, min(len(parts), MAX_DEPTH + 1))]
+        if len(parts) > MAX_DEPTH or not leaves.keys().isdisjoint(parents):
+            got = f"{path!r:.100} among them"
+            raise CheckpointError(f"{file}: expected the paths of a tree's leaves, got {got}.")
+    return unflatten_dict(dict(leaves), sep=".")
 
 
 def load_config(file: str | Path) -> GPT2Config | None:
@@ -227,12 +267,16 @@ def load_config(file: str | Path) -> GPT2Config | None:
     Raises:
       CheckpointError: the file is missing or damaged.
     """
-    stored = SafetensorsFile(Path(file))
+    stored = SafetensorsFile(local_path(file))
     if "config" not in stored.metadata:
         return None
-    values = json.loads(stored.metadata["config"])
-    # `from_dict` passes the `dtype` over, as HF's need not be the weights'; in our files it is.
-    return GPT2Config.from_dict(values).replace(dtype=values.get("dtype", "float32"))
+    try:
+        values = json.loads(stored.metadata["config"])
+        # `from_dict` passes the `dtype` over, as HF's need not be the weights'; in our files it is.
+        return GPT2Config.from_dict(values).replace(dtype=values.get("dtype", "float32"))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        expected = "a config in its metadata"
+        raise CheckpointError(f"{stored.file}: expected {expected}, got {error}.") from error
 
 
 # HF's names and ours.
@@ -333,7 +377,7 @@ def _our_path(bare: str) -> str:
 
 def _hf_name(path: str) -> str:
     """`h.0.ln_1.scale` -> `transformer.h.0.ln_1.weight`."""
-    module_path, leaf = path.rsplit(".", 1)
+    module_path, _, leaf = path.rpartition(".")
     if leaf != "bias":
         leaf = "weight"
     # HF's head stands beside the transformer, not in it.
@@ -344,32 +388,42 @@ def _hf_name(path: str) -> str:
 # From tensors to params, checked.
 
 
-def _from_reader(reader: TensorReader, config: GPT2Config, target: np.dtype | None) -> Params:
-    """Returns the params that a reader's tensors are, in the dtype `target` or their own."""
-    names = _by_bare_name(reader.shapes)
-    expected = param_shapes(config)
-    # A tied head is in what PyTorch saved, and not in what HF wrote as safetensors.
-    tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
-    allowed = dict(expected)
-    if not config.bias:
-        # HF's layout has them all the same, as zeros.
-        whole = param_shapes(config.replace(bias=True))
-        allowed |= {bare: whole[bare] for bare in names if bare in whole}
-    if tied_head is not None:
-        allowed["lm_head.weight"] = expected["wte.weight"]
-    found = {bare: reader.shapes[name] for bare, name in names.items()}
-    _check_names(_without_other_heads(found, allowed), allowed)
+def _from_reader(
+    reader: TensorReader, config: GPT2Config, target: np.dtype | None, what: str = "the config"
+) -> Params:
+    """Returns the params that a reader's tensors are, in the dtype `target` or their own.
+
+    `what` is what messages call the config, which may be to blame as well as the weights.
+    """
+    with naming(reader.file):
+        names = _by_bare_name(reader.shapes)
+        _check_depth(config, len(names), what)
+        expected = param_shapes(config)
+        # A tied head is in what PyTorch saved, and not in what HF wrote as safetensors.
+        tied_head = names.get("lm_head.weight") if config.tie_word_embeddings else None
+        allowed = dict(expected)
+        if not config.bias:
+            # HF's layout has them all the same, as zeros.
+            whole = param_shapes(config.replace(bias=True))
+            allowed |= {bare: whole[bare] for bare in names if bare in whole}
+        if tied_head is not None:
+            allowed["lm_head.weight"] = expected["wte.weight"]
+        found = {bare: reader.shapes[name] for bare, name in names.items()}
+        _check_names(_without_other_heads(found, allowed, what), allowed, what)
 
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
     for bare in zeros:
-        _check_no_bias(reader.read(names[bare]), bare)
+        with naming(reader.file_of(names[bare]), bare):
+            _check_no_bias(reader.read(names[bare]), bare)
     # One by one, each checked and on its way before the next is read.
     leaves = {}
     for bare in _largest_first(expected):
-        array = reader.read(names[bare])
+        with naming(reader.file_of(names[bare]), bare):
+            array = reader.read(names[bare])
+            leaves[_our_path(bare)] = _as_param(array, bare, target)
         if bare == "wte.weight" and tied_head is not None:
-            _check_tied(array, reader.read(tied_head))
-        leaves[_our_path(bare)] = _as_param(array, bare, target)
+            with naming(reader.file_of(tied_head), "lm_head.weight"):
+                _check_tied(array, reader.read(tied_head))
     # They were read by size; the tree is in the order of the layers.
     paths = [_our_path(bare) for bare in expected]
     return unflatten_dict({path: leaves[path] for path in paths}, sep=".")
@@ -389,7 +443,7 @@ def _by_bare_name(names: Iterable[str]) -> dict[str, str]:
             prefix = max(name, own_names[bare], key=len).removesuffix(bare)
         own_names[bare] = name
     if twice:
-        got = f"with and without `{prefix}`: {', '.join(twice)}"
+        got = f"with and without `{prefix}`: {some(twice)}"
         raise CheckpointError(f"Expected each weight once, got {got}.")
     return own_names
 
@@ -404,26 +458,59 @@ def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def _without_other_heads(
-    found: Mapping[str, Shape], expected: Mapping[str, Shape]
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str
 ) -> dict[str, Shape]:
     """Returns names and shapes without heads that stand beside a whole GPT-2, with a warning."""
     rest = {name: shape for name, shape in found.items() if not OTHER_HEADS.fullmatch(name)}
     # Beside half a model they stay, in a report of problems that they may explain.
-    if len(rest) == len(found) or _misfits(rest, expected):
+    if len(rest) == len(found) or _misfits(rest, expected, what):
         return dict(found)
-    heads = ", ".join(name for name in found if name not in rest)
+    heads = some([name for name in found if name not in rest])
     warnings.warn(f"A GPT-2 with other heads, which are left out: {heads}.", stacklevel=4)
     return rest
 
 
-def _check_names(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+@contextlib.contextmanager
+def naming(file: Path | None, name: str | None = None) -> Iterator[None]:
+    """Lets errors in the body name the file, if there is one, and the tensor.
+
+    Raises:
+      CheckpointError: instead of any error in the body that is about what was read.
+    """
+    try:
+        yield
+        return
+    except CheckpointError as error:
+        reason = str(error)
+        cause = error
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # of the host, and of the device
+        reason = f"Expected room for it in memory, got none ({type(error).__name__})."
+        cause = error
+    if name is not None and name not in reason:
+        reason = f"{name}: {reason}"
+    if file is not None and str(file) not in reason:
+        reason = f"{file}: {reason}"
+    raise CheckpointError(reason) from cause
+
+
+def _check_depth(config: GPT2Config, n_names: int, what: str = "the config") -> None:
+    """Raises if a config has far more layers than some names could be of."""
+    # Counted before they are named: names of a hundred million layers would fill the memory.
+    if config.n_layer > max(n_names, MAX_MISSING_LAYERS):
+        expected = f"{config.n_layer} layers (`n_layer`), got {n_names} names"
+        raise CheckpointError(f"The weights do not fit {what}: expected {expected}.")
+
+
+def _check_names(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str = "the config"
+) -> None:
     """Raises one error for all names that are missing, unexpected or of another shape."""
-    misfits = _misfits(found, expected)
+    misfits = _misfits(found, expected, what)
     if misfits:
         raise CheckpointError(misfits)
 
 
-def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> str:
     """Returns a report of names that do not fit, or ""."""
     # All together: a renamed tensor is both missing and unexpected, and only the pair explains it.
     missing = []
@@ -451,7 +538,7 @@ def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected"
     counts += f", {len(misshapen)} of another shape"
     lines = "\n  ".join(problems)
-    return f"The weights do not fit the config: {counts}.\n  {lines}"
+    return f"The weights do not fit {what}: {counts}.\n  {lines}"
 
 
 def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"]) -> None:

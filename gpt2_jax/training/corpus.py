@@ -19,14 +19,16 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from gpt2_jax.byte_spelling import byte_chars
-from gpt2_jax.files import replacing, write_json
+from gpt2_jax.files import local_path, replacing, write_json
 from gpt2_jax.pretrained.loading import load_tokenizer
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer_files import is_tokenizer_file
 from gpt2_jax.tokenizer_settings import END_OF_TEXT
 from gpt2_jax.tokenizer_template import NO_TEMPLATE
 from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
 from gpt2_jax.training.texts import Parts, Reading, Span, read_documents, spans, split
 
+MAX_BPE = 2**24  # tokens of a "bpe", a hundred times the largest in use
 MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
 SMALLEST_BPE = 257  # the bytes and the end of a text
@@ -115,7 +117,7 @@ def prepare(
     """
     _check_arguments(tokenizer, vocab_size, val_fraction, workers)
     names = [str(name) for name in inputs]
-    with replacing(out, overwrite=overwrite) as folder:
+    with replacing(out, overwrite=overwrite, keep=_is_no_file_of_ours) as folder:
         files = list(read_documents(names, reading))
         n_documents = sum(len(texts) for texts in files)
         # File by file, so that each is in both parts.
@@ -173,6 +175,11 @@ def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[P
             yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
 
 
+def _is_no_file_of_ours(name: str) -> bool:
+    """Returns whether a file may stay where token files are written anew: a text, for one."""
+    return name not in ("train.bin", "val.bin", "meta.json") and not is_tokenizer_file(name)
+
+
 def _check_arguments(
     tokenizer: str | Path, vocab_size: int | None, val_fraction: float, workers: int | None
 ) -> None:
@@ -186,6 +193,8 @@ def _check_arguments(
             '`vocab_size` is for the tokenizer "bpe", which needs it; '
             f'got {vocab_size} for "{tokenizer}".'
         )
+    if vocab_size is not None and vocab_size > MAX_BPE:  # it would be made room for at once
+        raise DataError(f"`vocab_size` must be at most {MAX_BPE}, got {vocab_size}.")
     if workers is not None and workers < 1:
         raise DataError(f"`workers` must be at least 1, got {workers}.")
 
@@ -342,7 +351,7 @@ def open_corpus(folder: str | Path) -> Corpus:
       DataError: there is no `train.bin` or the like, or there are several; or a file is damaged,
         too short, of another kind, or holds ids outside the vocabulary.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     meta = read_meta(folder)
     train_file = _token_file(folder, "train")
     if train_file is None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer
 
-from gpt2_jax.files import read_json_object
+from gpt2_jax.files import LFS_MAGIC, STAND_INS, read_json_object
 
 IDS_PER_CHECK = 2**24  # looked at in one go: 32 MiB of uint16, as files may be larger than memory
 
@@ -51,7 +51,24 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     dtype = meta.get("dtype", "uint16")
     if dtype not in ("uint16", "uint32"):
         raise DataError(f'{file}: expected the `dtype` "uint16" or "uint32", got {dtype!r}.')
+    _check_counts(file, meta)
     return meta
+
+
+def _check_counts(file: Path, meta: dict[str, Any]) -> None:
+    """Raises `DataError` where a `meta.json` has something else in the place of a count."""
+    counts = {name: meta[name] for name in ("vocab_size",) if name in meta}
+    for part in ("train", "val"):
+        values = meta.get(part, {})
+        if not isinstance(values, dict):
+            raise DataError(f"{file}: expected an object as `{part}`, got {values!r:.60}.")
+        counts |= {f"{part}.{name}": values[name] for name in values if name in ("tokens", "bytes")}
+        if part == "val" and "tokens" in values and "bytes" not in values:
+            raise DataError(f"{file}: expected `val.bytes` beside `val.tokens`, got none.")
+    for name, count in counts.items():
+        # `type`, as `True` would be an integer.
+        if type(count) is not int or count < 0:
+            raise DataError(f"{file}: expected a count as `{name}`, got {count!r:.60}.")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -108,6 +125,7 @@ LLM_C_OTHERS = {20240326: "a model", 20240327: "a state to test against", 202403
 # How files begin that are no token files, whatever their names say. Long enough that no ids are
 # taken for them: that every second id is 0, as in a file of int32, is no proof.
 FOREIGN = {
+    LFS_MAGIC: STAND_INS[LFS_MAGIC],
     b"\x93NUMPY": "numpy's format: call it .npy",
     b"\x89HDF\r\n\x1a\n": "HDF5",
     b"MMIDIDX\x00\x00": "Megatron's index",

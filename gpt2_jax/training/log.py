@@ -8,6 +8,7 @@ evaluation (`step, val_loss`, and where they are known `bits_per_byte` and `samp
 import contextlib
 import json
 import math
+import operator
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from gpt2_jax.files import replacing
+from gpt2_jax.files import CheckpointError, check_content, replacing
 from gpt2_jax.training.step import Metrics
 
 
@@ -70,7 +71,9 @@ class MetricsLog:
         learning_rate: Callable[[int], Any],
         progress: bool,
     ):
-        self._file = file.open("a", encoding="utf-8")
+        self._path = file
+        # Without a buffer: whoever watches the file, and a run that is killed, has all of it.
+        self._file = file.open("ab", buffering=0)
         self._bar = tqdm(
             total=last_step,
             initial=first_step,  # a resumed run's bar goes on where it was
@@ -139,8 +142,12 @@ class MetricsLog:
         self._restart_clock()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()  # whoever watches the file, and a run that is killed, has all of it
+        if not self._path.exists():  # what is written to a deleted file is nowhere
+            raise TrainingError(f"{self._path} is gone: the run cannot go on without its folder.")
+        try:
+            self._file.write(f"{json.dumps(line)}\n".encode())
+        except OSError as error:  # a full disk, which does not say where
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _restart_clock(self) -> None:
         self._n_timed_steps = 0
@@ -155,15 +162,31 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics; one that was cut off is left out."""
-    if not file.is_file():
+    """Returns the lines of a run's metrics; a last one that was cut off is left out.
+
+    Raises:
+      CheckpointError: the file holds something else; the message says in which line.
+    """
+    if not file.exists():
         return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        # What a killed run wrote half is no JSON: it begins with "{" and has no end.
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    check_content(file)
+    # What a killed run wrote half has no end. `splitlines` would part a line at other characters.
+    *whole, torn = file.read_bytes().split(b"\n")
+    lines = [_read_line(line, f"{file}, line {n}") for n, line in enumerate(whole, start=1)]
+    with contextlib.suppress(CheckpointError):
+        lines.append(_read_line(torn, str(file)))
     return lines
+
+
+def _read_line(line: bytes, where: str) -> dict[str, Any]:
+    """Returns what a line of metrics holds; raises `CheckpointError` if it is none."""
+    expected = "a line of metrics with its `step`"
+    try:
+        values = json.loads(line)
+        operator.index(values["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{where}: expected {expected}, got {line[:60]!r}.") from error
+    return values
 
 
 def forget_after(file: Path, step: int) -> None:

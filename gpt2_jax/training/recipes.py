@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import MAX_COUNT, GPT2Config
 
+MAX_SEED = 2**32 - 1  # that of the command generate, too
 # What a pretrained model brings with it.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "bias")
 COUNTS = ("batch_size", "micro_batches", "steps", "eval_every", "save_every", "keep", "log_every")
@@ -142,6 +143,9 @@ class Recipe:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:  # not `isinstance`: True would be a number of steps
                 raise ValueError(f"`{field.name}` must be of type {kind.__name__}, got {value!r}.")
+            most = MAX_SEED if field.name == "seed" else MAX_COUNT
+            if kind is int and value > most:
+                raise ValueError(f"`{field.name}` must be at most {most}, got {value!r:.30}.")
 
     def _check_counts(self) -> None:
         for name in COUNTS:

@@ -6,13 +6,16 @@ Knows recipes, corpora and folders; the arithmetic is `step.py`'s. A run's folde
 * `metrics.jsonl`: a line for each logged step, and for each evaluation;
 * `checkpoints/`: the latest and the best, each with all that the next step depends on;
 * `curves.png`: the losses, where matplotlib is installed;
+* `run.lock`: keeps a second trainer out while one is at work;
 * the tokenizer's files, where the data came with one.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +28,25 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
+from gpt2_jax.cache import device_memory
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import CheckpointError, read_json_object, replacing, write_json
+from gpt2_jax.files import (
+    CheckpointError,
+    local_path,
+    lock,
+    read_json_object,
+    replacing,
+    write_json,
+)
 from gpt2_jax.generation.generate import generate
 from gpt2_jax.generation.sampling import Categorical, Chain, Temperature, TopK
 from gpt2_jax.model import init
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.pretrained.weights import load, save
+from gpt2_jax.pretrained.weights import load, param_shapes, save
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError
-from gpt2_jax.training.checkpoint import Checkpoints
+from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
 from gpt2_jax.training.corpus import Corpus, open_corpus
 from gpt2_jax.training.data import Batches, DataError, windows
 from gpt2_jax.training.log import (
@@ -61,6 +72,7 @@ from gpt2_jax.training.step import (
 # Of the samples at each evaluation: nanoGPT's `sample.py`.
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 200
+TRAINING_BYTES = 12  # of each parameter, at the least: its value, gradient and mean in float32
 
 
 class Summary(NamedTuple):
@@ -118,24 +130,30 @@ def fit(
       out: the run's folder.
       from_pretrained: start from these weights, which bring their own shape, instead of fresh ones.
       resume: go on from the last checkpoint in `out`, if there is one, bit for bit as if there had
-        been no stop.
+        been no stop. From the one before, if the last is damaged, which is then moved aside.
       say: takes messages.
       progress: shows a bar on standard error.
 
     Raises:
-      CheckpointError: `out` holds a run and `resume` is false, or it holds another run than this.
+      CheckpointError: `out` holds a run and `resume` is false, or it holds another run than this;
+        another process trains there; or a checkpoint cannot be written or none be read.
       DataError: the data cannot be used.
       TrainingError: the loss is not finite, or a batch holds an id outside the vocabulary.
       ValueError: the recipe's windows are longer than the model's positions.
     """
     corpus = open_corpus(data)
     config, params = _initial_model(recipe, corpus, from_pretrained)
-    plan = _make_plan(Path(out), recipe, config, corpus, from_pretrained, say)
+    plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, say)
     with (
+        _locked(plan.out),
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
         stop_requests() as stop_requested,
     ):
-        position = _starting_position(plan, params, checkpoints, resume=resume)
+        if resume or not checkpoints.steps():
+            position = _starting_position(plan, params, checkpoints, say)
+        else:
+            advice = "resume it, or give another folder"
+            raise CheckpointError(f"{plan.out} holds a run already: {advice}.")
         n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
         del params  # `position` has a copy of its own
         first_step = int(position.state.step)
@@ -155,32 +173,50 @@ def export(
     *,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> int:
     """Writes the best checkpoint of a run as a folder in HF's layout, and returns its step.
+
+    The tokenizer comes with it, and where the best checkpoint is damaged it is the next best.
 
     Args:
       out: the run's folder.
       target: the folder to write, which `load` and transformers read.
       dtype: of the weights; float32 by default.
       overwrite: replaces a checkpoint that is there.
+      say: takes messages.
 
     Raises:
-      CheckpointError: `out` holds no checkpoint, or `target` is in use.
+      CheckpointError: `out` holds no checkpoint, or none that is whole; or `target` is in use.
     """
-    out = Path(out)
+    out = local_path(out)
     run = read_run(out)
-    with Checkpoints(out / "checkpoints", n_latest=run.recipe.keep) as checkpoints:
-        # Not the latest: what was trained too long knows its data by heart and other texts less.
-        step = checkpoints.best()
-        if step is None:
-            raise CheckpointError(f"{out} holds no checkpoint yet.")
-        params = checkpoints.restore(_state_shapes(run.recipe, run.config), step).params
+    step, params = _best_params(out, run, say)
     # Cast last: a checkpoint is restored in the dtypes that it was saved in.
     params = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), params)
-    save(target, params, run.config, overwrite=overwrite)
+    tokenizer = None
     with contextlib.suppress(FileNotFoundError):  # data need not come with one
-        Tokenizer.load(out).save(target)
+        tokenizer = Tokenizer.load(out)
+    save(target, params, run.config, tokenizer=tokenizer, overwrite=overwrite)
     return step
+
+
+def _best_params(out: Path, run: RunRecord, say: Callable[[str], None]) -> tuple[int, Params]:
+    """Returns the step and the params of the best checkpoint that is whole.
+
+    Not the latest: what was trained too long knows its data by heart and other texts less.
+    """
+    shapes = _state_shapes(run.recipe, run.config)
+    with Checkpoints(out / "checkpoints", is_reader=True) as checkpoints:
+        steps = checkpoints.best_first()
+        if not steps:
+            raise CheckpointError(f"{out} holds no checkpoint yet.")
+        for step in steps:
+            try:
+                return step, checkpoints.restore(shapes, step).params
+            except DamagedError as error:
+                say(str(error))
+    raise CheckpointError(f"{out}: none of the checkpoints, of steps {steps}, is whole.")
 
 
 def read_run(out: str | Path) -> RunRecord:
@@ -189,13 +225,10 @@ def read_run(out: str | Path) -> RunRecord:
     Raises:
       CheckpointError: there is no such file, or it is damaged.
     """
-    file = Path(out) / "run.json"
+    file = local_path(out) / "run.json"
     if not file.is_file():
         raise CheckpointError(f"{out} holds no run: expected `run.json`.")
-    try:
-        values = read_json_object(file)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    values = read_json_object(file)
     try:
         return RunRecord(
             recipe=Recipe.from_dict(values["recipe"]),
@@ -203,7 +236,8 @@ def read_run(out: str | Path) -> RunRecord:
             from_pretrained=values["from_pretrained"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # of whatever else it holds
-        raise CheckpointError(f"{file}: expected what `fit` writes, got {error}.") from error
+        got = f"no {error}" if isinstance(error, KeyError) else f"got {error}"
+        raise CheckpointError(f"{file}: expected what `fit` writes, {got}.") from error
 
 
 # The optimizer and the losses of a recipe.
@@ -279,9 +313,28 @@ def _initial_model(
     # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
+    _check_size(config)
     # In float32 whatever the model computes in, as the recipe's `dtype` promises.
     params = init(jax.random.key(recipe.seed), config.replace(dtype="float32"))
     return config, params
+
+
+def _check_size(config: GPT2Config) -> None:
+    """Raises `ValueError` if a model cannot be trained in the memory that there is."""
+    smallest = config.replace(n_layer=1)
+    one_layer = _n_parameters(smallest)
+    each_layer = _n_parameters(smallest.replace(n_layer=2)) - one_layer
+    n_params = one_layer + (config.n_layer - 1) * each_layer  # no names for millions of layers
+    needed = TRAINING_BYTES * n_params
+    there = device_memory()
+    if needed > there:
+        sizes = f"{needed / 2**30:,.0f} GB of memory to be trained, there are {there / 2**30:,.0f}"
+        raise ValueError(f"{n_params:,} parameters need at least {sizes}: make the model smaller.")
+
+
+def _n_parameters(config: GPT2Config) -> int:
+    """Returns how many numbers the weights of a model are."""
+    return sum(math.prod(shape) for shape in param_shapes(config).values())
 
 
 def _pretrained_model(
@@ -347,30 +400,83 @@ def _make_plan(
 
 
 def _starting_position(
-    plan: Plan, params: Params, checkpoints: Checkpoints, *, resume: bool
+    plan: Plan, params: Params, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> Position:
-    """Returns the position of the latest checkpoint or, where there is none, before the first step.
+    """Returns the position of the last checkpoint that is whole, or before the first step.
+
+    Damaged ones are moved aside, or they would stand in the way of those to come.
 
     Raises:
-      CheckpointError: there is a checkpoint that is not to be resumed, or it is of another run.
+      CheckpointError: there are checkpoints, and none is whole; or they are of another run.
     """
-    latest = checkpoints.latest()
-    if latest is None:  # also where a run is resumed that was killed before its first checkpoint
-        # Folded, as the key of the seed itself made the initial weights.
+    damaged: dict[int, DamagedError] = {}
+    position = None
+    for step in reversed(checkpoints.steps()):
+        try:
+            position = _restored_position(plan, params, checkpoints, step)
+            break
+        except DamagedError as error:
+            damaged[step] = error
+    if position is None and not damaged:
+        # Also where a run is resumed that was killed before its first checkpoint. Folded, as the
+        # key of the seed itself made the initial weights.
         key = jax.random.fold_in(jax.random.key(plan.recipe.seed), 1)
         return Position(state=init_state(params, plan.tx), cursor=0, key=key)
-    if not resume:
-        raise CheckpointError(f"{plan.out} holds a run already: resume it, or give another folder.")
-    meta = checkpoints.meta(latest)
-    _check_same_run(checkpoints.folder, plan.identity, meta["identity"])
+    if position is None:
+        steps = ", ".join(str(step) for step in damaged)
+        advice = f"delete {plan.out} to begin anew"
+        reason = next(iter(damaged.values()))
+        raise CheckpointError(
+            f"{checkpoints.folder}: none of the checkpoints, of steps {steps}, is whole: {advice}. "
+            f"Of the last: {reason}"
+        ) from reason
+    for step, error in damaged.items():
+        say(f"{error} It was moved to {checkpoints.set_aside(step)}.")
+    return position
+
+
+def _restored_position(plan: Plan, params: Params, checkpoints: Checkpoints, step: int) -> Position:
+    """Returns the position of a checkpoint.
+
+    Raises:
+      DamagedError: it is damaged.
+      CheckpointError: it is of another run.
+    """
+    meta = checkpoints.meta(step)
+    try:
+        identity = meta["identity"]
+        cursor = int(meta["cursor"])
+        key = jax.random.wrap_key_data(jnp.array(meta["key"], jnp.uint32))
+    except (KeyError, TypeError, ValueError) as error:
+        got = f"got {error!r} from that of step {step}"
+        raise DamagedError(f"{checkpoints.folder}: expected what `fit` saves, {got}.") from error
+    _check_same_run(checkpoints.folder, plan.identity, identity)
     # Shapes alone: a fresh state beside the restored one would double the memory.
     shapes = jax.eval_shape(partial(init_state, tx=plan.tx), params)
-    key_data = jnp.array(meta["key"], jnp.uint32)
-    return Position(
-        state=checkpoints.restore(shapes, latest),
-        cursor=meta["cursor"],
-        key=jax.random.wrap_key_data(key_data),
-    )
+    return Position(state=checkpoints.restore(shapes, step), cursor=cursor, key=key)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Makes a run's folder, and keeps a second trainer out of it while the body runs.
+
+    Raises:
+      CheckpointError: there is another, or the folder holds another program's `run.json`.
+    """
+    if (out / "run.json").is_file():
+        read_run(out)  # raises: what is not a run's is not to be replaced
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "run.lock"
+    file.touch()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.callback(os.close, lock(file))
+        except BlockingIOError:
+            advice = "wait for it, or give another folder"
+            raise CheckpointError(f"{out}: another process trains here: {advice}.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _check_same_run(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -406,12 +512,12 @@ def _state_shapes(recipe: Recipe, config: GPT2Config) -> TrainState:
 
 def _write_run(plan: Plan, first_step: int) -> None:
     """Writes what describes the run; takes back the metrics of steps that will be made again."""
-    plan.out.mkdir(parents=True, exist_ok=True)
+    # A killed run has logged steps that its last checkpoint does not know. First, as it refuses
+    # a file that is none of metrics.
+    forget_after(plan.out / "metrics.jsonl", first_step)
     # Again at each resumption: the fields that may change have their present values.
     with replacing(plan.out / "run.json", overwrite=True) as temporary:
         write_json(temporary, plan.identity)
-    # A killed run has logged steps that its last checkpoint does not know.
-    forget_after(plan.out / "metrics.jsonl", first_step)
     if plan.corpus.tokenizer:
         plan.corpus.tokenizer.save(plan.out)
 

@@ -11,7 +11,8 @@ from types import FrameType
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C or SIGTERM came meanwhile.
 
-    A second Ctrl-C is the caller's own to handle: in Python as it starts it interrupts at once.
+    A second of either is the caller's own to handle: in Python as it starts, it interrupts or ends
+    the process at once.
     Outside of the main thread, the only one in which Python handles signals, the answer is always
     no.
     """
@@ -32,7 +33,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         received.append(signal_number)
         # The caller's, not Python's: a command ends at once, where an exception in the middle of
         # orbax's threads would end in their tracebacks.
-        signal.signal(signal.SIGINT, previous_handlers[signal.SIGINT])
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
     for signal_number in previous_handlers:
         signal.signal(signal_number, remember)

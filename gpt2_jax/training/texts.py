@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2_jax.files import decode_text
+from gpt2_jax.files import decode_text, local_path
 from gpt2_jax.tokenizer_settings import END_OF_TEXT
 from gpt2_jax.training.data import DataError
 from gpt2_jax.training.records import (
@@ -74,7 +74,7 @@ def read_documents(names: Iterable[str], reading: Reading) -> Iterator[list[str]
         if name == "-":
             yield _documents_of("Standard input", _typed(reading.field), reading)
             continue
-        for file in _files(Path(name).expanduser(), reading.field):
+        for file in _files(local_path(name), reading.field):
             yield _documents_of(file, _texts_in(file, reading.field), reading)
 
 

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -95,6 +97,23 @@ def test_a_device_that_is_not_there_is_named(process, environment):
     assert done.stdout == b""
     assert b"--device tpu: JAX finds no such device here" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_device_without_a_plugin_is_named(monkeypatch):
+    def fail():
+        raise AssertionError  # as JAX does
+
+    updates = []
+    monkeypatch.setattr(generate.jax.config, "update", lambda *change: updates.append(change))
+    monkeypatch.setattr(generate.jax, "devices", fail)
+    args = types.SimpleNamespace(dtype="float32", device="gpu")
+    with pytest.raises(ValueError, match="--device gpu: JAX finds no such device here"):
+        generate.set_up_jax(args, lambda line: None)
+    assert ("jax_platforms", "cuda") in updates
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    assert not generate.is_writable(Path("~/.cache/gpt2_jax/xla"))
 
 
 # What is written.
@@ -381,6 +400,10 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
             ["--prompt_lookup_num_tokens", "0"],
             "--prompt_lookup_num_tokens must be at least 1, got 0",
         ),
+        (["--max_tokens", "3000000000"], "--max_tokens must be at most 2147483647, got 3000000000"),
+        (["--seed", "1180591620717411303424"], "--seed must be in [0, 4294967296), got 11805916"),
+        (["--num_beams", "3000000000"], "--num_beams must be at most 2147483647"),
+        (["--min_length", "3000000000"], "--min_length must be at most 2147483647"),
         (["--interactive", "--json"], "--interactive and --json cannot be combined"),
         (
             ["--interactive", "--overflow", "stop"],

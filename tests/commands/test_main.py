@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -10,9 +12,10 @@ import types
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import gpt2_jax_cli
-from gpt2_jax.commands.common import COMMANDS, CommandFailed
+from gpt2_jax.commands.common import COMMANDS, CommandFailed, as_json
 from gpt2_jax.commands.main import run
 from tests.reference import ROOT
 
@@ -87,12 +90,20 @@ def test_a_command_that_is_given_is_not_looked_for_in_the_arguments(fake, capsys
         (ImportError("No module."), 2, "gpt2-jax fake: No module.\n"),
         (CommandFailed("Not finite."), 1, "gpt2-jax fake: Not finite.\n"),
         (BrokenPipeError(), 0, ""),
+        (MemoryError(), 2, "gpt2-jax fake: There is not enough memory for this.\n"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: 9 TB"),
+            2,
+            "gpt2-jax fake: There is not enough memory for this: RESOURCE_EXHAUSTED: 9 TB\n",
+        ),
+        (ValueError("a\x1b[2Jb\rc"), 2, "gpt2-jax fake: a\\x1b[2Jb\\rc\n"),
+        (OSError(2, "No such file", "\udcff\x07"), 2, "[Errno 2] No such file: '\\udcff\\x07'\n"),
     ],
 )
 def test_every_ending_has_its_exit_code(fake, capsys, ending, code, message):
     fake(ending)
     assert run(["fake"]) == code
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_a_defect_keeps_its_traceback(fake):
@@ -167,6 +178,118 @@ def test_a_run_that_is_resumed_keeps_its_recipe(tmp_path):
 def test_what_cannot_be_measured_is_named(arguments, message, capsys):
     assert run(["evaluate", *arguments]) == 2
     assert capsys.readouterr().err == f"gpt2-jax evaluate: {message}\n"
+
+
+# The first lines of a process, before a command that stands in for all of them.
+STAND_IN = """
+import os, sys, types
+def run(arguments, command, program):
+    print("a note", file=sys.stderr, flush=True)
+    with open(arguments[0], "w") as file:
+        try:
+            os.write(2, b"of a library")
+        except OSError:
+            pass
+        print("text \u00e9 \u03c0", flush=True)
+        file.write("content")
+    return 7
+sys.modules["gpt2_jax.commands.main"] = types.SimpleNamespace(run=run)
+sys.modules["gpt2_jax"] = sys.modules["gpt2_jax.commands"] = types.ModuleType("stand-in")
+import gpt2_jax_cli
+gpt2_jax_cli.main()
+"""
+
+
+def run_stand_in(file, redirections, **environment):
+    """Runs it in a shell that closes some of its streams; returns exit code, output, errors."""
+    command = f'exec "$@" {redirections}'
+    program = [sys.executable, "-c", STAND_IN, file]
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", *program],
+        capture_output=True,
+        env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("redirections", ["", "2>&-", "<&-", "2>&- <&-", "2>/dev/full"])
+def test_notes_never_come_into_the_output_nor_into_a_file(tmp_path, redirections):
+    code, out, err = run_stand_in(tmp_path / "file", redirections)
+    assert (code, out) == (7, "text é π\n".encode())
+    assert (tmp_path / "file").read_text() == "content"
+    assert err == (b"" if "2>" in redirections else b"a note\nof a library")
+
+
+def test_without_any_stream_a_command_does_its_work(tmp_path):
+    code, out, err = run_stand_in(tmp_path / "file", ">&- 2>&- <&-")
+    assert (code, out, err) == (7, b"", b"")
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_what_the_outputs_encoding_lacks_is_replaced(tmp_path):
+    code, out, _ = run_stand_in(tmp_path / "file", "", PYTHONIOENCODING="latin-1")
+    assert (code, out) == (7, b"text \xe9 ?\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "ascii", "latin-1"])
+def test_json_loses_nothing_in_any_encoding(monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    line = as_json({"text": "\u00e9\u03c0"})
+    assert json.loads(line.encode(encoding).decode(encoding)) == {"text": "\u00e9\u03c0"}
+    assert ("\u03c0" in line) == (encoding.lower() == "utf-8")
+
+
+def test_notes_that_nobody_reads_end_nothing():
+    class Broken(io.StringIO):
+        def write(self, text=""):
+            raise BrokenPipeError
+
+        flush = write
+
+    notes = gpt2_jax_cli.Notes(Broken())
+    for _ in tqdm(range(3), file=notes):
+        assert notes.write("a note\n") == 7
+    notes.flush()
+    assert notes.writable()
+
+
+def test_quiet_commands_quiet_the_hub(fake, monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+    fake(0)
+    module = sys.modules["gpt2_jax.commands.fake"]
+    seen = []
+    module.run = lambda args: seen.append(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")) or 0
+    for quiet in (False, True):
+        arguments = types.SimpleNamespace(
+            parse_args=lambda _, q=quiet: types.SimpleNamespace(quiet=q)
+        )
+        module.parser = lambda program, made=arguments: made
+        assert run(["fake"]) == 0
+    assert seen == [None, "1"]
+
+
+def test_a_run_json_of_another_program_is_named(tmp_path, capsys):
+    for text in ("[]", "{}", '{"recipe": {"lr": 3}, "from_pretrained": null}', '{"recipe": 3}'):
+        (tmp_path / "run.json").write_text(text)
+        assert run(["train", "data", "--out", str(tmp_path), "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path}/run.json: expected " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--n_layer=10000000000", "`n_layer` must be at most 2147483647, got 10000000000."),
+        ("--steps=99999999999999999999", "`steps` must be at most 2147483647, got 9999999999"),
+        ("--seed=1180591620717411303424", "`seed` must be at most 4294967295, got 118059162071741"),
+        ("--n_embd=12000000000", "`n_embd` must be at most 2147483647"),
+    ],
+)
+def test_numbers_beyond_all_reason_are_refused_before_anything_is_read(option, message, capsys):
+    assert run(["train", "/no/such", "--out", "/no/such/run", option]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path):

@@ -303,6 +303,7 @@ def test_new_numbers_do_not_recompile(models, rng):
         ({"length_penalty": float("inf")}, "`length_penalty` must be finite, got inf"),
         ({"sampler": Categorical()}, "`key` must be given for a sampler that draws"),
         ({"stop_ids": tuple(range(V))}, "The vocabulary has 30 tokens, too few beside 30 stop ids"),
+        ({"num_beams": 10**9}, r"`num_beams` is 1000000000: 1,000,000,000 rows need at least"),
         ({"max_new_tokens": 32}, "together 33, but the model has 32 positions"),
     ],
 )

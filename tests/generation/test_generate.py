@@ -300,6 +300,11 @@ def test_buckets_are_powers_of_two_up_to_the_largest():
         ({"sampler": SAMPLER}, "`key` must be given .* Categorical"),
         ({"key": keys(3), "sampler": SAMPLER}, r"one key or 1 keys, one per row; got shape \[3\]"),
         ({"padding_side": "up"}, "`padding_side` must be"),
+        (
+            {"num_return_sequences": 10**9, "sampler": SAMPLER, "key": keys(1)[0]},
+            r"`num_return_sequences` is 1000000000: 1,000,000,000 rows need at least [\d,]+ GB",
+        ),
+        ({"max_new_tokens": 2**31}, "`max_new_tokens` must be at most 2147483647, got 2147483648"),
         ({"stop_ids": (61,)}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 61"),
         ({"stop_ids": [1, 2.5]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got 2.5"),
         ({"stop_ids": ["3"]}, r"`stop_ids` must be in \[0, 61\) \(`vocab_size`\), got '3'"),

@@ -243,6 +243,7 @@ def test_a_rows_text_is_the_same_alone_and_in_a_batch(params, draft, prompts):
             {"draft_params": {}, "draft_config": SMALL.replace(n_positions=8)},
             "model's 64 positions, it has 8",
         ),
+        ({"num_draft_tokens": 10**6}, r"`num_draft_tokens` must be at most \d+ \(`n_positions`\)"),
         ({"num_draft_tokens": 0}, "`num_draft_tokens` must be a positive integer, got 0"),
         (
             {"max_matching_ngram_size": 0},

@@ -1,12 +1,15 @@
 """Checkpoints: round trips are bit-identical, HF reads what is written, every mistake is named."""
 
 import json
+import math
 import os
 import pickle
 import re
+import resource
 import stat
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,9 @@ import weights_convert
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.pretrained import conversion, weights
+from gpt2_jax.tokenizer import Tokenizer
 from tests import reference
+from tests.pretrained import damage
 from tests.reference import ROOT
 
 transformers.utils.logging.disable_progress_bar()
@@ -360,6 +365,28 @@ def test_save_refuses_params_of_another_config(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_is_written_with_the_weights_or_nothing_is(tmp_path, monkeypatch):
+    folder = hf_folder(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("of the model before")
+    (folder / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    config, params = weights.load(folder)
+    tokenizer = Tokenizer({"a": 0}, [])
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "save", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
+            weights.save(folder, params, config, tokenizer=tokenizer, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    weights.save(folder, params, config, tokenizer=tokenizer, overwrite=True)
+    assert Tokenizer.load(folder).vocab == {"a": 0}
+    assert not (folder / "tokenizer.json").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     folder = hf_folder(tmp_path / "model")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -518,7 +545,7 @@ def test_truncated_file(tmp_path, cut):
 
 def test_garbage_instead_of_a_file(tmp_path):
     file = hf_folder(tmp_path) / "model.safetensors"
-    file.write_bytes(b"<html>404 not found</html>" * 9)
+    file.write_bytes(b"404 not found" * 9)
     with pytest.raises(
         CheckpointError, match="model.safetensors: expected a whole safetensors file"
     ):
@@ -542,7 +569,7 @@ def test_missing_shard(tmp_path):
 def test_damaged_index(tmp_path, text):
     hf_folder(tmp_path, max_shard_size="3KB")
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    message = "index.json: expected a `weight_map` from names to files, got"
+    message = "index.json: expected (a `weight_map` from names to files|JSON|an object), got"
     with pytest.raises(CheckpointError, match=message):
         weights.load(tmp_path)
 
@@ -583,7 +610,7 @@ def test_a_pickle_is_never_executed(tmp_path, legacy):
         assert trap.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"404"])
 def test_damaged_bin(tmp_path, content):
     (bin_folder(tmp_path / "model") / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(
@@ -607,11 +634,174 @@ def test_bin_without_torch(tmp_path, monkeypatch):
         weights.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("layout", damage.LAYOUTS)
+def test_a_damaged_file_is_read_or_named(layout):
+    # 1,200 of each when this was written: none was refused without its name.
+    n_refused, wrongs = damage.try_damages(layout, 60)
+    assert wrongs == []
+    assert 30 < n_refused < 60
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_says_what_to_run(tmp_path, name):
+    folder = bin_folder(tmp_path / "model")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548118077\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"{name}: .*Git LFS pointer.*run `git lfs pull`"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    "content, kind", [(b"<!DOCTYPE html>", "an HTML page"), (b"PK\x03\x04", "a zip archive")]
+)
+def test_what_came_in_place_of_weights_is_named(tmp_path, content, kind):
+    (hf_folder(tmp_path) / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: got {kind}"):
+        weights.load(tmp_path)
+
+
+def test_a_device_in_place_of_weights_is_not_read(tmp_path):
+    (hf_folder(tmp_path) / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "p.safetensors")
+    with pytest.raises(CheckpointError, match="p.safetensors: expected a file, got a FIFO"):
+        weights.load_params(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("n_layer", [10**7, 2**31 - 1])
+def test_layers_are_counted_before_they_are_named(tmp_path, n_layer):
+    hf_folder(tmp_path)
+    set_config(tmp_path, n_layer=n_layer)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=rf"expected {n_layer} layers .*, got 28 names"):
+        weights.load(tmp_path)
+    config = CONFIG.replace(n_layer=n_layer)
+    with pytest.raises(CheckpointError, match=f"expected {n_layer} layers"):
+        weights.save(tmp_path / "out", weights.from_hf(random_state(), CONFIG), config)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensor: tensor.to_sparse(), "expected a dense tensor of floats, got torch.sparse"),
+        (lambda tensor: tensor.to("meta"), "got one on the meta device"),
+        (lambda tensor: tensor.to(torch.float8_e5m2), "expected one of float32.*float8_e5m2"),
+        (lambda tensor: tensor.to(torch.complex64), "expected one of float32, .*, got complex64"),
+        (
+            lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+            "got a quantised one",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it will do away with
+def test_tensors_that_are_no_floats_in_memory_are_named(tmp_path, change, message):
+    folder = bin_folder(tmp_path / "model")
+    file = folder / "pytorch_model.bin"
+    state = torch.load(file)
+    state["transformer.wpe.weight"] = change(state["transformer.wpe.weight"])
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=f"(?i)model.bin: wpe.weight: .*{message}"):
+        weights.load(folder)
+    with pytest.raises(CheckpointError, match=f"(?i)^wpe.weight: .*{message}"):
+        weights.from_hf(state, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "state, got",
+    [
+        ({0: np.ones(1, np.float32)}, "the name 0"),
+        ({"a": 3}, "int as 'a'"),
+        ({"model": {"a": 3}}, "dict as 'model'"),
+    ],
+)
+def test_a_state_is_names_and_arrays(tmp_path, state, got):
+    with pytest.raises(CheckpointError, match=f"The state: expected names and tensors, got {got}"):
+        weights.from_hf(state, CONFIG)
+
+
+def test_names_cannot_move_the_cursor_nor_fill_the_screen():
+    state = random_state() | {"\x1b[2J\r" + "x" * 10_000: np.ones(1, np.float32)}
+    with pytest.raises(CheckpointError) as caught:
+        weights.from_hf(state, CONFIG)
+    assert len(str(caught.value).encode()) <= 4000
+    assert r"unexpected: \x1b[2J\r" in str(caught.value)
+
+
+def sparse_file(file, shapes):
+    """Writes a file of safetensors, all zeros, that takes no room on the disk."""
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        start = end
+        end += 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+
+
+def test_a_tensor_larger_than_the_memory_is_named(tmp_path):
+    config = CONFIG.replace(vocab_size=2**31 - 1, n_embd=512)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    try:
+        sparse_file(tmp_path / "model.safetensors", weights.param_shapes(config))
+    except OSError:
+        pytest.skip("this file system has no sparse files of 4 TB")
+    message = "model.safetensors: wte.weight: Expected room for it in memory"
+    with pytest.raises(CheckpointError, match=message):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "a.b"], ["a.b", "a.b.c.d"], [".".join("x" * 200)], ["wte"], [""]]
+)
+def test_paths_that_make_no_tree_are_refused_and_the_file_named(tmp_path, names):
+    file = tmp_path / "p.safetensors"
+    save_file({name: np.ones(1, np.float32) for name in names}, file)
+    with pytest.raises(CheckpointError, match="p.safetensors: "):
+        conversion.read(file, config_file=conversion.hub.DEMO)
+
+
+@pytest.mark.parametrize("config", ["", "[]", '{"n_layer": 0}', '{"a":' + "[" * 100_000])
+def test_a_damaged_config_in_a_file_of_params_is_refused_and_the_file_named(tmp_path, config):
+    file = tmp_path / "p.safetensors"
+    save_file({"a": np.ones(1, np.float32)}, file, {"config": config})
+    with pytest.raises(CheckpointError, match="p.safetensors: expected a config in its metadata"):
+        weights.load_config(file)
+
+
 def test_folder_without_a_config(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
         CheckpointError, match="expected `config.json` in this folder, got notes.txt"
     ):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"eos_token_id": ' + "[" * 950 + "]" * 950 + "}",
+        '{"n_head": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"resid_pdrop": 1' + "0" * 400 + "}",
+        '{"n_layer": 1' + "0" * 400 + "}",
+        '{"model_type": "' + "x" * 10_000 + '"}',
+        '{"n_embd": {"\\u001b": 1}}',
+    ],
+)
+def test_a_hostile_config_is_one_short_line(tmp_path, text):
+    (hf_folder(tmp_path) / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/config.json: ") as caught:
+        weights.load(tmp_path)
+    assert len(str(caught.value).encode()) <= 4000
+    assert str(caught.value).isprintable()
+
+
+def test_an_index_of_names_that_are_too_long_is_named(tmp_path):
+    index = hf_folder(tmp_path, max_shard_size="3KB") / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(CheckpointError, match="index.json: expected 1 weight files, x.* not found"):
         weights.load(tmp_path)
 
 
@@ -673,6 +863,21 @@ def test_convert_verifies_against_pytorch(tmp_path, capsys):
     assert convert(tmp_path / "p.safetensors", tmp_path / "q.safetensors", "--verify") == 0
     differences = re.findall(r"logits: (\S+)", capsys.readouterr().out)
     assert len(differences) == 3 and float(differences[1]) < 1e-5
+
+
+@pytest.mark.parametrize("target", ["out", "p.safetensors"])
+def test_convert_says_in_one_line_that_the_disk_is_full(tmp_path, capsys, target):
+    source = hf_folder(tmp_path / "in")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As a full disk, but that the system calls it "File too large".
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        assert convert(source, tmp_path / target) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert error == f"weights_convert: [Errno 27] File too large: '{tmp_path / target}'\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("target", ["out", "p.safetensors"])

@@ -162,7 +162,9 @@ def test_each_document_has_what_the_tokenizer_adds_to_a_text(
     prepare(
         [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
     )
-    first, second = texts.documents((tmp_path / "a.txt").read_text(encoding="utf-8"), False)
+    first, second = texts.documents(
+        (tmp_path / "a.txt").read_text(encoding="utf-8"), texts.Reading()
+    )
     # These part documents; there is no further mark.
     assert read(tmp_path / "out", "train") == framed.encode(first) + framed.encode(second)
     assert framed.encode(first)[:2] == [50256, 7]
@@ -227,6 +229,16 @@ def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
     prepare([tmp_path / "b.txt"], tmp_path / "out", overwrite=True, val_fraction=0)
     assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode("other")
     assert not (tmp_path / "out" / "val.bin").exists()
+
+
+def test_what_is_no_file_of_ours_stays_where_token_files_are_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "text.txt").write_text("some text of mine")
+    (out / "val.bin").write_bytes(b"of before")
+    prepare([out / "text.txt"], out, tokenizer="char", val_fraction=0, overwrite=True)
+    assert (out / "text.txt").read_text() == "some text of mine"
+    assert (out / "train.bin").is_file() and not (out / "val.bin").exists()
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,24 @@ def test_a_batch_depends_on_seed_and_cursor_alone():
     assert drawn[0].dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    "meta, message",
+    [
+        ("[1]", "expected an object, got list"),
+        ('{"vocab_size": "many"}', "expected a count as `vocab_size`, got 'many'"),
+        ('{"vocab_size": true}', "expected a count as `vocab_size`, got True"),
+        ('{"val": [1]}', r"expected an object as `val`, got \[1\]"),
+        ('{"val": {"tokens": 3}}', "expected `val.bytes` beside `val.tokens`"),
+        ('{"val": {"tokens": 3, "bytes": null}}', "expected a count as `val.bytes`, got None"),
+        ('{"dtype": {}}', 'expected the `dtype` "uint16" or "uint32", got {}'),
+    ],
+)
+def test_a_meta_json_of_another_program_is_named(tmp_path, meta, message):
+    (tmp_path / "meta.json").write_text(meta)
+    with pytest.raises(DataError, match=f"meta.json: {message}"):
+        read_meta(tmp_path)
+
+
 def test_a_batch_that_cannot_be_is_named():
     first = Batches(np.arange(500), batch_size=3, length=10, seed=7)
     with pytest.raises(ValueError, match="`cursor` must not be negative, got -1"):

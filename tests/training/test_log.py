@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from gpt2_jax.files import CheckpointError
 from gpt2_jax.training.log import (
     Evaluation,
     MetricsLog,
@@ -97,6 +99,44 @@ def test_what_was_written_half_is_left_out_and_later_steps_are_taken_back(tmp_pa
     assert read_metrics(file) == lines
     forget_after(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "content, number",
+    [
+        (b'{"step": 1}\nnotes of mine\n', 2),
+        (b"[1]\n", 1),
+        (b'{"step": 1}\n{"loss": 1.0}\n{"step": 3}\n', 2),
+        (b'{"step": 1}\n\xff\xfe\n', 2),
+        (b'{"step": "1"}\n', 1),
+        (b"[" * 100_000 + b"\n", 1),
+    ],
+)
+def test_what_is_none_of_metrics_is_refused_by_its_line_and_stays(tmp_path, content, number):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"metrics.jsonl, line {number}: expected a line of"):
+        forget_after(file, 0)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 2, "text": "\xc3', b"\0\0\0"])
+def test_a_line_that_was_cut_off_is_repaired(tmp_path, torn):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + torn)
+    forget_after(file, 9)
+    assert file.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_log_whose_file_is_gone_or_whose_disk_is_full_says_so(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with open_log(file) as log:
+        file.unlink()
+        with pytest.raises(TrainingError, match="metrics.jsonl is gone"):
+            log.evaluated(Evaluation(1, 1.0, None, None))
+    with open_log(Path("/dev/full")) as log:
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            log.evaluated(Evaluation(1, 1.0, None, None))
 
 
 def test_curves_are_drawn_of_what_there_is(tmp_path):

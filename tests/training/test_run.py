@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import gpt2_jax
-from gpt2_jax.files import CheckpointError
+from gpt2_jax.files import CheckpointError, lock
 from gpt2_jax.training import run as run_module
 from gpt2_jax.training.data import DataError
 from gpt2_jax.training.recipes import Recipe
@@ -299,6 +299,14 @@ def test_what_cannot_be_trained_on_is_named(corpus, tmp_path):
         export(tmp_path, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("changes", [{"n_embd": 10**9}, {"n_layer": 10**9}, {"n_positions": 10**9}])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(corpus, tmp_path, changes):
+    huge = dataclasses.replace(SMALL, length=8, **changes)
+    with pytest.raises(ValueError, match=r"parameters need at least [\d,]+ GB of memory"):
+        fit(huge, corpus, tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_says_what_it_is(finished):
     run = read_run(finished)
     assert run.recipe == SMALL
@@ -310,7 +318,7 @@ def test_a_run_says_what_it_is(finished):
     "text, message",
     [
         ("{", "run.json: expected JSON, got "),
-        ("{}", "run.json: expected what `fit` writes, got 'recipe'"),
+        ("{}", "run.json: expected what `fit` writes, no 'recipe'"),
         ('{"recipe": {"steps": 0}}', "run.json: expected what `fit` writes, got `steps` must be"),
         ('{"recipe": 3}', "run.json: expected what `fit` writes, got "),
     ],
@@ -319,6 +327,83 @@ def test_a_damaged_run_json_is_named(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_run(tmp_path)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The undisturbed run, to be damaged; and where its damages are reported."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def cut(run, step):
+    """Cuts off the largest file of a checkpoint."""
+    files = [file for file in (run / "checkpoints" / str(step)).rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-9])
+    return largest.name
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
+    corpus, finished, copied, capfd
+):
+    said = []
+    name = cut(copied, 12)
+    summary = fit(SMALL, corpus, copied, resume=True, say=said.append)
+    assert (summary.step, summary.finished) == (12, True)
+    assert curve(copied) == curve(finished)
+    assert name in said[0] and f"It was moved to {copied}/checkpoints/damaged-12." in said[0]
+    assert "steps 8 to 12" in said[1]
+    assert (copied / "checkpoints" / "12").is_dir()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_where_no_checkpoint_is_whole_it_says_what_to_delete(corpus, copied, tmp_path):
+    steps = sorted(int(child.name) for child in (copied / "checkpoints").iterdir())
+    for step in steps:
+        cut(copied, step)
+    before = sorted(str(file) for file in copied.rglob("*"))
+    message = rf"none of the checkpoints, of steps .*, is whole: delete {copied} to begin anew"
+    with pytest.raises(CheckpointError, match=message):
+        fit(SMALL, corpus, copied, resume=True, say=quiet)
+    said = []
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints, of steps \["):
+        export(copied, tmp_path / "hf", say=said.append)
+    assert len(said) == len(steps)
+    # Nothing was moved, so that the next call does not begin anew by itself.
+    assert sorted(str(file) for file in copied.rglob("*")) == before
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_second_trainer_is_kept_out(corpus, copied):
+    descriptor = lock(copied / "run.lock")
+    try:
+        with pytest.raises(CheckpointError, match="run: another process trains here"):
+            fit(SMALL, corpus, copied, resume=True, say=quiet)
+    finally:
+        os.close(descriptor)
+    assert fit(SMALL, corpus, copied, resume=True, say=quiet).finished
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_file_of_another_program_is_not_replaced(corpus, tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).write_text('{"of": "another program"}\n')
+    with pytest.raises(CheckpointError, match=f"{name}.*: expected"):
+        fit(SMALL, corpus, run, say=quiet)
+    assert (run / name).read_text() == '{"of": "another program"}\n'
+
+
+def test_a_folder_that_is_deleted_under_a_run_ends_it(corpus, tmp_path, monkeypatch):
+    train_step = run_module.train_step
+
+    def step_and_delete(*args, **kwargs):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "train_step", step_and_delete)
+    with pytest.raises((CheckpointError, TrainingError), match="run/.* is gone"):
+        fit(SMALL, corpus, tmp_path / "run", say=quiet)
 
 
 def test_without_validation_data_nothing_is_measured_and_the_latest_is_exported(corpus, tmp_path):

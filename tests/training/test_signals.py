@@ -9,6 +9,24 @@ import pytest
 from gpt2_jax.training.signals import stop_requests
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_of_either_is_the_callers(first, second):
+    received = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: received.append(number))
+        with stop_requests() as stop_requested:
+            os.kill(os.getpid(), first)
+            assert stop_requested() and not received
+            os.kill(os.getpid(), second)
+            assert received == [second]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_is_remembered_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
@@ -24,20 +42,6 @@ def test_the_second_ctrl_c_interrupts():
         with stop_requests():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_the_second_ctrl_c_is_the_callers_own():
-    received = []
-    before = signal.signal(signal.SIGINT, lambda *_: received.append("second"))
-    try:
-        with stop_requests() as stop_requested:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop_requested()
-            assert not received
-            os.kill(os.getpid(), signal.SIGINT)
-            assert received == ["second"]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_another_thread_is_never_asked_to_stop():

@@ -74,6 +74,15 @@ class GGUFTensors:
         array = _unpacked(self.raw.read(name), packed)
         return array if self.dtype is None else array.astype(self.dtype)
 
+    @property
+    def file(self) -> Path | None:
+        """See `TensorReader`."""
+        return self.raw.file
+
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        return self.raw.file_of(name)
+
 
 def _unpacked(data: Tensor, packed: Packed) -> Tensor:
     """Returns what bytes hold."""

@@ -5,6 +5,7 @@ Knows names and shapes, and no file.
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,9 +69,18 @@ class Renamed:
         for name, own_name in self.names.items():
             self.shapes[name] = _squeezed(name, reader.shapes[own_name])
 
+    @property
+    def file(self) -> Path | None:
+        """See `TensorReader`."""
+        return self.reader.file
+
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
         return self.reader.read(self.names[name]).reshape(self.shapes[name])
+
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        return self.reader.file_of(self.names[name])
 
 
 def _squeezed(name: str, shape: Shape) -> Shape:
@@ -92,6 +102,15 @@ class Turned:
         self.shapes: dict[str, Shape] = {}
         for name, shape in reader.shapes.items():
             self.shapes[name] = shape[::-1] if name in self.names else shape
+
+    @property
+    def file(self) -> Path | None:
+        """See `TensorReader`."""
+        return self.reader.file
+
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        return self.reader.file_of(name)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""

@@ -31,6 +31,11 @@ class NpzFile:
         with naming(self.file), np.load(self.file, allow_pickle=False) as arrays:
             return arrays[name]
 
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        del name
+        return self.file
+
 
 def _shape(member) -> Shape:
     """Returns the shape in the head of an `.npy` file."""

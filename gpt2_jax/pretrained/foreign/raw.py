@@ -50,3 +50,12 @@ class RawTensors:
         # As bytes first: numpy reads no dtype from a file that is not its own, and bfloat16 is not.
         data = np.fromfile(place.file, np.uint8, count=place.n_bytes, offset=place.offset)
         return data.view(place.dtype).reshape(place.shape)
+
+    @property
+    def file(self) -> Path | None:
+        """One of the files."""
+        return next((place.file for place in self.places.values()), None)
+
+    def file_of(self, name: str) -> Path | None:
+        """Returns the file that holds a tensor."""
+        return self.places[name].file
