@@ -19,6 +19,7 @@ apply = jax.jit(gpt2_jax.apply)
 prefill = jax.jit(gpt2_jax.prefill, static_argnames="cache_len")
 decode_step = jax.jit(gpt2_jax.decode_step)
 loss_of = jax.jit(gpt2_jax.next_token_loss)
+token_logprobs = jax.jit(gpt2_jax.token_logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +93,12 @@ def test_embeddings_take_the_place_of_ids(model, tiny, ids, rng):
 def test_each_segment_is_a_text_by_itself(tiny, ids):
     config, params = tiny
     logits = apply(params, ids, config=config, segment_ids=SEGMENTS)
-    logprobs = gpt2_jax.token_logprobs(params, ids, config=config, segment_ids=SEGMENTS)
+    logprobs = token_logprobs(params, ids, config=config, segment_ids=SEGMENTS)
     for row, segments in enumerate(SEGMENTS):
         for place in texts_of(ids[row], segments):
             alone = ids[row, place][None]
             assert_near(logits[row, place], apply(params, alone, config=config)[0], 1e-12)
-            expected = gpt2_jax.token_logprobs(params, alone, config=config)[0]
+            expected = token_logprobs(params, alone, config=config)[0]
             assert_near(logprobs[row, place.start : place.stop - 1], expected, 1e-12)
 
 

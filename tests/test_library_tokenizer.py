@@ -15,7 +15,7 @@ import gpt2_jax
 from gpt2_jax.library_tokenizer import LibraryTokenizer
 from gpt2_jax.pretrained import weights
 from gpt2_jax.training.corpus import open_corpus, prepare
-from gpt2_jax.training.texts import documents
+from gpt2_jax.training.texts import Reading, documents
 from tests.reference import TINY, hf_model, ours
 
 # Each letter is there several times, so that a trained vocabulary holds it.
@@ -263,7 +263,7 @@ def test_a_corpus_holds_hfs_ids_of_each_document(tmp_path, name):
     hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     # `</s>` parts documents that the tokenizer does not part itself, by its `<s>`.
     end = [] if name == "byte fallback" else [1]
-    texts = documents((tmp_path / "a.txt").read_text(), False)
+    texts = documents((tmp_path / "a.txt").read_text(), Reading())
     expected = [id for text in texts for id in hf.encode(text).ids + end]
     ids = np.fromfile(tmp_path / "data" / "train.bin", np.uint16)
     assert len(texts) == 2 and ids.tolist() == expected

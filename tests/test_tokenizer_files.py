@@ -163,7 +163,7 @@ BYTE_LEVEL |= {"use_regex": True}
     "change",
     [
         {"added_tokens": [token("<mask>", id=4096, lstrip=True)]},
-        {"added_tokens": [token("the", id=915, special=False, normalized=True)]},
+        {"added_tokens": [token("he", id=257, special=False, normalized=True)]},
         {"post_processor": TEMPLATE},
         {"post_processor": ROBERTA},
         {"post_processor": {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}},

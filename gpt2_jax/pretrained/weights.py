@@ -113,9 +113,12 @@ def load(
             params = _from_reader(checkpoint.reader, config, target, what)
         except CheckpointError as error:
             reason = str(error)
-            if str(path) not in reason:  # what speaks of names alone does not say of where
-                place = ", ".join(filter(None, (str(path), checkpoint.kind)))
-                reason = f"{place}: {reason}"
+            file = checkpoint.reader.file or path
+            if checkpoint.kind:
+                # What was taken for what, and with which prefix, explains much of it.
+                reason = f"{file}, {checkpoint.kind}: {reason.removeprefix(f'{file}: ')}"
+            elif str(path) not in reason:  # what speaks of names alone does not say of where
+                reason = f"{path}: {reason}"
             raise CheckpointError(reason) from error
     # A model computes in the dtype of its weights unless it is told otherwise.
     return config.replace(dtype=_dtype_of(params)), params

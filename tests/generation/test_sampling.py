@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
-from gpt2_jax.generation.ranges import AT_LEAST_1, FINITE, POSITIVE, Range
+from gpt2_jax.generation.ranges import FINITE, POSITIVE, Range
 from gpt2_jax.generation.sampling import (
     ExponentialDecayLength,
     Force,
@@ -291,7 +291,8 @@ def test_a_draw_names_the_missing_keys():
 
 def test_ranges_read_as_sentences():
     below_one = Range(low=0, high=1, high_open=True)
-    assert [str(range) for range in (below_one, POSITIVE, AT_LEAST_1, FINITE)] == [
+    at_least_1 = Range(low=1)
+    assert [str(range) for range in (below_one, POSITIVE, at_least_1, FINITE)] == [
         "in [0, 1)",
         "greater than 0",
         "at least 1",

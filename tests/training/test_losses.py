@@ -87,7 +87,7 @@ def test_a_loss_of_ones_own_is_what_is_minimised(params, ids):
     def value(params):
         return loss_fn(params, batch, config=CONFIG, dropout_key=None)[0]
 
-    expected, grads = jax.value_and_grad(value)(params)
+    expected, grads = jax.jit(jax.value_and_grad(value))(params)
     new = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     for n_parts in (1, 2):
         state, metrics = train_step(
@@ -131,7 +131,7 @@ def test_what_is_not_trained_stays_and_costs_no_gradient(params, ids, patterns):
     def loss(trained):
         return next_token_loss(combine(trained, frozen), ids, config=CONFIG)[0]
 
-    grads = jax.grad(loss)(trained)
+    grads = jax.jit(jax.grad(loss))(trained)
     updates, _ = tx.update(grads, tx.init(trained), trained)
     expected = optax.apply_updates(trained, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new_trained, expected)
