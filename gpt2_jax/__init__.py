@@ -61,7 +61,9 @@ from gpt2_jax.interpretability.taps import (
 from gpt2_jax.model import apply, decode_step, extend, init, prefill, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
+from gpt2_jax.pretrained.peft import load_lora, save_lora
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
+from gpt2_jax.resize import resize_vocab
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
@@ -121,6 +123,7 @@ __all__ = [
     "load",
     "lengthen",
     "load_generation_config",
+    "load_lora",
     "load_pretrained",
     "load_tokenizer",
     "logit_lens",
@@ -140,9 +143,11 @@ __all__ = [
     "qk_circuit",
     "replace",
     "resample_ablation",
+    "resize_vocab",
     "resolve",
     "sampler_from_options",
     "save",
+    "save_lora",
     "score",
     "score_choices",
     "share",

@@ -318,8 +318,9 @@ def forward(
     remat: bool = False,
 ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
-    # Linen refuses params that no module takes; a separate head is `unembed`'s.
-    body = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
+    # were loaded with the model are their users'.
+    body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
     model = GPT2(config)
     # Linen's type says what any module might return.
     out: Any = model.apply(

@@ -41,6 +41,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike | None = None,
     config: GPT2Config | None = None,
+    heads: bool = False,
     tokenizer_name: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -54,6 +55,7 @@ def load_pretrained(
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
+      heads: also loads the heads that stand beside the model: see `load`.
       tokenizer_name: whose tokenizer to take instead of the checkpoint's own: see `load_tokenizer`.
       revision: branch, tag or commit of the model on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
@@ -83,7 +85,7 @@ def load_pretrained(
             local_files_only=local_files_only,
             missing_bytes=missing_bytes,
         )
-        config, params = weights.load(folder, dtype=dtype, config=config)
+        config, params = weights.load(folder, dtype=dtype, config=config, heads=heads)
         tokenizer = parsing.result()
     check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")
     return Pretrained(config, params, tokenizer)

@@ -62,6 +62,7 @@ LEAF = {
     "c_proj": "kernel",
     "c_fc": "kernel",
 }
+HEADS = "heads."  # before the names of other heads, in the tree of params
 PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
 MAX_DEPTH = 100  # of a tree in a file of params; a model's is 5
@@ -81,6 +82,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     config: GPT2Config | None = None,
+    heads: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -92,6 +94,9 @@ def load(
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
+      heads: also loads what stands beside a whole GPT-2, such as `score.weight` of a classifier or
+        TRL's `v_head`: as `params["heads"]`, under HF's names. `apply` passes over them, `save`
+        writes them back. Otherwise they are left out, with a warning.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
@@ -110,7 +115,7 @@ def load(
         config_file = path / CONFIG
         what = str(config_file) if config_file.is_file() else "the config"
         try:
-            params = _from_reader(checkpoint.reader, config, target, what)
+            params = _from_reader(checkpoint.reader, config, target, what, heads=heads)
         except CheckpointError as error:
             reason = str(error)
             file = checkpoint.reader.file or path
@@ -314,7 +319,10 @@ def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
       CheckpointError: the params are not `config`'s.
     """
     state = to_hf(params)
-    shapes = {name.removeprefix(PREFIX): array.shape for name, array in state.items()}
+    heads = to_hf({"heads": params["heads"]}) if "heads" in params else {}
+    shapes = {
+        name.removeprefix(PREFIX): array.shape for name, array in state.items() if name not in heads
+    }
     # Before a file is written: HF fills what it does not find with fresh weights, and only warns.
     _check_names(shapes, param_shapes(config))
     if config.bias:
@@ -329,7 +337,7 @@ def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
     for bare, shape in param_shapes(config.replace(bias=True)).items():
         name = bare if bare.startswith("lm_head.") else PREFIX + bare
         whole[name] = state[name] if name in state else np.zeros(shape, dtype)
-    return whole
+    return whole | heads
 
 
 def param_shapes(config: GPT2Config) -> dict[str, Shape]:
@@ -380,6 +388,8 @@ def _our_path(bare: str) -> str:
 
 def _hf_name(path: str) -> str:
     """`h.0.ln_1.scale` -> `transformer.h.0.ln_1.weight`."""
+    if path.startswith(HEADS):
+        return path.removeprefix(HEADS)  # under its own name all along
     module_path, _, leaf = path.rpartition(".")
     if leaf != "bias":
         leaf = "weight"
@@ -392,12 +402,18 @@ def _hf_name(path: str) -> str:
 
 
 def _from_reader(
-    reader: TensorReader, config: GPT2Config, target: np.dtype | None, what: str = "the config"
+    reader: TensorReader,
+    config: GPT2Config,
+    target: np.dtype | None,
+    what: str = "the config",
+    *,
+    heads: bool = False,
 ) -> Params:
     """Returns the params that a reader's tensors are, in the dtype `target` or their own.
 
     `what` is what messages call the config, which may be to blame as well as the weights.
     """
+    other_heads: list[str] = []
     with naming(reader.file):
         names = _by_bare_name(reader.shapes)
         _check_depth(config, len(names), what)
@@ -412,7 +428,14 @@ def _from_reader(
         if tied_head is not None:
             allowed["lm_head.weight"] = expected["wte.weight"]
         found = {bare: reader.shapes[name] for bare, name in names.items()}
-        _check_names(_without_other_heads(found, allowed, what), allowed, what)
+        rest = _without_other_heads(found, allowed, what)
+        _check_names(rest, allowed, what)
+        other_heads = [bare for bare in found if bare not in rest]
+        if other_heads and not heads:
+            left_out = some(other_heads)
+            warnings.warn(
+                f"A GPT-2 with other heads, which are left out: {left_out}.", stacklevel=4
+            )
 
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
     for bare in zeros:
@@ -429,7 +452,11 @@ def _from_reader(
                 _check_tied(array, reader.read(tied_head))
     # They were read by size; the tree is in the order of the layers.
     paths = [_our_path(bare) for bare in expected]
-    return unflatten_dict({path: leaves[path] for path in paths}, sep=".")
+    params = {path: leaves[path] for path in paths}
+    for bare in other_heads if heads else []:
+        with naming(reader.file_of(names[bare]), bare):
+            params[f"{HEADS}{bare}"] = _as_param(reader.read(names[bare]), bare, target)
+    return unflatten_dict(params, sep=".")
 
 
 def _by_bare_name(names: Iterable[str]) -> dict[str, str]:
@@ -463,13 +490,11 @@ def _largest_first(shapes: Mapping[str, Shape]) -> list[str]:
 def _without_other_heads(
     found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str
 ) -> dict[str, Shape]:
-    """Returns names and shapes without heads that stand beside a whole GPT-2, with a warning."""
+    """Returns names and shapes without heads that stand beside a whole GPT-2."""
     rest = {name: shape for name, shape in found.items() if not OTHER_HEADS.fullmatch(name)}
     # Beside half a model they stay, in a report of problems that they may explain.
     if len(rest) == len(found) or _misfits(rest, expected, what):
         return dict(found)
-    heads = some([name for name in found if name not in rest])
-    warnings.warn(f"A GPT-2 with other heads, which are left out: {heads}.", stacklevel=4)
     return rest
 
 

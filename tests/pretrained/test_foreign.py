@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import gpt2_jax
 from gpt2_jax.config import GPT2Config
@@ -246,6 +247,27 @@ def test_other_heads_are_left_out_with_a_warning(tmp_path, head):
     torch.save(model.state_dict() | {head: torch.ones(2, 32)}, tmp_path / "m.pt")
     with pytest.warns(UserWarning, match=f"other heads, which are left out: {head}"):
         assert_same_model(tmp_path / "m.pt", model, config=CONFIG)
+
+
+def test_other_heads_are_loaded_where_asked_for_and_written_back(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**reference().config.to_diff_dict() | {"num_labels": 3})
+    theirs = transformers.GPT2ForSequenceClassification(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = gpt2_jax.load(tmp_path / "theirs", heads=True)
+    weight = params["heads"]["score"]["weight"]
+    np.testing.assert_array_equal(weight, theirs.score.weight.detach().numpy())
+    ids = np.arange(8)[None] % 40
+    # HF's logits of the last token: its head on our hidden states.
+    hidden = gpt2_jax.model.hidden_states(params, ids, config=config)
+    theirs.config.pad_token_id = 39
+    expected = theirs.eval()(torch.as_tensor(ids)).logits.detach().numpy()
+    np.testing.assert_allclose(hidden[:, -1] @ weight.T, expected, rtol=1e-4, atol=1e-6)
+    gpt2_jax.save(tmp_path / "ours", params, config)
+    again = transformers.GPT2ForSequenceClassification.from_pretrained(
+        tmp_path / "ours", num_labels=3
+    )
+    assert torch.equal(again.score.weight, theirs.score.weight)
 
 
 # llm.c.

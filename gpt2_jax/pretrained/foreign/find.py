@@ -259,7 +259,7 @@ def _check_names(file: Path, checkpoint: Checkpoint) -> None:
     """Raises for weights that are no GPT-2's at all, before anything asks for a config."""
     names = list(checkpoint.reader.shapes)
     if any("lora_" in name for name in names):
-        advice = "merge them into their model first, as PEFT's `merge_and_unload` does"
+        advice = "load their model, then `merge_lora` what `load_lora` reads in this folder"
         raise CheckpointError(f"{file}: expected a whole GPT-2, got LoRA's adapters: {advice}.")
     if not said_by_shapes(checkpoint.reader.shapes):
         expected = f"GPT-2's names, such as `h.0.attn.c_attn.weight`, in {checkpoint.kind}"
