@@ -156,8 +156,10 @@ def decode_text(content: bytes, source: str | Path) -> str:
     """Returns the text of a file's bytes, in UTF-8, without a byte order mark.
 
     Raises:
-      ValueError: it is not UTF-8; the message names the source.
+      ValueError: it is not UTF-8, or a Git LFS pointer; the message names the source.
     """
+    if content.startswith(LFS_MAGIC):
+        raise ValueError(f"{source}: expected a text, got {STAND_INS[LFS_MAGIC]}.")
     # Valid UTF-8 all the same: in UTF-16 and UTF-32 the letters of English are letters and zeros.
     if b"\0" in content[:4]:
         raise ValueError(f"{source}: expected UTF-8, got zero bytes, as in UTF-16.")

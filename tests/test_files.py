@@ -305,3 +305,10 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
     with replacing(tmp_path / name) as temporary:
         temporary.write_text("text")
     assert os.listdir(tmp_path) == [name]
+
+
+def test_a_pointer_is_no_text():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    with pytest.raises(ValueError, match="a.txt: expected a text, got a Git LFS pointer"):
+        decode_text(pointer, "a.txt")
+    assert decode_text(b"The " + pointer, "a.txt").startswith("The version")

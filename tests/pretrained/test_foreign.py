@@ -223,7 +223,7 @@ def test_nanogpt_without_a_field(tmp_path):
 
 def test_adapters_are_no_model(tmp_path):
     torch.save({"base_model.model.h.0.attn.c_attn.lora_A.weight": torch.ones(2, 2)}, tmp_path / "a")
-    with pytest.raises(CheckpointError, match="a whole GPT-2, got LoRA's adapters: load their model"):
+    with pytest.raises(CheckpointError, match="got LoRA's adapters: load their model"):
         gpt2_jax.load(tmp_path / "a")
 
 
