@@ -1,6 +1,7 @@
 """Settings and small models that the tests share."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -9,6 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+# Most of the time goes into compiling: what one process of a run has compiled, or a run before it,
+# the others find. Programs are found by their whole text, and by JAX's version.
+XLA_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(XLA_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
