@@ -93,8 +93,9 @@ def _arguments(
     arguments |= beams
     arguments |= {name: value for name, value in others.items() if value is not None}
     do_sample = bool(left.pop("do_sample", None))
-    if do_sample:
-        left.setdefault("top_k", HF_TOP_K)
+    # HF fills in its defaults for null as well: no cut is `"top_k": 0`.
+    if do_sample and left.get("top_k") is None:
+        left["top_k"] = HF_TOP_K
     # What is left must be options; whatever is none is named there.
     arguments["sampler"] = sampler_from_options(
         left,

@@ -413,9 +413,11 @@ def test_a_generation_config_with_beams_has_the_arguments_of_beam_search(models,
     np.testing.assert_array_equal(out.ids[0, :, : expected.shape[1]], expected)
 
 
-def test_a_sampling_generation_config_has_hfs_top_k(tmp_path):
+@pytest.mark.parametrize("unsaid", [{}, {"top_k": None}])
+def test_a_sampling_generation_config_has_hfs_top_k(tmp_path, unsaid):
     file, config = tmp_path / "generation_config.json", GPT2Config()
-    file.write_text(json.dumps({"do_sample": True, "temperature": 0.7, "_from_model_config": True}))
+    keys = {"do_sample": True, "temperature": 0.7, "_from_model_config": True}
+    file.write_text(json.dumps(keys | unsaid))
     arguments = load_generation_config(tmp_path, config=config)
     expected = sampler_from_options({"temperature": 0.7, "top_k": 50}, do_sample=True)
     assert arguments["sampler"] == expected
