@@ -20,7 +20,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model.transformer."
 NAME = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.)?(h\.\d+\.\w+\.\w+)\.lora_(A|B)(?:\.default)?\.weight"
+    r"(?:base_model\.model\.)?(?:transformer\.)?"
+    r"(h\.\d+\.\w+\.\w+)\.lora_(A|B)(?:\.default)?\.weight"
 )
 # What else PEFT's LoRA can do, by the field that asks for it and the value that does not.
 ELSEWHERE = {
