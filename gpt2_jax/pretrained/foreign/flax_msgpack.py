@@ -160,6 +160,7 @@ class _Index:
         self.at += n_bytes
         # A triple: the shape, the dtype's name, and the bytes, which end where the value does.
         description = msgpack.Unpacker()
+        # Its beginning alone: the bytes of the array itself are passed over.
         description.feed(self.data[start : start + min(n_bytes, LONGEST_DESCRIPTION)])
         description.read_array_header()
         shape = tuple(description.unpack())

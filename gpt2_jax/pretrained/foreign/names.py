@@ -43,6 +43,7 @@ def prefix_of(names: Iterable[str]) -> str:
 
 def bare(name: str) -> str:
     """`module.transformer.h.0.ln_1.gamma` -> `h.0.ln_1.weight`."""
+    # At the beginning alone: `sub` by itself would also find one in the middle of a name.
     without_prefix = PREFIXES.sub("", name, count=1) if PREFIXES.match(name) else name
     return NORM_WORDS.sub(_norm_word, without_prefix)
 

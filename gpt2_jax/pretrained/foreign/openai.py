@@ -76,6 +76,7 @@ def read(index: Path) -> Checkpoint:
         places = _places(index)
     names = {}
     for name in places:
+        # By name, as an optimiser's moments have the very shapes of the weights.
         if not OPTIMIZER.fullmatch(name):
             names[hf_name(name)] = name
     return Checkpoint(KIND, Renamed(RawTensors(places), names), config_in(index.parent))
@@ -151,6 +152,7 @@ def _entry(message: bytes) -> Entry:
     for number, axis in _fields(fields.get(2, b"")):
         if number == 2:
             shape.append(dict(_fields(axis)).get(1, 0))
+    # A number that is 0 is left out of a protocol buffer.
     return Entry(tuple(shape), fields.get(1, 0), fields.get(3, 0), fields.get(4, 0))
 
 
@@ -169,6 +171,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Yields the keys and values of a block."""
+    # Behind each block stand a byte for its compression and a checksum, which is not looked at.
     if data[offset + size] != 0:
         raise ValueError("its blocks are compressed, which TensorFlow's are not")
     block = data[offset : offset + size]
