@@ -229,7 +229,7 @@ def _other_kind(
 
 def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
     """Returns BERT's WordPiece, as a `tokenizer.json` would describe it."""
-    # Not `splitlines`, which would also part a line at a character that is a token itself.
+    # Not `splitlines`, which would also part a line at a character that may be a token itself.
     lines = read_text(file).removesuffix("\n").split("\n")
     vocab = {line: id for id, line in enumerate(lines)}
     added_tokens, roles = special_tokens(folder, vocab, [])

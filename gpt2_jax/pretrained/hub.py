@@ -197,7 +197,7 @@ def _is_whole(folder: Path, with_weights: bool) -> bool:
         return bool(names)
     if not weight_files or weight_files[0] in WEIGHT_FILES:
         return bool(weight_files)
-    # The index is there before its shards are: how many belong to it, their own names tell.
+    # An index may be there without its shards: how many belong to it, their own names tell.
     counts = [int(name.rpartition("-of-")[2].split(".")[0]) for name in weight_files[1:]]
     return bool(counts) and len(counts) == max(counts)
 

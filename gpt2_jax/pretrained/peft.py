@@ -150,7 +150,7 @@ def _check_pairs(file: Path | None, flat: dict[str, Any]) -> dict[str, int]:
     if not flat:
         raise CheckpointError(f"{place}expected adapters, got none.")
     ranks = {}
-    # By layers, not by matrices: so half a pair is missed, whichever half it is.
+    # By layers, not by matrices: so a pair is found out that lacks either of its halves.
     for layer in _layers(flat):
         a = flat.get(f"{layer}.lora_A")
         b = flat.get(f"{layer}.lora_B")

@@ -269,7 +269,7 @@ def make_tokenizer(
     if kind == "bpe":
         if vocab_size is None:
             raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
-        # Not of both parts: a vocabulary that was fitted to the validation text would flatter it.
+        # Not of both parts: a vocabulary fitted to the validation text would flatter its loss.
         return train_bpe(parts.train, vocab_size)
     return load_tokenizer(kind, missing_bytes=missing_bytes)
 

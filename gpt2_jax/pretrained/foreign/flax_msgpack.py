@@ -66,6 +66,7 @@ def read(file: Path) -> Checkpoint:
         except BROKEN as error:
             got = f"got one that is cut off after {len(data):,} bytes"
             raise CheckpointError(f"{file}: expected a whole file of Flax, {got}.") from error
+    # The file is closed again by now: arrays are read from their places when they are wanted.
     names = {_hf_name(path): path for path in places}
     reader = upright(Renamed(RawTensors(places), names))
     # A head of its own is a `Dense`, `[D, V]`, where HF's is a table.

@@ -130,6 +130,7 @@ def _places(index: Path) -> dict[str, Place]:
     # The entry without a name describes the whole: its field 1 is the number of files of data.
     header = dict(_fields(entries.pop(b"", b"")))
     n_shards = header.get(1, 1)
+    # The names of the data files are a rule of TensorFlow's: the index holds their number alone.
     prefix = index.name.removesuffix(INDEX)
     places = {}
     for key, value in entries.items():

@@ -89,6 +89,7 @@ def read(file: Path) -> Checkpoint:
 def _nanogpt_config(file: Path, arguments: Mapping[str, Any]) -> GPT2Config:
     """Returns the config of a nanoGPT model: it has the exact GELU, and its head is tied."""
     fields = {FIELDS[name]: value for name, value in arguments.items() if name in FIELDS}
+    # By HF's names, as a fork's other name of a field will do.
     missing = [name for name in NEEDED if FIELDS[name] not in fields]
     if missing:
         got = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
