@@ -50,6 +50,7 @@ class Finder:
     """Parts texts at some added tokens."""
 
     def __init__(self, tokens: Iterable[AddedToken]):
+        # An empty one would be found before every character.
         known = [token for token in tokens if token.content]
         plain = [token for token in known if not token.normalized]
         normalized = [token for token in known if token.normalized]
@@ -59,6 +60,7 @@ class Finder:
     def parts(self, text: str) -> list[Part]:
         """Returns the parts of a text in order, none of them empty."""
         parts = [Part(0, len(text), None)] if text else []
+        # The second sees what the first has left as ordinary text, and nothing else.
         for search in self._searches:
             refined = []
             for part in parts:
@@ -79,6 +81,7 @@ class _Search:
     def parts(self, text: str, within: Part) -> Iterator[Part]:
         """Yields the parts of ordinary text."""
         done = within.start
+        # In the whole text, within bounds: of a slice, all places would have to be moved.
         for match in self._pattern.finditer(text, within.start, within.end):
             token = self._tokens[match[0]]
             start = match.start()
@@ -110,6 +113,7 @@ def _first_space(text: str, start: int, done: int) -> int:
 
 def _is_in_word(text: str, within: Part, start: int, end: int) -> bool:
     """Returns whether a word goes on at either side of a place."""
+    # Within the part alone: a token that was found before it is no word, however it is spelled.
     before = start > within.start and WORD.match(text[start - 1])
     after = end < within.end and WORD.match(text[end])
     return bool(before or after)

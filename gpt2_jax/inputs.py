@@ -116,6 +116,7 @@ def read_layout(layout: Layout, shape: tuple[int, ...], *, config: GPT2Config) -
         positions = _integers("positions", layout.positions, [shape, (1, shape[1])])
         _check_values("positions", positions, config.n_positions, "n_positions")
     if whole_mask is not None:
+        # Without the promise that no query sees a later key, by which attention skips such keys.
         return Pass(positions=positions, mask=whole_mask, is_causal=False)
     return Pass(positions=positions, mask=mask)
 

@@ -85,9 +85,12 @@ class LibraryTokenizer(Tokenizer):
         # As with HF: of a BPE, whose tokens hold their spaces, it would take some away.
         self.clean_up = clean_up and not isinstance(self._engine.model, tokenizers.models.BPE)
         self.vocab = self._engine.get_vocab(with_added_tokens=False)
+        # What a `Tokenizer` has besides. The engine keeps its merges to itself, and drops what it
+        # lacks.
         self.merges = []
         self.missing_bytes = "drop"
         self.add_prefix_space = False
+        # Read back, as the engine has given ids to those that came without one.
         known = []
         for id, token in self._engine.get_added_tokens_decoder().items():
             flags = {name: getattr(token, name) for name in tokenizer_settings.FLAGS}
@@ -110,16 +113,20 @@ class LibraryTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise ValueError(f"{', '.join(map(str, files.files))}: {error}.") from error
+        # With the added tokens, unlike `made.vocab`: what has a role is often one of these.
         vocab = made._engine.get_vocab()
+        # What the tokenizer's files say counts before what the model's config says.
         made.roles = tokenizer_settings.roles_of_model(files.model_ids, vocab) | made.roles
         return made
 
     def _arguments(self) -> dict[str, Any]:
+        # The pipeline has the added tokens by now, with their ids.
         return {"pipeline": self._engine.to_str(), "roles": self.roles, "clean_up": self.clean_up}
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which HF reads back equal."""
         settings = {
+            # HF's class for whatever a `tokenizer.json` says: others bring tokens of their own.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": self.clean_up,
             **self.roles,
@@ -168,6 +175,7 @@ class LibraryTokenizer(Tokenizer):
         if allowed and not is_all:
             expected = "'all' or nothing for a tokenizer that is not GPT-2's kind"
             raise ValueError(f"`allowed_special` must be {expected}, got {sorted(allowed)}.")
+        # The library has it as a setting of the engine, not of a call: so it is set anew each time.
         self._engine.encode_special_tokens = not is_all  # as ordinary text
         spelled = without_surrogates(text)
         try:
@@ -191,6 +199,7 @@ class LibraryTokenizer(Tokenizer):
             raise ValueError(f"`errors` must be {expected}, got {errors!r}.")
         listed = as_list(ids)
         check_not_negative(listed)
+        # The library by itself leaves special tokens out; HF's `decode` and ours show them.
         text = self._engine.decode(list(map(index, listed)), skip_special_tokens=False)
         if self.clean_up:
             for parted, joined in CLEAN_UPS:
@@ -226,8 +235,10 @@ class LibraryStreamDecoder(StreamDecoder):
         """Returns the text that these ids complete."""
         self._ids += map(index, as_list(ids))
         text = self._unshown()
+        # A U+FFFD that was in the text itself waits too, for the next token or for `flush`.
         if not text or text.endswith(UNFINISHED):
             return ""
+        # To decode the whole text again at each token would be quadratic.
         del self._ids[: self._n_shown]
         self._n_shown = len(self._ids)
         return text
@@ -239,6 +250,8 @@ class LibraryStreamDecoder(StreamDecoder):
         return text
 
     def _unshown(self) -> str:
+        # The difference of two texts: the new ids alone might lose the space before their first
+        # word.
         shown = self._tokenizer.decode(self._ids[: self._n_shown])
         return self._tokenizer.decode(self._ids)[len(shown) :]
 
@@ -249,6 +262,7 @@ def _template(engine: tokenizers.Tokenizer) -> Template:
         encoded = engine.encode("a")  # any text that has a token
     except Exception:  # what has no token, and no token for it, is an error to the library
         encoded = engine.encode("")
+    # Where all of it was added, to an empty text, it is taken to stand before.
     is_added = encoded.special_tokens_mask
     n_before = is_added.index(0) if 0 in is_added else len(is_added)
     n_after = is_added[::-1].index(0) if 0 in is_added else 0
@@ -259,7 +273,9 @@ def _template(engine: tokenizers.Tokenizer) -> Template:
 def _add_tokens(engine: tokenizers.Tokenizer, added_tokens: Sequence[AddedToken]) -> None:
     """Adds those tokens that the engine does not have yet."""
     known = {token.content for token in engine.get_added_tokens_decoder().values()}
+    # In their order, by which the engine gives ids: the library's class has no field for one.
     for token in added_tokens:
+        # The pipeline's own stay as they are, flags included.
         if token.content in known:
             continue
         flags = {name: getattr(token, name) for name in tokenizer_settings.FLAGS}

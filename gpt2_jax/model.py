@@ -110,6 +110,7 @@ def apply(
         dropout_key=dropout_key,
         remat=remat,
     )
+    # Tapped here, not in the modules, whose last site is the final LayerNorm's.
     return tap("logits", unembed(params, hidden, config=config))
 
 

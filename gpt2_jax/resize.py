@@ -33,6 +33,7 @@ def resize_vocab(
     resized = dict(params)
     for number, name in enumerate(("wte", "lm_head")):
         if name in params:
+            # By one key, both tables would get the same mixtures of their rows.
             table_key = None if key is None else jax.random.fold_in(key, number)
             resized[name] = {"embedding": _resized(params[name]["embedding"], size, table_key)}
     return config.replace(vocab_size=size), resized

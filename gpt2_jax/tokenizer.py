@@ -86,8 +86,11 @@ class Tokenizer:
         self.missing_bytes = _checked_missing_bytes(missing_bytes)
         self._set_special(_as_added_tokens(special_tokens), dict(roles or {}), template)
         _check_ids(self.vocab, self.added_tokens)
+        # Before the ids are looked up below, where a `KeyError` would name a token and not its
+        # merge.
         _check_merges(self.merges, self.vocab)
 
+        # Spelled once, here: to decode is then one look-up for each id.
         self._bytes: dict[int, bytes] = {}
         for token, id in self.vocab.items():
             self._bytes[id] = spelled_bytes(token)
@@ -144,9 +147,11 @@ class Tokenizer:
           TokenizerKindError: a `ValueError`; it is of a kind that cannot be read.
           ValueError: a file is damaged.
         """
+        # For every kind, though only GPT-2's has a use for it, and before any file is read.
         _checked_missing_bytes(missing_bytes)
         files = tokenizer_files.read(Path(folder))
         if files.pipeline is not None:
+            # Here: that module imports this one, and an extra that most folders do not need.
             from gpt2_jax.library_tokenizer import LibraryTokenizer
 
             return LibraryTokenizer.from_files(files)
@@ -166,6 +171,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Returns how to make this one again, in another process, say."""
+        # Not by its attributes, among which are all the pieces that it remembers.
         return _remade, (self.__class__, self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
@@ -229,6 +235,7 @@ class Tokenizer:
             ids = []
             for part in finder.parts(text):
                 ids += self._encode_part(text, part)
+        # GPT-2's own template is empty, and then the ids need not be copied.
         if not add_special_tokens or self.template == NO_TEMPLATE:
             return ids
         return [*self.template.before, *ids, *self.template.after]
@@ -250,6 +257,7 @@ class Tokenizer:
         """
         self._check_special(text, allowed_special, disallowed_special)
         check_no_surrogates(text)
+        # One that finds nothing gives the text as one part: places are counted in one way alone.
         finder = self._finder(allowed_special) or Finder(())
         ids = []
         spans = []
@@ -296,6 +304,7 @@ class Tokenizer:
         """
         listed = as_list(ids)
         try:
+            # Nearly all ids are known: whether one is negative is asked only where one is not.
             return b"".join([self._bytes[index(id)] for id in listed])
         except KeyError:
             check_not_negative(listed)
@@ -444,6 +453,8 @@ class Tokenizer:
         ids.append(GONE)
         before = list(range(-1, n_bytes))
         after = list(range(1, n_bytes + 1))
+        # Behind the rank the place counts: as in OpenAI's loop, the leftmost of equal pairs is
+        # merged first.
         candidates = []  # (rank, id of the whole, place of the left one)
         for place in range(n_bytes - 1):
             merge = merged.get((ids[place], ids[place + 1]))
@@ -462,6 +473,8 @@ class Tokenizer:
             ids[following] = GONE
             after[place] = after[following]
             before[after[following]] = place
+            # Only with its two neighbours are there new pairs: all other candidates stand as they
+            # were.
             for left, right in ((before[place], place), (place, after[place])):
                 merge = merged.get((ids[left], ids[right]))
                 if merge is not None:
@@ -515,6 +528,7 @@ class _Pieces(dict[str, list[int]]):
         return ids
 
 
+# `__reduce__` has no place for keywords, and pickle finds a function by its name in a module.
 def _remade(kind: Callable[..., Tokenizer], arguments: dict[str, Any]) -> Tokenizer:
     return kind(**arguments)
 
@@ -552,6 +566,7 @@ def check_not_negative(ids: list[SupportsIndex]) -> None:
 
 def _check_ids(vocab: Vocab, added_tokens: Sequence[AddedToken]) -> None:
     owners: dict[int, str] = {}
+    # By spelling: a token of the vocabulary may be listed among the added ones as well.
     for token, id in (vocab | {token.content: token.id for token in added_tokens}).items():
         if id in owners:
             got = f"{id} for {owners[id]!r} and {token!r}"
@@ -612,11 +627,14 @@ def _bmp_pattern() -> re.Pattern[str]:
 
     Twice as fast as `regex`. Above U+10000 the classes have so many spans that it would be slower.
     """
+    # Not at import: it takes a look at each of 65,536 characters.
     plane = "".join(map(chr, range(0x10000)))
 
     def spelled_out(name: str) -> str:
         """Returns the characters of a class as spans, for use within brackets."""
         spans = []
+        # By the tables of `regex`, so that both patterns know the same letters, whatever Unicode
+        # `re` has.
         for match in regex.finditer(f"{name}+", plane):
             first = match.start()
             last = match.end() - 1

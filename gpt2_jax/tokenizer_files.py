@@ -96,6 +96,7 @@ def read(path: Path) -> TokenizerFiles:
     # It has all that is in the other files, and is what HF reads if there are both.
     if file.is_file():
         return _read_tokenizer_json(folder, file)
+    # Only now, as a `tokenizer.json` can be read whatever its kind.
     _check_kind(folder)
     if folder.kind == BERT:
         return _read_bert(folder, path / "vocab.txt")
@@ -111,12 +112,14 @@ def read(path: Path) -> TokenizerFiles:
 
 def files_in(path: Path) -> list[str]:
     """Returns the names of a folder's files that belong to a tokenizer of any kind."""
+    # Not `iterdir`, which raises where there is no folder.
     names = [file.name for file in path.glob("*")]
     return sorted(filter(is_tokenizer_file, names))
 
 
 def is_tokenizer_file(name: str) -> bool:
     """Returns whether a file belongs to a tokenizer of any kind, by its name."""
+    # Not `fnmatch`, which takes capitals for small letters on Windows alone.
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*FILES, *OTHER_KINDS))
 
 
@@ -170,6 +173,7 @@ def _read_tokenizer_json(folder: Folder, file: Path) -> TokenizerFiles:
     added_tokens = [token for token in declared.tokens if token.content not in declared.assumed]
     known = {token.content for token in added_tokens}
     roles = {role: token for role, token in declared.roles.items() if token in known}
+    # The file's own text, so that what the library alone knows reaches it as it is.
     return _other_kind(folder, file, read_text(file), added_tokens, roles)
 
 
@@ -180,6 +184,7 @@ def _read_own_kind(
     model = values["model"]
     vocab = checked_vocab(model["vocab"], file)
     added_tokens, roles = special_tokens(folder, vocab, listed)
+    # For the types alone: `is_gpt2s_kind` has seen that it is no `None`.
     template = template_of_processor(values.get("post_processor")) or NO_TEMPLATE
     known = {*vocab.values(), *(token.id for token in added_tokens)}
     unknown = sorted({*template.before, *template.after} - known)
@@ -224,6 +229,7 @@ def _other_kind(
 
 def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
     """Returns BERT's WordPiece, as a `tokenizer.json` would describe it."""
+    # Not `splitlines`, which would also part a line at a character that may be a token itself.
     lines = read_text(file).removesuffix("\n").split("\n")
     vocab = {line: id for id, line in enumerate(lines)}
     added_tokens, roles = special_tokens(folder, vocab, [])
@@ -234,11 +240,13 @@ def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
         unk_token = roles["unk_token"]
     pipeline = {
         "version": "1.0",
+        # They travel beside the pipeline, and `LibraryTokenizer` adds them with their flags.
         "added_tokens": [],
         "normalizer": {
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+            # By null, accents go where capitals go: the rule of the library, and of HF.
             "strip_accents": config.get("strip_accents"),
             "lowercase": config.get("do_lower_case", True),
         },
@@ -249,6 +257,7 @@ def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
             "type": "WordPiece",
             "unk_token": unk_token,
             "continuing_subword_prefix": "##",
+            # HF's: a longer word is one unknown token.
             "max_input_chars_per_word": 100,
             "vocab": vocab,
         },
@@ -258,6 +267,7 @@ def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
 
 def _read_merges(file: Path) -> list[Pair]:
     lines = read_text(file).split("\n")
+    # The first line alone, and by the whole word: merges may begin with "#" as well.
     if lines[0].startswith("#version"):
         del lines[0]
     return [_as_pair(line, file) for line in lines if line]
@@ -289,6 +299,7 @@ def is_gpt2s_kind(values: Values) -> bool:
     return (
         kinds == {"model": "BPE", "pre_tokenizer": "ByteLevel", "decoder": "ByteLevel"}
         and not values.get("normalizer")
+        # Files that are older than this setting lack it, and cut by GPT-2's pattern.
         and pre_tokenizer.get("use_regex", True)
         and _merges_as_gpt2s(model)
         and template_of_processor(values.get("post_processor")) is not None
@@ -338,6 +349,8 @@ def write(path: Path, files: TokenizerFiles) -> None:
     for token in files.added_tokens:
         decoder[str(token.id)] = _as_values(token)
     settings["added_tokens_decoder"] = decoder
+    # With a line for the version, as the slow class of transformers 4 drops the first, whatever it
+    # is.
     merges = [f"{left} {right}" for left, right in files.merges]
     texts = {
         "vocab.json": json.dumps(files.vocab, ensure_ascii=False),
@@ -345,6 +358,7 @@ def write(path: Path, files: TokenizerFiles) -> None:
     }
     bos_id = ids.get(settings["bos_token"])
     eos_id = ids.get(settings["eos_token"])
+    # Two flags say it, where they can: then there is no second copy of the vocabulary to write.
     if files.template.before in ((), (bos_id,)) and files.template.after in ((), (eos_id,)):
         settings["add_bos_token"] = bool(files.template.before)
         settings["add_eos_token"] = bool(files.template.after)
@@ -361,6 +375,7 @@ def write_texts(path: Path, texts: Mapping[str, str]) -> None:
         with replacing(path / name, overwrite=True) as temporary:
             # Without `newline`, Windows would write "\r\n", and the merges would end in "\r".
             temporary.write_text(text, encoding="utf-8", newline="\n")
+    # After the new ones: a stop in between leaves a file too many, and none too few.
     for name in FILES:
         if name not in texts:
             (path / name).unlink(missing_ok=True)
@@ -395,6 +410,7 @@ def _as_pipeline(files: TokenizerFiles, ids: Vocab) -> Values:
         "model": {
             "type": "BPE",
             "vocab": files.vocab,
+            # As lists, which keep a token that holds a space.
             "merges": [list(pair) for pair in files.merges],
         },
     }

@@ -23,6 +23,7 @@ def template_of_processor(processor: Values | None) -> Template | None:
     kind = processor.get("type")
     if kind == "ByteLevel":  # trims spans, which ours are not
         return NO_TEMPLATE
+    # Older forms, with one token on each side, each as a pair of its spelling and its id.
     if kind in ("RobertaProcessing", "BertProcessing"):
         return Template((processor["cls"][1],), (processor["sep"][1],))
     if kind == "Sequence":
@@ -32,6 +33,7 @@ def template_of_processor(processor: Values | None) -> Template | None:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     n_texts = 0
+    # What it does with pairs of texts does not matter: each text is encoded alone.
     for piece in processor["single"]:
         if "Sequence" in piece:
             n_texts += 1
@@ -41,6 +43,7 @@ def template_of_processor(processor: Values | None) -> Template | None:
             after += tuple(ids)
         else:
             before += tuple(ids)
+    # A text that is left out, or stands there twice, is more than something added.
     return Template(before, after) if n_texts == 1 else None
 
 
@@ -70,6 +73,7 @@ def as_processor(template: Template, ids: Mapping[str, int]) -> Values:
     return {
         "type": "TemplateProcessing",
         "single": [*pieces(template.before), text, *pieces(template.after)],
+        # Nothing is added to pairs, which this library never makes.
         "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": special_tokens,
     }

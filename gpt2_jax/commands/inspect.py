@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         with unwinding(), replacing(Path(args.out), overwrite=True) as file:
             view.draw().savefig(file, dpi=DOTS_PER_INCH)
     if args.json:
+        # In ASCII, as `json` has it by itself: tokens may hold what a terminal cannot spell.
         print(json.dumps(view.numbers))
     return 0
 
@@ -176,6 +177,7 @@ def patching(model: Pretrained, args: argparse.Namespace) -> View:
     plan = views.SweepPlan(args.site or "resid_pre", args.over, args.batch_size)
     text = encode(model.tokenizer, args.prompt)
     donor = encode(model.tokenizer, args.donor)
+    # Activations are put in place by place, so both texts must have as many places.
     if len(text.tokens) != len(donor.tokens):
         expected = f"the {len(text.tokens)} tokens of the prompt"
         raise ValueError(f"--donor must have {expected}, got {len(donor.tokens)}.")
@@ -242,5 +244,6 @@ def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, 
         raise ValueError("The --answers must not be empty.")
     first, second = answers
     # An answer of several tokens is told by its first.
+    # Without what a tokenizer puts before each text, which would be the first of both.
     bare = tokenizer.encode_batch([first, second], add_special_tokens=False)
     return bare[0][0], bare[1][0]

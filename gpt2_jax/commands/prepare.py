@@ -32,6 +32,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="gpt2, char (a token for each character), bpe (trained on these texts), or a model's: "
         "hub id, folder or demo (default: gpt2)",
     )
+    # Without a default: a bpe must be given one, and with any other tokenizer it is refused.
     out.add_argument("--vocab_size", type=int, metavar="N", help="tokens of a bpe")
     out.add_argument(
         "--val_fraction",

@@ -34,6 +34,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         metavar="RUN",
         help="folder of the run: checkpoints, metrics, curves",
     )
+    # None unless given, by which a resumed run is known to go on with its own.
     out.add_argument(
         "--recipe", choices=RECIPES, help="where the values below begin (default: gpt2's)"
     )

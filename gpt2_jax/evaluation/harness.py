@@ -160,14 +160,17 @@ class GPT2JaxLM(TemplateLM):
         # faster.
         if jax.default_backend() == "cpu":
             return min(most, BATCH_SIZE_ON_CPU)
+        # Of any id. One more than the model reads, as the last is scored and not read.
         longest = ScoreRequest([0] * (self.max_length + 1), 1)
         size = most
         while size > 1:
             texts = [longest] * size
             try:
+                # Sharing, equal texts would be one row, and the trial would say nothing.
                 score(self.params, texts, config=self.config, batch_size=size, share=False)
                 return size
             except jax.errors.JaxRuntimeError as error:
+                # Of another error, smaller batches would be no cure.
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 size //= 2
@@ -322,12 +325,14 @@ class GPT2JaxLM(TemplateLM):
         Raises:
           ValueError: an option is not supported, or the length leaves no room for a prompt.
         """
+        # In the order of the requests: the harness pairs answers with questions by their places.
         texts = [""] * len(requests)
         keys = _keys_of(self.key, requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
             for indices in _generation_batches(requests, self.batch_size):
                 batch = [_context_and_options(requests[index]) for index in indices]
                 contexts = [context for context, _ in batch]
+                # `_generation_batches` puts together only what has equal options.
                 _, shared_options = batch[0]
                 settings = self._settings(shared_options)
                 continuations = self._continue(contexts, keys[np.array(indices)], settings)
@@ -394,6 +399,7 @@ class GPT2JaxLM(TemplateLM):
 
     def _prompt(self, context: str, longest: int) -> list[int]:
         """Returns a context's last ids, at least one."""
+        # Of an empty context there is nothing to read, and no model begins from nothing.
         ids = self.tok_encode(context) or [self.prefix_token_id]
         if self.truncation:
             ids = ids[: self.max_length]
@@ -496,6 +502,7 @@ def _sampler(options: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Any:
 
 
 if __name__ == "__main__":
+    # By now this module has registered its model, which the command then finds.
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

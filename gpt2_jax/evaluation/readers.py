@@ -181,6 +181,7 @@ def without_brackets(text: str) -> str:
 
     The harness's `preprocess` (lm_eval/tasks/hellaswag/utils.py), its order included.
     """
+    # Before all marks go: this one stands for the end of a sentence.
     text = text.strip().replace(" [title]", ". ")
     text = re.sub(r"\[.*?\]", "", text)
     return text.replace("  ", " ")
@@ -210,6 +211,7 @@ def read_cbt(file: Path) -> Iterator[ClozeQuestion]:
     Raises:
       TaskError: a line has no number, or a question has no gap or lacks its answer.
     """
+    # Twenty lines of story come before the one that asks.
     story: list[str] = []
     for line in read_lines(file):
         number, _, text = line.text.partition(" ")

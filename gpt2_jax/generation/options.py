@@ -102,6 +102,7 @@ def _bad_words(value: Any, context: Context) -> Any:
     stops = [[stop_id] for stop_id in context.stop_ids]
     words = [word for word in value if list(word) not in stops]
     if not words:
+        # A maker owes a transform, and this one does nothing.
         return _sampling().Chain()
     return _sampling().SequenceBias.ban(words)
 
@@ -125,6 +126,7 @@ def _forced_last(value: Any, context: Context) -> Any:
     # HF's is the last of `max_length`, which for one prompt is the same token.
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
+    # Of several ids, any may come.
     return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
@@ -286,6 +288,7 @@ RULES = (
 # What shapes random draws. A range holds the neutral value as well, even where its class does not.
 DRAWS = (
     Option(
+        # First of all draws, as in HF: the cuts that follow see the distribution that it has made.
         name="temperature",
         kind="float",
         metavar="T",
@@ -407,6 +410,7 @@ SEARCHES = (
         needs="num_beams",
     ),
     Option(
+        # Greedy choice and draws notice no constant that is taken off all logits; beams add it up.
         name="renormalize_logits",
         kind="flag",
         metavar=None,
@@ -495,6 +499,7 @@ def sampler_from_options(
     Raises:
       ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
     """
+    # What changes nothing is left out first: a file may spell out what a check would refuse.
     chosen = _chosen(options)
     # All of them before anything is made, so that messages have the user's names.
     _check_needs(chosen, do_sample, stop_ids)

@@ -176,6 +176,7 @@ def _cached(source: Source) -> Path | None:
     home = cache / f"models--{source.repo.replace('/', '--')}"
     revision = source.revision or "main"
     reference = home / "refs" / revision
+    # The cache keeps references of branches and tags; of a commit there is none.
     commit = reference.read_text().strip() if reference.is_file() else revision
     folders = [home / "snapshots" / commit]
     if source.revision is None:
@@ -196,6 +197,7 @@ def _is_whole(folder: Path, with_weights: bool) -> bool:
         return bool(names)
     if not weight_files or weight_files[0] in WEIGHT_FILES:
         return bool(weight_files)
+    # An index may be there without its shards: how many belong to it, their own names tell.
     counts = [int(name.rpartition("-of-")[2].split(".")[0]) for name in weight_files[1:]]
     return bool(counts) and len(counts) == max(counts)
 
@@ -210,9 +212,11 @@ def _refusal(error: Exception, source: Source) -> str | None:
         return f"the hub has no models of such names: {str(error).splitlines()[0].rstrip('.')}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f'the hub has no revision "{source.revision}" of this model (404)'
+    # Before the last test: to the hub's library, a gated model is one that was not found.
     if isinstance(error, errors.GatedRepoError) or status == 403:
         page = f"https://huggingface.co/{source.repo}"
         return f"the hub wants you to ask for this model first ({status}): at {page}, then {login}"
+    # The hub's answer for a name that nobody has, too, so that private ones stay private.
     if status == 401:
         return f"the hub has no such model, or a private one (401): check the name, or {login}"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:

@@ -86,6 +86,7 @@ def load_pretrained(
             missing_bytes=missing_bytes,
         )
         config, params = weights.load(folder, dtype=dtype, config=config, heads=heads)
+        # After the weights: where both fail, theirs is the error that is told.
         tokenizer = parsing.result()
     check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")
     return Pretrained(config, params, tokenizer)

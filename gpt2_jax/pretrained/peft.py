@@ -19,6 +19,7 @@ from gpt2_jax.pretrained.formats import SafetensorsFile, save_file
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model.transformer."
+# PEFT leaves out `.default`, its name of the adapter, where it saves; other codes do not.
 NAME = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?"
     r"(h\.\d+\.\w+\.\w+)\.lora_(A|B)(?:\.default)?\.weight"
@@ -55,6 +56,7 @@ def load_lora(folder: str | Path) -> Lora:
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: expected `{CONFIG}` in this folder.") from None
     rank = _check_config(config_file, config)
+    # PEFT's own default, where a config leaves it out.
     alpha = config.get("lora_alpha", 8)
     # Its scale is `alpha / sqrt(rank)`, and `merge_lora`'s `alpha / rank`.
     if config.get("use_rslora"):
@@ -63,6 +65,7 @@ def load_lora(folder: str | Path) -> Lora:
     stored = SafetensorsFile(folder / WEIGHTS)
     for name in stored.shapes:
         match = NAME.fullmatch(name)
+        # Not passed over: without it the merged model would not be the one that was trained.
         if match is None:
             expected = "adapters of GPT-2's layers, such as `h.0.attn.c_attn.lora_A.weight`"
             raise CheckpointError(f"{stored.file}: expected {expected}, got {name}.")
@@ -92,6 +95,7 @@ def save_lora(
       CheckpointError: the adapters are not in pairs or not of one rank, or `folder` is in use.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(adapters, sep=".")
+    # More than one would need a `rank_pattern`, which `load_lora` could not read back.
     ranks = sorted({_check_pairs(None, flat)[name] for name in _layers(flat)})
     if len(ranks) != 1:
         raise CheckpointError(f"PEFT's config has one rank, got adapters of {ranks}.")
@@ -104,10 +108,13 @@ def save_lora(
         "base_model_name_or_path": base_model,
         "r": ranks[0],
         "lora_alpha": alpha,
+        # Of training alone, and `merge_lora` has none: it adds matrices, not activations.
         "lora_dropout": 0.0,
         "bias": "none",
+        # Whole names, as PEFT matches by their ends: `c_proj` would be the MLP's as well.
         "target_modules": _layers(flat),
         "fan_in_fan_out": True,  # HF's GPT-2 keeps kernels as `[I, O]`
+        # As PEFT itself saves: adapters that are loaded are not trained unless one asks for it.
         "inference_mode": True,
     }
     with replacing(folder, overwrite=overwrite) as temporary:
@@ -122,6 +129,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> int:
     if kind != "LORA":
         raise CheckpointError(f"{file}: expected adapters of the kind LORA, got {kind!r}.")
     for name, plain in ELSEWHERE.items():
+        # Files hold null for what nobody asked for, whatever the field's default is.
         value = config.get(name)
         if value is not None and value not in plain:
             expected = f"`{name}` to be {json.dumps(plain[0])}"
@@ -143,6 +151,7 @@ def _check_pairs(file: Path | None, flat: dict[str, Any]) -> dict[str, int]:
     if not flat:
         raise CheckpointError(f"{place}expected adapters, got none.")
     ranks = {}
+    # By layers, not by matrices: so a pair is found out that lacks either of its halves.
     for layer in _layers(flat):
         a = flat.get(f"{layer}.lora_A")
         b = flat.get(f"{layer}.lora_B")

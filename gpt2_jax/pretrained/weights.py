@@ -183,6 +183,7 @@ def kept_files(*, with_tokenizer: bool) -> NameFilter:
 def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
     """Writes HF's names and arrays to one file, or to several and their index."""
     shards = _shards(state, max_shard_size)
+    # Without an index, which HF has no need of for a single file.
     if len(shards) == 1:
         save_file(folder / SAFETENSORS, state, HF_METADATA)
         return
@@ -414,6 +415,7 @@ def _from_reader(
     `what` is what messages call the config, which may be to blame as well as the weights.
     """
     other_heads: list[str] = []
+    # By names and shapes alone: what does not fit is refused before any tensor is read.
     with naming(reader.file):
         names = _by_bare_name(reader.shapes)
         _check_depth(config, len(names), what)
@@ -437,6 +439,7 @@ def _from_reader(
                 f"A GPT-2 with other heads, which are left out: {left_out}.", stacklevel=4
             )
 
+    # Before the weights, as these are small: one that is no zero is told soon.
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
     for bare in zeros:
         with naming(reader.file_of(names[bare]), bare):
@@ -447,6 +450,7 @@ def _from_reader(
         with naming(reader.file_of(names[bare]), bare):
             array = reader.read(names[bare])
             leaves[_our_path(bare)] = _as_param(array, bare, target)
+        # While the table is at hand: kept for later, it would be one more of the largest tensor.
         if bare == "wte.weight" and tied_head is not None:
             with naming(reader.file_of(tied_head), "lm_head.weight"):
                 _check_tied(array, reader.read(tied_head))
@@ -514,6 +518,7 @@ def naming(file: Path | None, name: str | None = None) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:  # of the host, and of the device
         reason = f"Expected room for it in memory, got none ({type(error).__name__})."
         cause = error
+    # These contexts stand within each other: each adds what was not yet said.
     if name is not None and name not in reason:
         reason = f"{name}: {reason}"
     if file is not None and str(file) not in reason:
@@ -557,6 +562,7 @@ def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: st
     problems = missing + unexpected + misshapen
     if not problems:
         return ""
+    # Before the list is cut: what is cut off may be of another kind.
     lacks_biases_alone = problems == missing and all(".bias [" in line for line in missing)
     n_more = len(problems) - MAX_PROBLEMS
     if n_more > 0:

@@ -161,7 +161,9 @@ class Checkpoints:
         while place.exists():
             number += 1
             place = self.folder / f"damaged-{step}-{number}"
+        # Not deleted: it may be all that is left of a long run. Its name is no step's to orbax.
         (self.folder / str(step)).rename(place)
+        # It remembers which steps there are, and this one is to be made anew.
         self._manager.reload()
         return place
 
@@ -235,6 +237,7 @@ def _checksum(file: Path) -> int:
     """Returns the CRC-32 of a file."""
     value = 0
     with file.open("rb") as opened:
+        # In blocks: a checkpoint's files are as large as its model.
         while block := opened.read(BLOCK):
             value = zlib.crc32(block, value)
     return value

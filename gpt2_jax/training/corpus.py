@@ -119,6 +119,7 @@ def prepare(
     names = [str(name) for name in inputs]
     with replacing(out, overwrite=overwrite, keep=_is_no_file_of_ours) as folder:
         files = list(read_documents(names, reading))
+        # Before the split: both files mark the ends of documents, or neither does.
         n_documents = sum(len(texts) for texts in files)
         # File by file, so that each is in both parts.
         parts = split(files, val_fraction)
@@ -268,6 +269,7 @@ def make_tokenizer(
     if kind == "bpe":
         if vocab_size is None:
             raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
+        # Not of both parts: a vocabulary fitted to the validation text would flatter its loss.
         return train_bpe(parts.train, vocab_size)
     return load_tokenizer(kind, missing_bytes=missing_bytes)
 
@@ -391,6 +393,7 @@ def _token_file(folder: Path, part: str) -> Path | None:
     Raises:
       DataError: several files may be it.
     """
+    # The plain names first: among other files, one of these is what is meant.
     for name in (f"{part}.bin", f"{part}.npy"):
         if (folder / name).is_file():
             return folder / name

@@ -43,6 +43,7 @@ def lora(
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     kernels = _kernels(params)
     for pattern in patterns:
+        # Each pattern must match: PEFT raises only where none of them does.
         if not any(fnmatchcase(name, pattern) for name in kernels):
             listed = ", ".join(list(kernels)[:4])
             raise ValueError(
@@ -54,13 +55,16 @@ def lora(
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         n_in, n_out = kernel.shape
+        # Not of 16 bits even for such a model: small updates would vanish in them.
         dtype = jnp.promote_types(kernel.dtype, jnp.float32)
         # By the layer's number among all: other targets change no layer's draws.
         layer_key = jax.random.fold_in(key, number)
+        # What PEFT's `kaiming_uniform_(a=sqrt(5))` comes to.
         bound = n_in**-0.5
         adapters[f"{name}.lora_A"] = jax.random.uniform(
             layer_key, (n_in, rank), dtype, minval=-bound, maxval=bound
         )
+        # Zeros on one side alone: their product is 0, but the gradient of `lora_B` is not.
         adapters[f"{name}.lora_B"] = jnp.zeros((rank, n_out), dtype)
     return traverse_util.unflatten_dict(adapters, sep=".")
 
@@ -79,10 +83,12 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
     Raises:
       ValueError: an adapter belongs to no kernel, or to one of another shape.
     """
+    # A new tree around the same arrays: only the adapted kernels are made anew.
     flat_params: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     flat_adapters: dict[str, Any] = traverse_util.flatten_dict(adapters, sep=".")
     for name, a in flat_adapters.items():
         layer, _, part = name.rpartition(".")
+        # Each pair is merged once, when its first half comes.
         if part != "lora_A":
             continue
         b = flat_adapters[f"{layer}.lora_B"]
@@ -92,6 +98,7 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
         if got != expected:
             found = f"got {got}" if got else "and there is none"
             raise ValueError(f"An adapter of {layer} needs a kernel {expected}, {found}.")
+        # Into the kernel, not as a second path beside it: the forward pass knows of no adapters.
         change = alpha / a.shape[1] * (a @ b)
         merged = kernel.astype(change.dtype) + change
         flat_params[f"{layer}.kernel"] = merged.astype(kernel.dtype)

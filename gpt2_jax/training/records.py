@@ -52,6 +52,7 @@ def read_field(file: Path, field: str) -> Iterator[str]:
             got = str(list(record.fields))[:LONGEST_LISTING]
             raise DataError(f"{where}: expected a field `{field}`, got {got}.")
         text = record.fields[field]
+        # A table's row that is too short has None here.
         if not isinstance(text, str):
             raise DataError(f"{where}: expected `{field}` to be a text, got {text!r:.40}.")
         yield text
@@ -72,6 +73,8 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         return
     try:
         with unpack(file) as stream:
+            # Within the `try`, since a packed file is unpacked as it is read, and damage shows only
+            # then.
             yield stream
     except (OSError, EOFError, zlib.error) as error:
         packing = file.suffix.lower()
@@ -141,6 +144,7 @@ def _json_lines(file: Path, field: str) -> Iterator[Record]:
 def _json(file: Path, field: str) -> Iterator[Record]:
     """Yields the objects of a list or, as many a file of this name has them, of lines."""
     content = _parsed(text_in(file))
+    # What is no list is read as lines: the first that is no object is refused, by its number.
     if not isinstance(content, list):
         yield from _json_lines(file, field)
         return
@@ -176,6 +180,7 @@ def _table(file: Path, field: str, *, delimiter: str) -> Iterator[Record]:
     # Ends of line within quotes are text: they stay as they are.
     text = io.StringIO(text_in(file), newline="")
     longest = csv.field_size_limit(LONGEST_CELL)
+    # Not strict, a quote that is never closed would take in the rest of the file without a word.
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for row in rows:
@@ -195,6 +200,7 @@ def _parquet(file: Path, field: str) -> Iterator[Record]:
         # A column that is not there is missing in the first row; nobody else reads the others.
         columns = [field] if field in names else names
         number = 0
+        # In batches, as all rows at once would be one more corpus in memory.
         for batch in table.iter_batches(columns=columns):
             for row in batch.to_pylist():
                 number += 1

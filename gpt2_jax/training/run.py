@@ -141,6 +141,7 @@ def fit(
       TrainingError: the loss is not finite, or a batch holds an id outside the vocabulary.
       ValueError: the recipe's windows are longer than the model's positions.
     """
+    # Data and model before the folder: what is wrong with them leaves no trace of a run.
     corpus = open_corpus(data)
     config, params = _initial_model(recipe, corpus, from_pretrained)
     plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, say)
@@ -162,6 +163,7 @@ def fit(
         # Only behind `_write_run`, which replaces its file: it would go on writing to the old one.
         with _open_log(plan, first_step, progress) as log:
             position = _train(plan, position, checkpoints, log, stop_requested)
+    # With all checkpoints written and the lock given back: nothing hangs on a picture.
     plot_curves(plan.out / "metrics.jsonl", plan.out / "curves.png")
     step = int(position.state.step)
     return Summary(step=step, finished=step >= recipe.steps, val_loss=log.val_loss)
@@ -346,6 +348,7 @@ def _pretrained_model(
       DataError: the data has another vocabulary, or a larger one.
     """
     folder = resolve(from_pretrained)  # once: both of what follows come from one revision
+    # Like fresh ones, whatever dtype the file has: small updates would vanish in 16 bits.
     config, params = load(folder, dtype="float32")
     try:
         tokenizer = Tokenizer.load(folder)
@@ -416,6 +419,7 @@ def _starting_position(
             position = _restored_position(plan, params, checkpoints, step)
             break
         except DamagedError as error:
+            # On to the one before. An error of another kind ends the search: this is not our run.
             damaged[step] = error
     if position is None and not damaged:
         # Also where a run is resumed that was killed before its first checkpoint. Folded, as the
@@ -467,6 +471,7 @@ def _locked(out: Path) -> Iterator[None]:
         read_run(out)  # raises: what is not a run's is not to be replaced
     out.mkdir(parents=True, exist_ok=True)
     file = out / "run.lock"
+    # It is never removed: else two processes could hold locks of two files of this name.
     file.touch()
     with contextlib.ExitStack() as stack:
         try:

@@ -136,6 +136,7 @@ def partition(params: Any, patterns: str | Sequence[str] | None) -> tuple[Any, A
     frozen: list[Any] = []
     for name, (_, leaf) in zip(names, paths_and_leaves, strict=True):
         is_trained = any(fnmatchcase(name, pattern) for pattern in patterns)
+        # None is no leaf to JAX: gradients and optimizers meet the trained ones alone.
         trained.append(leaf if is_trained else None)
         frozen.append(None if is_trained else leaf)
     return jax.tree.unflatten(structure, trained), jax.tree.unflatten(structure, frozen)
@@ -268,10 +269,12 @@ def train_step(
     else:
         batch = jax.tree.map(jnp.asarray, ids)
     _check_parts(batch, micro_batches)
+    # A tuple, as `_Program` is static and must be hashable.
     if trainable is not None and not isinstance(trainable, str):
         trainable = tuple(trainable)
     _OPTIMIZERS.see(tx)
     program = _Program(tx, micro_batches, remat, loss_fn, trainable)
+    # Not only in `init_state`: a state that a caller has made or restored may share arrays, too.
     return _train_step(_unshared(state), batch, key, config=config, program=program)
 
 
@@ -368,6 +371,7 @@ def _summed(
 
     numbers = jnp.arange(n_parts)
     parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
+    # A scan carries one kind of value throughout: its zeros are shaped without running a part.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(of_part, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -471,6 +475,7 @@ def _make_batch(
         layout = layout._replace(segment_ids=segment_ids)
         # Nothing before it says what a text begins with.
         is_first = segment_ids[:, 1:] != segment_ids[:, :-1]
+        # Multiplied, not set: where a token counts, the weight that it was given stays.
         weights = weights.at[:, 1:].multiply(~is_first)
     return _Batch(ids, weights, layout, inputs_embeds)
 
@@ -516,6 +521,7 @@ def make_optimizer(
         )
     elif kind == "muon":
         adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
+        # By a function of the params, not by their tree: what is trained may be a part of them.
         update = optax.partition({"adam": adam, "muon": _muon(learning_rate, weight_decay)}, _kinds)
     else:
         raise ValueError(f'`kind` must be "adamw" or "muon", got {kind!r}.')
@@ -537,6 +543,7 @@ def _muon(
     return optax.chain(
         optax.trace(0.95, nesterov=True),
         optax.stateless(lambda updates, _: jax.tree.map_with_path(_orthogonal_update, updates)),
+        # Behind the direction and before the rate, as in AdamW: decay is none of the momentum's.
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -575,6 +582,7 @@ def orthogonalize(matrix: Float[Array, "I O"]) -> Float[Array, "I O"]:
     a = 3.4445
     b = -4.7750
     c = 2.0315
+    # No singular value exceeds the Frobenius norm, and much above 1 the iteration diverges.
     x = matrix / (jnp.linalg.norm(matrix) + 1e-7)
     identity = jnp.eye(len(x), dtype=x.dtype)
     gram = x @ x.T

@@ -16,10 +16,12 @@ def naming(file: Path) -> Iterator[None]:
     """
     try:
         yield
+    # It says already which file it is, and what is wrong with it.
     except CheckpointError:
         raise
     # Any: zip's, h5's, GGUF's and numpy's readers raise what the damage makes of them.
     except Exception as error:
+        # With a number it is the system's own; h5py raises some of damaged files, without one.
         if isinstance(error, OSError) and error.errno:
             raise
         got = f"got one that is damaged: {type(error).__name__}, {error}"

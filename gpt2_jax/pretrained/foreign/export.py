@@ -12,6 +12,7 @@ from gpt2_jax.tokenizer import Tokenizer
 GGUF = ".gguf"
 FLAX = ".msgpack"
 NANOGPT = (".pt", ".pth")
+# By endings, unlike in reading: there is no content yet to tell a format by.
 ENDINGS = (GGUF, FLAX, *NANOGPT)
 
 
@@ -35,9 +36,11 @@ def write(
       CheckpointError: the format cannot hold this model, or what writes it is not installed.
     """
     if file.suffix in NANOGPT:
+        # The state as it is: nanoGPT's models may lack biases too, and need no zeros for them.
         torch_file.write(file, weights.to_hf(params), config)
     elif file.suffix == FLAX:
         flax_msgpack.write(file, weights.whole_state(params, config))
     else:
         state = weights.whole_state(params, config)
+        # Loaded only here, as a model that is written in another format need not have one.
         gguf_file.write(file, state, config, tokenizer())

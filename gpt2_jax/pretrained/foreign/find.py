@@ -65,10 +65,12 @@ def open_checkpoint(path: Path, config: GPT2Config | None) -> tuple[Checkpoint, 
     file = path if path.is_file() else _only_checkpoint_in(path)
     checkpoint = open_file(file)
     prefix = prefix_of(checkpoint.reader.shapes)
+    # HF's own needs no words; others tell of the tool that saved the file.
     if prefix not in ("", "transformer."):
         kind = f"{checkpoint.kind}, with `{prefix}` before its names"
         checkpoint = checkpoint._replace(kind=kind)
     _check_names(file, checkpoint)
+    # What was given counts first, then what the file holds, then what lies beside it.
     config = config or checkpoint.config
     if config is None and (file.parent / CONFIG).is_file():
         config = config_in(file.parent)
@@ -136,6 +138,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def _format_of(file: Path) -> Format | None:
     head = _head(file)
+    # An empty file has no first byte for a format to look at.
     if not head:
         return None
     return next((format for format in FORMATS if format.is_it(file, head)), None)
@@ -153,6 +156,7 @@ def _is_safetensors(file: Path, head: bytes) -> bool:
 
 
 def _is_torch(file: Path, head: bytes) -> bool:
+    # Both PyTorch and numpy write zips: what is in one tells whose it is.
     if head.startswith(formats.ZIP_MAGIC):
         return not npz.is_npz(file)
     # A pickle of protocol 2 or later: the format before PyTorch 1.6.
@@ -188,9 +192,11 @@ def read_safetensors(file: Path) -> Checkpoint:
     names = {}
     for name in stored.shapes:
         module, _, leaf = name.rpartition(".")
+        # By the leaf alone, as the modules have the names of HF's.
         is_ours = leaf in flax_msgpack.LEAVES
         names[f"{module}.weight" if is_ours else name] = name
     config = None
+    # In files of `save_params`; HF has its config in a file of its own.
     if "config" in stored.metadata:
         config = GPT2Config.from_dict(json.loads(stored.metadata["config"]))
     return Checkpoint("a safetensors file", upright(Renamed(stored, names)), config)
@@ -234,6 +240,7 @@ def _only_checkpoint_in(folder: Path) -> Path:
     Raises:
       CheckpointError: there is none, or one cannot tell which.
     """
+    # Before single files: TensorFlow's data files beside an index are no checkpoints by themselves.
     index = openai.find_index(folder)
     if index is not None:
         return index
@@ -258,6 +265,7 @@ def _only_checkpoint_in(folder: Path) -> Path:
 def _check_names(file: Path, checkpoint: Checkpoint) -> None:
     """Raises for weights that are no GPT-2's at all, before anything asks for a config."""
     names = list(checkpoint.reader.shapes)
+    # First, as names of adapters begin with those of layers, and would pass for a model's.
     if any("lora_" in name for name in names):
         advice = "load their model, then `merge_lora` what `load_lora` reads in this folder"
         raise CheckpointError(f"{file}: expected a whole GPT-2, got LoRA's adapters: {advice}.")

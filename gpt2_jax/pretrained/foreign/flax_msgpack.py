@@ -66,6 +66,7 @@ def read(file: Path) -> Checkpoint:
         except BROKEN as error:
             got = f"got one that is cut off after {len(data):,} bytes"
             raise CheckpointError(f"{file}: expected a whole file of Flax, {got}.") from error
+    # The file is closed again by now: arrays are read from their places when they are wanted.
     names = {_hf_name(path): path for path in places}
     reader = upright(Renamed(RawTensors(places), names))
     # A head of its own is a `Dense`, `[D, V]`, where HF's is a table.
@@ -160,6 +161,7 @@ class _Index:
         self.at += n_bytes
         # A triple: the shape, the dtype's name, and the bytes, which end where the value does.
         description = msgpack.Unpacker()
+        # Its beginning alone: the bytes of the array itself are passed over.
         description.feed(self.data[start : start + min(n_bytes, LONGEST_DESCRIPTION)])
         description.read_array_header()
         shape = tuple(description.unpack())

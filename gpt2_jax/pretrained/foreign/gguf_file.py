@@ -122,6 +122,7 @@ def read(file: Path) -> Checkpoint:
         del tensors["output.weight"]
     config = _config(file, fields, tensors)
     dtype = None
+    # One dtype for all, and float32 is what stands beside quantised tensors anyway.
     if any(tensor.tensor_type.name not in PLAIN for tensor in tensors.values()):
         dtype = np.dtype(np.float32)
     elif OUR_CONFIG in fields:  # also what llama.cpp wants in float32 was once in the model's dtype
@@ -179,7 +180,9 @@ def _config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -
         raise CheckpointError(f"{file}: expected {expected}, which {KIND} of a GPT-2 has.")
     values = {name: fields[own_name] for name, own_name in named.items()}
     return GPT2Config(
+        # GGUF counts the axes from the last one on.
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        # Not among those that must be there: without it HF's default holds, four widths.
         n_inner=fields.get("gpt2.feed_forward_length"),
         tie_word_embeddings="output.weight" not in tensors,
         bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
@@ -222,12 +225,14 @@ def read_tokenizer(file: Path) -> Tokenizer:
     if any(name not in fields for name in names) or fields[names[0]].contents() != "gpt2":
         raise ValueError(f'{file}: expected a tokenizer of the model "gpt2", got another or none.')
     tokens = fields["tokenizer.ggml.tokens"].contents()
+    # Where a file says nothing of kinds, no token is special.
     kinds = [gguf.TokenType.NORMAL] * len(tokens)
     if "tokenizer.ggml.token_type" in fields:
         kinds = fields["tokenizer.ggml.token_type"].contents()
     vocab = {}
     special_tokens = {}
     for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        # Both are spelled as they stand in a text, and not in the letters for bytes.
         if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
             special_tokens[token] = id
         elif kind != gguf.TokenType.UNUSED:  # a row that pads the table
@@ -262,6 +267,7 @@ def write(
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    # A field of our own, which llama.cpp passes over as it does all that it does not know.
     writer.add_string(OUR_CONFIG, json.dumps(config.to_dict() | {"dtype": dtype_name}))
     _add_tokenizer(writer, config, tokenizer)
     for name, array in state.items():
@@ -271,6 +277,7 @@ def write(
         if array.ndim == 1 or own_name == "position_embd.weight":
             upright = upright.astype(np.float32)
         _add_tensor(writer, own_name, upright)
+    # In the order of the file, in which alone the writer takes these calls.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -313,9 +320,11 @@ def _add_tokenizer(writer: Any, config: GPT2Config, tokenizer: Tokenizer) -> Non
             kind = gguf.TokenType.CONTROL
         elif id not in by_id:
             kind = gguf.TokenType.UNUSED
+        # `[PAD...]` is how llama.cpp's converter spells such a row.
         tokens.append(special.get(id) or by_id.get(id, f"[PAD{id}]"))
         kinds.append(kind)
     writer.add_tokenizer_model("gpt2")
+    # By this name llama.cpp knows the pattern that cuts a text into pieces.
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

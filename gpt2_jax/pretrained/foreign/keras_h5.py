@@ -34,6 +34,7 @@ class H5File:
         self.file = file
         self.shapes: dict[str, Shape] = {}
         with self._open() as opened:
+            # Shapes alone: h5 keeps them apart from the arrays, which stay on the disk.
             opened.visititems(self._add)
 
     def _add(self, name: str, item: Any) -> None:
@@ -42,6 +43,7 @@ class H5File:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
+        # Opened anew for each tensor, so that no handle outlives its read.
         with naming(self.file), self._open() as opened:
             return np.asarray(opened[name])
 
@@ -78,6 +80,7 @@ def read(file: Path) -> Checkpoint:
 def _hf_name(path: str) -> str:
     """`transformer/tfgpt2lm_head_model/transformer/h_._0/ln_1/gamma:0` -> `h.0.ln_1.weight`."""
     match = PATH.fullmatch(path)
+    # It stays: whoever compares names reports it as the file has it.
     if match is None:
         return path
     module, _, leaf = match[1].replace("h_._", "h/").rpartition("/")

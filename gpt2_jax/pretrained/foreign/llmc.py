@@ -42,6 +42,7 @@ def read(file: Path) -> Checkpoint:
     Raises:
       CheckpointError: it is no model's, of another version, or of another length than it says.
     """
+    # At least one number is there, which `is_it` has seen; a short file gives fewer than asked for.
     header = np.fromfile(file, "<i4", count=N_HEADER)
     if header[0] in OTHERS:
         raise CheckpointError(f"{file}: expected {KIND}, got {OTHERS[int(header[0])]}.")
@@ -54,6 +55,7 @@ def read(file: Path) -> Checkpoint:
         expected = "version 3 (float32) or 5 (bfloat16) of llm.c's format"
         raise CheckpointError(f"{file}: expected {expected}, got version {version}.")
     n_positions, vocab_size, n_layer, n_head, n_embd = sizes
+    # The header names none: it is GPT-2's, where the vocabulary reaches that far.
     end = END_OF_TEXT if vocab_size > END_OF_TEXT else None
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -100,6 +102,7 @@ def _places(file: Path, config: GPT2Config, *, n_rows: int, dtype: np.dtype) -> 
         "mlp.c_proj.bias": (width,),
     }
     shapes = {"wte.weight": (n_rows, width), "wpe.weight": (config.n_positions, width)}
+    # Kind by kind, not layer by layer: llm.c has one array for all layers of a kind.
     for name, shape in per_layer.items():
         for layer in range(config.n_layer):
             shapes[f"h.{layer}.{name}"] = shape

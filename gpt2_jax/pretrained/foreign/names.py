@@ -43,6 +43,7 @@ def prefix_of(names: Iterable[str]) -> str:
 
 def bare(name: str) -> str:
     """`module.transformer.h.0.ln_1.gamma` -> `h.0.ln_1.weight`."""
+    # At the beginning alone: `sub` by itself would also find one in the middle of a name.
     without_prefix = PREFIXES.sub("", name, count=1) if PREFIXES.match(name) else name
     return NORM_WORDS.sub(_norm_word, without_prefix)
 
@@ -146,6 +147,7 @@ def said_by_shapes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         said["vocab_size"], said["n_embd"] = by_name["wte.weight"]
     if len(by_name.get("wpe.weight", ())) == 2:
         said["n_positions"] = by_name["wpe.weight"][0]
+    # Counted, as no tensor's shape depends on how many layers there are.
     layers = {name.split(".")[1] for name in by_name if re.match(r"h\.\d+\.", name)}
     if layers:
         said["n_layer"] = len(layers)

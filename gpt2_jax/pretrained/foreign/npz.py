@@ -28,6 +28,7 @@ class NpzFile:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
+        # Opened anew for each, so that no handle outlives its read; a pickle could run anything.
         with naming(self.file), np.load(self.file, allow_pickle=False) as arrays:
             return arrays[name]
 
@@ -40,6 +41,7 @@ class NpzFile:
 def _shape(member) -> Shape:
     """Returns the shape in the head of an `.npy` file."""
     version = np.lib.format.read_magic(member)
+    # Later versions count a longer head; the third differs in names of fields alone.
     if version == (1, 0):
         shape, _, _ = np.lib.format.read_array_header_1_0(member)
     else:
@@ -60,5 +62,6 @@ def is_npz(file: Path) -> bool:
 def read(file: Path) -> Checkpoint:
     """Returns what an `.npz` file holds, with a config where `hparams.json` lies beside it."""
     stored = NpzFile(file)
+    # A name of HF's has no "/" and stays as it is.
     names = {openai.hf_name(name): name for name in stored.shapes}
     return Checkpoint(KIND, upright(Renamed(stored, names)), openai.config_in(file.parent))

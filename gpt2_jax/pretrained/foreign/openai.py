@@ -76,6 +76,7 @@ def read(index: Path) -> Checkpoint:
         places = _places(index)
     names = {}
     for name in places:
+        # By name, as an optimiser's moments have the very shapes of the weights.
         if not OPTIMIZER.fullmatch(name):
             names[hf_name(name)] = name
     return Checkpoint(KIND, Renamed(RawTensors(places), names), config_in(index.parent))
@@ -129,6 +130,7 @@ def _places(index: Path) -> dict[str, Place]:
     # The entry without a name describes the whole: its field 1 is the number of files of data.
     header = dict(_fields(entries.pop(b"", b"")))
     n_shards = header.get(1, 1)
+    # The names of the data files are a rule of TensorFlow's: the index holds their number alone.
     prefix = index.name.removesuffix(INDEX)
     places = {}
     for key, value in entries.items():
@@ -151,6 +153,7 @@ def _entry(message: bytes) -> Entry:
     for number, axis in _fields(fields.get(2, b"")):
         if number == 2:
             shape.append(dict(_fields(axis)).get(1, 0))
+    # A number that is 0 is left out of a protocol buffer.
     return Entry(tuple(shape), fields.get(1, 0), fields.get(3, 0), fields.get(4, 0))
 
 
@@ -169,6 +172,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Yields the keys and values of a block."""
+    # Behind each block stand a byte for its compression and a checksum, which is not looked at.
     if data[offset + size] != 0:
         raise ValueError("its blocks are compressed, which TensorFlow's are not")
     block = data[offset : offset + size]

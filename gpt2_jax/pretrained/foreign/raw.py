@@ -35,6 +35,7 @@ class RawTensors:
     def __init__(self, places: Mapping[str, Place]):
         self.places = dict(places)
         self.shapes: dict[str, Shape] = {}
+        # Before anything is read: a file that is cut off is told at once, not after gigabytes.
         sizes = {place.file: place.file.stat().st_size for place in self.places.values()}
         for name, place in self.places.items():
             self.shapes[name] = place.shape

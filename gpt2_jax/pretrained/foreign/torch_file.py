@@ -89,6 +89,7 @@ def read(file: Path) -> Checkpoint:
 def _nanogpt_config(file: Path, arguments: Mapping[str, Any]) -> GPT2Config:
     """Returns the config of a nanoGPT model: it has the exact GELU, and its head is tied."""
     fields = {FIELDS[name]: value for name, value in arguments.items() if name in FIELDS}
+    # By HF's names, as a fork's other name of a field will do.
     missing = [name for name in NEEDED if FIELDS[name] not in fields]
     if missing:
         got = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -122,6 +123,7 @@ def write(file: Path, state: Mapping[str, Tensor], config: GPT2Config) -> None:
     except ImportError:
         advice = "which is not installed. Install `gpt2_jax[torch]`."
         raise CheckpointError(f"Writing nanoGPT's files needs PyTorch, {advice}") from None
+    # Before any tensor is copied.
     _check_nanogpt_computes(config)
     model = {}
     for name, array in state.items():
@@ -136,8 +138,10 @@ def write(file: Path, state: Mapping[str, Tensor], config: GPT2Config) -> None:
         "block_size": config.n_positions,
         "bias": config.bias,
         "vocab_size": config.vocab_size,
+        # nanoGPT has one rate for all places; the config beside it keeps the three.
         "dropout": config.resid_pdrop,
     }
+    # The last two are in nanoGPT's files: `sample.py` looks for a `dataset` in `config`.
     content = {"model": model, ARGUMENTS: arguments, "iter_num": 0, "config": {}}
     content[OUR_CONFIG] = config.to_dict()  # what nanoGPT has no argument for
     torch.save(content, file)
