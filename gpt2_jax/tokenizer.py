@@ -1,7 +1,7 @@
 """Byte-level BPE: text to token ids and back, exactly.
 
 Knows vocabularies, not models or arrays: it can be imported without JAX. What lies in a folder is
-read by `tokenizer_files.py`, and tokenizers of other kinds are `library_tokenizer.py`'s. The
+read by `tokenizer_files.py`, and tokenizers of other kinds are `hf_tokenizer.py`'s. The
 algorithm is that of openai/gpt-2, src/encoder.py: a pattern cuts the text into pieces, each piece
 becomes UTF-8 bytes, and the byte pairs of a piece are merged in the order in which training found
 them.
@@ -152,9 +152,9 @@ class Tokenizer:
         files = tokenizer_files.read(Path(folder))
         if files.pipeline is not None:
             # Here: that module imports this one, and an extra that most folders do not need.
-            from gpt2_jax.library_tokenizer import LibraryTokenizer
+            from gpt2_jax.hf_tokenizer import HFTokenizer
 
-            return LibraryTokenizer.from_files(files)
+            return HFTokenizer.from_files(files)
         try:
             return Tokenizer(
                 files.vocab,

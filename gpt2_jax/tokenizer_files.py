@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.byte_spelling import byte_chars
-from gpt2_jax.files import listing, replacing
+from gpt2_jax.files import listing, read_json_object, replacing
 from gpt2_jax.tokenizer_settings import (
     BERT,
     END_OF_TEXT,
@@ -30,7 +30,6 @@ from gpt2_jax.tokenizer_settings import (
     damaged,
     declared_tokens,
     model_ids,
-    read_object,
     read_settings,
     read_text,
     special_tokens,
@@ -148,7 +147,7 @@ def _check_kind(folder: Folder) -> None:
 
 def _read_vocabulary(folder: Folder, vocab_file: Path, merges_file: Path) -> TokenizerFiles:
     """Returns what a vocabulary and its merges are, with the settings beside them."""
-    vocab = checked_vocab(read_object(vocab_file), vocab_file)
+    vocab = checked_vocab(read_json_object(vocab_file), vocab_file)
     added_tokens, roles = special_tokens(folder, vocab, [])
     return TokenizerFiles(
         vocab=vocab,
@@ -163,7 +162,7 @@ def _read_vocabulary(folder: Folder, vocab_file: Path, merges_file: Path) -> Tok
 
 def _read_tokenizer_json(folder: Folder, file: Path) -> TokenizerFiles:
     """Returns what a file of HF's `tokenizers` holds, with the settings beside it."""
-    values = read_object(file)
+    values = read_json_object(file)
     with damaged(file, "a model, its vocabulary and added tokens as `tokenizers` writes them"):
         listed = [added_token(token, token["id"]) for token in values.get("added_tokens") or []]
         if is_gpt2s_kind(values):
@@ -240,7 +239,7 @@ def _read_bert(folder: Folder, file: Path) -> TokenizerFiles:
         unk_token = roles["unk_token"]
     pipeline = {
         "version": "1.0",
-        # They travel beside the pipeline, and `LibraryTokenizer` adds them with their flags.
+        # They travel beside the pipeline, and `HFTokenizer` adds them with their flags.
         "added_tokens": [],
         "normalizer": {
             "type": "BertNormalizer",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_jax.added_tokens import AddedToken
-from gpt2_jax.files import read_json_object
+from gpt2_jax.files import check_content, read_json_object
 
 Vocab = dict[str, int]  # token -> id
 Values = dict[str, Any]  # of a JSON object
@@ -18,7 +18,6 @@ ModelIds = dict[str, list[int]]  # role -> the ids that a model's config gives i
 
 END_OF_TEXT = "<|endoftext|>"  # ends each document of GPT-2's training text
 NO_ID = -1  # of a token that files name without one
-LFS_POINTER = b"version https://git-lfs"  # what git leaves in the place of a file that it lacks
 
 # HF's names for what tokens are for, in the order in which it gives ids to new ones.
 ROLES = (
@@ -297,30 +296,16 @@ def checked_vocab(vocab: Values, file: Path) -> Vocab:
 
 def read_text(file: Path) -> str:
     """Returns a text file's text."""
-    _check_pointer(file)
+    check_content(file)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected UTF-8, got {error}.") from error
 
 
-def read_object(file: Path) -> Values:
-    """Returns a JSON file's object."""
-    _check_pointer(file)
-    return read_json_object(file)
-
-
 def read_if_there(file: Path) -> Values:
     """Returns a file's object; where there is no file, an empty one."""
-    return read_object(file) if file.is_file() else {}
-
-
-def _check_pointer(file: Path) -> None:
-    """Raises `ValueError` for what git leaves in the place of a large file that it lacks."""
-    with file.open("rb") as opened:
-        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            got = "git-lfs's pointer to it: run `git lfs pull`"
-            raise ValueError(f"{file}: expected the file itself, got {got}.")
+    return read_json_object(file) if file.is_file() else {}
 
 
 @contextlib.contextmanager

@@ -322,6 +322,22 @@ def bench_cold(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def bench_programs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """How programs and memory grow with the number of calls."""
+    del folder
+    calls = 200
+    contender = Contender("programs", "ours", {"calls": calls, "batches": args.batches or [1, 4]})
+    results = {}
+    print(f"\n{'calls of generate':>20} {'programs':>10} {'peak MiB':>10}")
+    for number in range(2, 2 + args.rounds):  # the first were made to get ready
+        turn = contender.once()
+        (n_programs,) = turn["numbers"]
+        print(f"{number * calls:20,} {n_programs:10,} {turn['peak']:10,.0f}")
+        results[number * calls] = {"programs": n_programs, "peak": turn["peak"]}
+    contender.close()
+    return results
+
+
 def peers(args: argparse.Namespace, name: str) -> list[str]:
     """Returns the contenders: ours, the peer, and the peer compiled if that is asked for."""
     return ["ours", name] + ([f"{name}, compiled"] if args.compile else [])
@@ -336,6 +352,7 @@ BENCHES = {
     "patch": bench_patch,
     "tokenizer": bench_tokenizer,
     "cold": bench_cold,
+    "programs": bench_programs,
 }
 
 
@@ -352,7 +369,7 @@ def main() -> None:
         help="of which size (default: what the README quotes)",
     )
     parser.add_argument(
-        "--batches", nargs="+", type=int, metavar="N", help="train: of which batch sizes"
+        "--batches", nargs="+", type=int, metavar="N", help="train, programs: of which batch sizes"
     )
     parser.add_argument(
         "--prompts",

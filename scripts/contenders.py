@@ -7,6 +7,7 @@ each line of standard input with a line of JSON.
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -202,7 +203,9 @@ def llama_decode(spec: Spec) -> Once:
 
     file = Path(spec["folder"]) / "model.gguf"
     if not file.exists():
-        write_gguf(Path(spec["folder"]), file)
+        # In a process of its own, whose memory is not this contender's.
+        command = [sys.executable, "-m", "gpt2_jax", "convert", spec["folder"], str(file)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     threads = {"n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count()}
     # A cache in float32, as the others', and no answer but the tokens.
     options = {"n_ctx": 1024, "n_batch": 1024, "type_k": 0, "type_v": 0, "verbose": False}
@@ -221,48 +224,6 @@ def llama_decode(spec: Spec) -> Once:
         return [next(tokens) for _ in range(count)]
 
     return decoding(spec, run)
-
-
-def write_gguf(folder: Path, file: Path) -> None:
-    """Writes a checkpoint in llama.cpp's format, in float32."""
-    import gguf
-    from safetensors.numpy import load_file
-
-    config, vocabulary = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "vocab.json")
-    )
-    writer = gguf.GGUFWriter(str(file), "gpt2")
-    writer.add_context_length(config["n_positions"])
-    writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(4 * config["n_embd"])
-    writer.add_block_count(config["n_layer"])
-    writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(list(vocabulary))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
-    writer.add_token_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
-    names = {
-        "wte": "token_embd",
-        "wpe": "position_embd",
-        "ln_f": "output_norm",
-        "ln_1": "attn_norm",
-    }
-    names |= {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
-    names |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    for name, array in load_file(folder / "model.safetensors").items():
-        layer, part = "", name.removeprefix("transformer.")
-        if part.startswith("h."):
-            _, number, part = part.split(".", 2)
-            layer = f"blk.{number}."
-            array = array.T.copy() if array.ndim == 2 else array  # to [out, in]
-        part, leaf = part.rsplit(".", 1)
-        writer.add_tensor(f"{layer}{names[part]}.{leaf}", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
@@ -463,7 +424,6 @@ print(tokenizer.decode(out[0], clean_up_tokenization_spaces=False))
 
 def process(spec: Spec, command: list[str]) -> Once:
     """Returns a turn of running a command; its numbers are the characters of its text."""
-    import subprocess
     import tempfile
 
     def once():
@@ -587,6 +547,45 @@ def tokens_of(spec: Spec, vocab_size: int) -> Any:
     return np.random.default_rng(0).integers(0, vocab_size, (spec["batch"], spec["length"]))
 
 
+# A long life.
+
+
+def ours_programs(spec: Spec) -> Once:
+    """Texts of random sizes, some greedy and some drawn, by a small model."""
+    import jax
+    import numpy as np
+
+    import gpt2_jax
+
+    config = gpt2_jax.GPT2Config(
+        vocab_size=257, n_positions=256, n_embd=32, n_layer=1, n_head=2, eos_token_id=None
+    )
+    params = gpt2_jax.init(jax.random.key(0), config)
+    rng = np.random.default_rng(0)
+    n_programs = 0
+
+    def count(event: str, seconds: float, **_: Any) -> None:
+        nonlocal n_programs
+        n_programs += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+
+    def once():
+        for _ in range(spec["calls"]):
+            ids = rng.integers(0, 257, (rng.choice(spec["batches"]), rng.integers(1, 151)))
+            lengths = rng.integers(1, ids.shape[1] + 1, len(ids))
+            drawn = gpt2_jax.Categorical(gpt2_jax.TopP(rng.random()))
+            sampler = drawn if rng.random() < 0.5 else None
+            key = jax.random.key(int(rng.integers(2**31)))
+            new = int(rng.integers(1, 101))
+            gpt2_jax.generate(
+                params, ids, lengths, key, config=config, max_new_tokens=new, sampler=sampler
+            )
+        return Done(spec["calls"], [n_programs])
+
+    return once
+
+
 CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     "train": {"ours": ours_train, "PyTorch": torch_train},
     "eval": {"ours": ours_eval, "transformers": hf_eval},
@@ -604,6 +603,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
         "tiktoken": tiktoken_tokenizer,
     },
     "cold": {"ours": ours_cold, "transformers": hf_cold},
+    "programs": {"ours": ours_programs},
     "limits": {"limits": limits},
 }
 

@@ -72,7 +72,7 @@ def convert(
         or the logits differ.
     """
     place = hub.resolve(source, revision=revision)
-    brings_tokenizer = bool(files_in(_folder_of(place))) or find.has_tokenizer(place)
+    brings_tokenizer = bool(files_in(find.folder_of(place))) or find.has_tokenizer(place)
     keep = None
     if not (is_params_file(target) or export.is_written(Path(target))):
         keep = weights.kept_files(with_tokenizer=brings_tokenizer)
@@ -123,7 +123,7 @@ def write(target: Path, params: Params, config: GPT2Config, *, source: Path) -> 
         export.write(target, params, config, lambda: _tokenizer_of(source))
         return
     weights.save(target, params, config)
-    folder = _folder_of(source)
+    folder = find.folder_of(source)
     # Byte for byte, and those of every kind: without its `vocab.txt` another kind's model would
     # pass for one of GPT-2's. Generation's defaults go with them.
     for name in (*files_in(folder), "generation_config.json"):
@@ -132,11 +132,6 @@ def write(target: Path, params: Params, config: GPT2Config, *, source: Path) -> 
     # A file that holds a tokenizer has none beside it.
     if find.has_tokenizer(source) and not files_in(target):
         find.read_tokenizer(source).save(target)
-
-
-def _folder_of(place: Path) -> Path:
-    """Returns a folder itself, or the one that a file lies in."""
-    return place.parent if place.is_file() else place
 
 
 def _tokenizer_of(source: Path) -> Tokenizer:

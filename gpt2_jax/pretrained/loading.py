@@ -156,7 +156,7 @@ def load_tokenizer(
     except FileNotFoundError as error:
         # One who names a tokenizer wants that one and no other; and half a tokenizer, its
         # vocabulary lost on the way, may have been any.
-        if name is None and not files_in(_folder_of(found)) and _holds_gpt2(found):
+        if name is None and not files_in(find.folder_of(found)) and _holds_gpt2(found):
             return Tokenizer.gpt2()
         raise FileNotFoundError(f"{error} {ADVICE}") from error
 
@@ -165,17 +165,12 @@ def _own(place: Path, missing_bytes: str) -> Tokenizer:
     """Returns the tokenizer in a folder, or in a file or beside it."""
     if find.has_tokenizer(place):
         return find.read_tokenizer(place)
-    return Tokenizer.load(_folder_of(place), missing_bytes=missing_bytes)
-
-
-def _folder_of(place: Path) -> Path:
-    """Returns a folder itself, or the one that a file lies in."""
-    return place.parent if place.is_file() else place
+    return Tokenizer.load(find.folder_of(place), missing_bytes=missing_bytes)
 
 
 def _holds_gpt2(place: Path) -> bool:
     """Returns whether a GPT-2 lies there, by its config or else by its weights' names or sizes."""
-    folder = _folder_of(place)
+    folder = find.folder_of(place)
     config = folder / "config.json"
     # The earliest files name no `model_type`; whether the rest is sound is for `load` to say.
     if config.is_file():

@@ -417,9 +417,9 @@ def _share_of_loss(
     """
     read = part.ids[:, :-1]
     predicted = part.ids[:, 1:]
-    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
     embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
     layout = part.layout.without_last()
+    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
     logits = apply(
         params,
         read if embeds is None else None,

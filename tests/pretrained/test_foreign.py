@@ -508,7 +508,7 @@ def test_another_architecture(tmp_path):
         gpt2_jax.load(tmp_path / "bert.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x00" * 300])
+@pytest.mark.parametrize("content", [b"", b"not found", b"\x00" * 300])
 def test_a_file_of_no_format(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(CheckpointError, match="x: expected a file of safetensors, PyTorch's, Flax"):
@@ -518,7 +518,7 @@ def test_a_file_of_no_format(tmp_path, content):
 def test_a_pointer_of_git_lfs(tmp_path):
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "flax_model.msgpack").write_text(text)
-    with pytest.raises(CheckpointError, match="got Git LFS's pointer to one: fetch it with"):
+    with pytest.raises(CheckpointError, match="msgpack: got a Git LFS pointer.*run `git lfs pull`"):
         gpt2_jax.load(tmp_path)
 
 

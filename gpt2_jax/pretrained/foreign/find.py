@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import CheckpointError, listing
+from gpt2_jax.files import CheckpointError, check_content, listing
 from gpt2_jax.pretrained import formats
 from gpt2_jax.pretrained.foreign import (
     flax_msgpack,
@@ -33,7 +33,6 @@ from gpt2_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 HEAD_BYTES = 256
-LFS = b"version https://git-lfs"  # a clone without Git LFS has a few such lines in a file's place
 # Of several in one folder, these are HF's, with the same weights in each.
 HF_FILES = (flax_msgpack.FILE, keras_h5.FILE)
 EXPECTED = (
@@ -85,11 +84,10 @@ def open_file(file: Path) -> Checkpoint:
     Raises:
       CheckpointError: it is in none, or damaged.
     """
+    check_content(file, allowed=(formats.ZIP_MAGIC,))  # PyTorch's and numpy's files are zips
     format = _format_of(file)
     if format is None:
         got = f"got one that begins with {_head(file)[:16]!r}"
-        if _head(file).startswith(LFS):
-            got = "got Git LFS's pointer to one: fetch it with `git lfs pull`"
         raise CheckpointError(f"{file}: expected a file of {EXPECTED}, {got}.")
     with naming(file):
         return format.read(file)
@@ -108,6 +106,11 @@ def config_in(folder: Path) -> GPT2Config:
         raise CheckpointError(f"{folder}: expected {expected}, got {listing(folder)}.") from None
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def folder_of(path: Path) -> Path:
+    """Returns a folder itself, or the one that a file lies in."""
+    return path.parent if path.is_file() else path
 
 
 def n_tokens(path: Path) -> int | None:

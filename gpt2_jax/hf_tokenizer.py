@@ -4,6 +4,7 @@ WordPiece, SentencePiece's models and whatever else a `tokenizer.json` describes
 extra; `tokenizer.py` imports this module where it meets such a file.
 """
 
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -48,7 +49,7 @@ SHOWN = 40  # characters of a text in a message
 UNFINISHED = "\ufffd"  # what a character decodes to whose bytes are not all there
 
 
-class LibraryTokenizer(Tokenizer):
+class HFTokenizer(Tokenizer):
     """A tokenizer that the library `tokenizers` carries out.
 
     Special tokens are found in a text all or none of them; those that are not allowed become what
@@ -78,6 +79,7 @@ class LibraryTokenizer(Tokenizer):
             self._engine = tokenizers.Tokenizer.from_str(pipeline)
         except Exception as error:  # the library raises no other kind
             raise ValueError(f"expected what `tokenizers` reads, got {error}") from error
+        self._setting = threading.Lock()
         # Settings of batches that were made with it, which are none of the tokenizer's.
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -98,14 +100,14 @@ class LibraryTokenizer(Tokenizer):
         self._set_special(known, dict(roles), _template(self._engine))
 
     @staticmethod
-    def from_files(files: TokenizerFiles) -> "LibraryTokenizer":
+    def from_files(files: TokenizerFiles) -> "HFTokenizer":
         """Returns the tokenizer that files describe.
 
         Raises:
           ValueError: the library cannot read them.
         """
         try:
-            made = LibraryTokenizer(
+            made = HFTokenizer(
                 files.pipeline or "",
                 files.added_tokens,
                 roles=files.roles,
@@ -175,11 +177,13 @@ class LibraryTokenizer(Tokenizer):
         if allowed and not is_all:
             expected = "'all' or nothing for a tokenizer that is not GPT-2's kind"
             raise ValueError(f"`allowed_special` must be {expected}, got {sorted(allowed)}.")
-        # The library has it as a setting of the engine, not of a call: so it is set anew each time.
-        self._engine.encode_special_tokens = not is_all  # as ordinary text
         spelled = without_surrogates(text)
         try:
-            return self._engine.encode(spelled, add_special_tokens=add_special_tokens)
+            # The library has it as a setting of the engine, not of a call: so it is set anew each
+            # time, and no other thread's call may come between.
+            with self._setting:
+                self._engine.encode_special_tokens = not is_all  # as ordinary text
+                return self._engine.encode(spelled, add_special_tokens=add_special_tokens)
         except Exception as error:  # the library raises no other kind
             got = f"{text[:SHOWN]!r} and {error}"
             raise ValueError(f"Expected a text that `tokenizers` encodes, got {got}.") from error
@@ -206,9 +210,9 @@ class LibraryTokenizer(Tokenizer):
                 text = text.replace(parted, joined)
         return text
 
-    def stream_decoder(self, context: Sequence[int] = ()) -> "LibraryStreamDecoder":
+    def stream_decoder(self, context: Sequence[int] = ()) -> "HFStreamDecoder":
         """Returns a decoder that takes ids as they come, after those of a context."""
-        return LibraryStreamDecoder(self, context)
+        return HFStreamDecoder(self, context)
 
     @property
     def vocab_size(self) -> int:
@@ -221,10 +225,10 @@ class LibraryTokenizer(Tokenizer):
         return False
 
 
-class LibraryStreamDecoder(StreamDecoder):
+class HFStreamDecoder(StreamDecoder):
     """Turns ids into text as they come, where a token's text depends on those before it."""
 
-    def __init__(self, tokenizer: LibraryTokenizer, context: Sequence[int] = ()):
+    def __init__(self, tokenizer: HFTokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
         # Ids whose text is shown and, from `_n_shown` on, those whose text is not. What was shown
         # last stays, since a token's text depends on its neighbour.

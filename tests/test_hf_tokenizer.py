@@ -12,7 +12,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import gpt2_jax
-from gpt2_jax.library_tokenizer import LibraryTokenizer
+from gpt2_jax.hf_tokenizer import HFTokenizer
 from gpt2_jax.pretrained import weights
 from gpt2_jax.training.corpus import open_corpus, prepare
 from gpt2_jax.training.texts import Reading, documents
@@ -227,7 +227,7 @@ def checkpoint(tmp_path_factory):
 def test_a_text_goes_on_as_hfs_does(checkpoint):
     folder, model = checkpoint
     config, params, tokenizer = gpt2_jax.load_pretrained(folder, dtype="float64")
-    assert isinstance(tokenizer, LibraryTokenizer)
+    assert isinstance(tokenizer, HFTokenizer)
     # By the model's config, as no file of the tokenizer says it.
     assert (tokenizer.eot_token, tokenizer.eot_id) == ("<s>", 0)
     prompt = "the cat"
@@ -272,7 +272,7 @@ def test_a_corpus_holds_hfs_ids_of_each_document(tmp_path, name):
 
 def test_without_the_library_an_error_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    monkeypatch.delitem(sys.modules, "gpt2_jax.library_tokenizer", raising=False)
+    monkeypatch.delitem(sys.modules, "gpt2_jax.hf_tokenizer", raising=False)
     with pytest.raises(ImportError, match=r'pip install "gpt2_jax\[tokenizers\]"'):
         gpt2_jax.load_tokenizer(folder)
 
