@@ -75,6 +75,8 @@ from gpt2_jax.training.step import (
     warmup_cosine,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "SITES",

@@ -24,7 +24,7 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, wide_dtype
+from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
 
 
 # As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
@@ -323,6 +323,7 @@ def forward(
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
     model = GPT2(config)
+    tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
     out: Any = model.apply(
         {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat

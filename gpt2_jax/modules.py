@@ -116,6 +116,21 @@ def prefixed(tap: Tap, prefix: str) -> Tap:
     return tap if tap is no_tap else PrefixedTap(tap, prefix)
 
 
+def placed(tap: Tap, positions: Int[Array, "#B T"]) -> Tap:
+    """Returns the tap for a pass over tokens at these positions: its method `placed` says which."""
+    at_positions = getattr(tap, "placed", None)
+    return tap if at_positions is None else at_positions(positions)
+
+
+def repeated(tap: Tap, n: int) -> Tap:
+    """Returns the tap for a batch with each row `n` times: its method `repeated` says which.
+
+    Row `b * n + i` of such a batch is row `b`, as for `cache.share`.
+    """
+    of_copies = getattr(tap, "repeated", None)
+    return tap if of_copies is None else of_copies(n)
+
+
 # Dropout.
 
 
