@@ -24,7 +24,22 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
+from gpt2_jax.modules import (
+    GPT2,
+    Params,
+    Pass,
+    Tap,
+    checked_remat,
+    no_tap,
+    placed,
+    wide_dtype,
+)
+from gpt2_jax.stack import is_stacked
+
+_STACK = (
+    "The layers of `params` are a stack, which serves whole texts alone: neither taps nor caches,"
+    " nor `scale_attn_by_inverse_layer_idx`. `unstack_layers` gives the layers back."
+)
 
 
 # As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
@@ -64,7 +79,7 @@ def apply(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "B T V"]:
     """Returns next-token logits of every position, in float32 (float64 in a float64 model).
 
@@ -88,7 +103,8 @@ def apply(
         place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
         which are easier.
       dropout_key: turns dropout on.
-      remat: in a backward pass, recomputes each layer's activations instead of keeping them.
+      remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
+        all but what dense layers give; or "full", all. True is "full".
 
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
@@ -127,7 +143,7 @@ def hidden_states(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "rows T D"]:
     """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
 
@@ -135,6 +151,7 @@ def hidden_states(
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     check_side(padding_side)
+    remat = checked_remat(remat)
     layout = Layout(positions, mask, segment_ids)
     # Padding on the right needs nothing: no real token sees what comes after it.
     if padding_side == "left":
@@ -175,6 +192,8 @@ def prefill(
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
+    if is_stacked(params):
+        raise ValueError(_STACK)
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     n_rows, width = tokens.shape[:2]
     slots = config.n_positions if cache_len is None else cache_len
@@ -316,12 +335,14 @@ def forward(
     config: GPT2Config,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
+    if is_stacked(params):
+        _check_stack_serves(shared, tap, config)
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
@@ -329,3 +350,10 @@ def forward(
         {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return out
+
+
+def _check_stack_serves(shared: Pass, tap: Tap, config: GPT2Config) -> None:
+    """Raises `ValueError` for what needs to know the layers of a stack apart."""
+    by_layer = tap is not no_tap or shared.past is not None
+    if by_layer or config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(_STACK)
