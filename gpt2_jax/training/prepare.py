@@ -200,7 +200,7 @@ def _check_stream(task: Task) -> None:
     if task.tokenizer in ("char", "bpe"):
         advice = "prepare a part of the texts with it, and name that folder as the tokenizer"
         raise DataError(
-            f'Expected a tokenizer that is there before the texts, got "{task.tokenizer}": {advice}.'
+            f'Expected a tokenizer that is there already, got "{task.tokenizer}": {advice}.'
         )
     if count > 1 and "-" in task.inputs:
         raise DataError("Expected files, which all shards can read, got standard input.")

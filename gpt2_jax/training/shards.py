@@ -81,15 +81,27 @@ def merge(folder: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
             f"{folder}: expected something to train on, got {len(shards)} empty shards."
         )
     # The manifest last: without it the folder is not yet a corpus.
-    for file in sorted(first.iterdir()):
-        if is_tokenizer_file(file.name):
-            with replacing(folder / file.name, overwrite=overwrite) as temporary:
-                shutil.copyfile(file, temporary)
+    _copy_tokenizer(first, folder, overwrite=overwrite)
     with replacing(folder / "meta.json", overwrite=overwrite) as temporary:
         write_json(temporary, meta)
     with replacing(folder / NAME, overwrite=overwrite) as temporary:
         write_manifest(temporary, manifest)
     return meta
+
+
+def _copy_tokenizer(source: Path, folder: Path, *, overwrite: bool) -> None:
+    """Copies the files of a tokenizer, in the place of those of another."""
+    before = [file for file in folder.iterdir() if is_tokenizer_file(file.name)]
+    for file in before:
+        check_free(file, overwrite=overwrite)
+    for file in sorted(source.iterdir()):
+        if is_tokenizer_file(file.name):
+            with replacing(folder / file.name, overwrite=overwrite) as temporary:
+                shutil.copyfile(file, temporary)
+    for file in before:
+        # What the other alone has would be read with it.
+        if not (source / file.name).is_file():
+            file.unlink()
 
 
 def _check_complete(folder: Path, shards: dict[Path, Shard]) -> None:
