@@ -33,7 +33,6 @@ from gpt2_jax.training.token_files import (
     DataError,
     TokenFile,
     find_token_files,
-    is_part_name,
     read_meta,
     token_file,
 )
@@ -91,15 +90,16 @@ def open_corpus(folder: str | Path) -> Corpus:
         missing; or a file is damaged, too short, of another kind, not what `manifest.json` or
         `meta.json` says, or holds ids outside the vocabulary.
     """
-    described = _described(local_path(folder))
+    folder = local_path(folder)
+    described = _described(folder, read_manifest(folder))
     train = _open_part(described, "train")
     if train is None:
-        raise DataError(_nothing_to_train_on(described.folder))
+        raise DataError(_nothing_to_train_on(folder))
     val = _open_part(described, "val")
     identity = {"train": train.identity}
     if val is not None:
         identity["val"] = val.identity
-        _check_predicts(described.folder, val.tokens)
+        _check_predicts(folder, val.tokens)
     # Only where it is new: a run that was begun before there were others goes on.
     if not is_order_drawn(train.tokens):
         identity["order"] = {"name": order.NAME}
@@ -113,7 +113,7 @@ def open_corpus(folder: str | Path) -> Corpus:
     )
 
 
-def _described(folder: Path) -> Description:
+def _described(folder: Path, manifest: Manifest | None) -> Description:
     """Returns what a folder says of its token files."""
     meta = read_meta(folder)
     tokenizer = _tokenizer_in(folder, meta)
@@ -122,13 +122,13 @@ def _described(folder: Path) -> Description:
     # sake.
     if "itos" in meta and tokenizer is not None:
         vocab_size = max(vocab_size, tokenizer.vocab_size)
-    return Description(folder, meta, read_manifest(folder), tokenizer, vocab_size)
+    return Description(folder, meta, manifest, tokenizer, vocab_size)
 
 
 def _nothing_to_train_on(folder: Path) -> str:
     """Returns what to say of a folder without a training part."""
     shards = shard_folders(folder)
-    if shards and not (folder / NAME).is_file():
+    if shards:
         advice = f"`gpt2-jax prepare --merge {folder}`"
         return f"{folder}: expected `train.bin`, got {len(shards)} shards: merge them, {advice}."
     return f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
@@ -185,12 +185,12 @@ def _files_of(described: Description, part: str) -> list[TokenFile]:
 def _paths_of(described: Description, part: str) -> list[Path]:
     """Returns the files of a part, which the manifest lists or, without one, their names tell."""
     folder = described.folder
+    meant = find_token_files(folder, part)
     if described.manifest is None:
-        return find_token_files(folder, part)
+        return meant
     listed = [record.name for record in described.manifest[part]]
-    # What lies beside them under such a name was not there, or not whole, when it was written.
-    there = {path.name for end in ("bin", "npy") for path in folder.glob(f"{part}*.{end}")}
-    others = sorted(name for name in there - set(listed) if is_part_name(name))
+    # What came after it was written would be passed over without a word.
+    others = [path.name for path in meant if path.name not in listed]
     if others:
         advice = f"`gpt2-jax prepare --index {folder} --overwrite` writes it anew"
         raise DataError(
@@ -226,7 +226,8 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, int]:
     Raises:
       DataError: something differs; the message names all files that do, and both values.
     """
-    described = _described(local_path(folder))
+    folder = local_path(folder)
+    described = _described(folder, read_manifest(folder))
     problems = []
     total = {"files": 0, "tokens": 0, "bytes": 0}
     for part in PARTS:
@@ -236,7 +237,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, int]:
             problems.append(str(error))
             continue
         if part == "train" and not files:
-            raise DataError(_nothing_to_train_on(described.folder))
+            raise DataError(_nothing_to_train_on(folder))
         # Without a manifest, with itself: the ids are checked as it is read.
         said = _records_of(described, part) or [None] * len(files)
         for file, record in zip(_watched(files, part, progress), said, strict=True):
@@ -276,8 +277,7 @@ def index(
       CheckpointError: there is a manifest, and `overwrite` is not set.
     """
     folder = local_path(folder)
-    # What it says of before is no matter.
-    described = _described(folder)._replace(manifest=None)
+    described = _described(folder, None)  # what one says that is there is no matter
     manifest: Manifest = {}
     with replacing(folder / NAME, overwrite=overwrite) as temporary:
         for part in PARTS:

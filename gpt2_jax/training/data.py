@@ -17,6 +17,9 @@ from gpt2_jax.training import order
 from gpt2_jax.training.token_files import DataError, TokenFile
 
 OPEN_FILES = 256  # mapped at a time: each holds one of the 1,024 handles that most systems give
+# Of all files, 64 GiB of uint16: so many a machine may keep in memory. Of more, what the system
+# reads around a window is gone before it is wanted: where that was 8 MiB, 480 windows took 3 s.
+KEPT_IDS = 2**35
 DRAWN_IDS = 2**34  # of one file; more, and an order that is kept would take 128 MiB of each epoch
 
 
@@ -66,7 +69,9 @@ class Tokens:
 
     def _open(self, number: int) -> Integer[np.ndarray, " N"]:
         source = self.sources[number]
-        return source if isinstance(source, np.ndarray) else source.map()
+        if isinstance(source, np.ndarray):
+            return source
+        return source.map(is_random=len(self) > KEPT_IDS)
 
     def _check(self, place: Place, ids: Integer[np.ndarray, " T"], vocab_size: int) -> None:
         """Raises `DataError` where an id is outside the vocabulary."""

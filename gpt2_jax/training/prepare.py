@@ -30,7 +30,7 @@ from gpt2_jax.training.texts import (
     split,
     stream_documents,
 )
-from gpt2_jax.training.token_files import DataError, is_part_name
+from gpt2_jax.training.token_files import DataError, is_our_name
 from gpt2_jax.training.vocabularies import make_tokenizer
 from gpt2_jax.training.writing import PartWriter
 
@@ -165,8 +165,8 @@ def prepare(
 
 def _is_no_file_of_ours(name: str) -> bool:
     """Returns whether a file may stay where token files are written anew: a text, for one."""
-    is_ours = is_part_name(name) and name.endswith(".bin")
-    return not is_ours and name not in ("meta.json", NAME) and not is_tokenizer_file(name)
+    is_ours = name in ("meta.json", NAME) or is_our_name(name)
+    return not is_ours and not is_tokenizer_file(name)
 
 
 def _check(task: Task) -> None:

@@ -7,6 +7,7 @@ and numpy's `.npy` are read too. Knows bytes and names; nothing of text, models 
 Axes: N ids of a file.
 """
 
+import mmap
 import pickle
 import re
 import zipfile
@@ -114,18 +115,22 @@ class TokenFile(NamedTuple):
     offset: int  # bytes before the first
     n_ids: int
 
-    def map(self) -> Integer[np.ndarray, " N"]:
-        """Returns the ids, mapped into memory.
+    def map(self, *, is_random: bool = False) -> Integer[np.ndarray, " N"]:
+        """Returns the ids, mapped into memory, to be read only.
+
+        Args:
+          is_random: whether what lies around a row is not wanted. Else the system reads it too,
+            from 128 KiB to megabytes, and keeps it for later.
 
         Raises:
           DataError: the file has become shorter, or is gone.
         """
         try:
-            # Read-only: what is trained on stays as it was. As a plain array, whose rows are cut
-            # out sooner than those of a `memmap`.
-            return np.memmap(self.path, self.dtype, "r", self.offset, (self.n_ids,)).view(
-                np.ndarray
-            )
+            with self.path.open("rb") as opened:
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            if is_random and hasattr(mmap, "MADV_RANDOM"):  # Windows has none
+                mapped.madvise(mmap.MADV_RANDOM)
+            return np.frombuffer(mapped, self.dtype, self.n_ids, self.offset)
         except (OSError, ValueError) as error:
             expected = f"{self.n_ids} {self.dtype.name} ids, as there were"
             raise DataError(f"{self.path}: expected {expected}, but {error}.") from error
@@ -221,7 +226,7 @@ def _npy_file(path: Path) -> TokenFile:
 # Which files of a folder they are.
 
 
-PART_NAME = re.compile(r"(train|val)(_\d+)?\.(bin|npy)")
+OUR_NAME = re.compile(r"(train|val)(_\d+)?\.bin")
 UNNUMBERED = -1
 
 
@@ -232,9 +237,9 @@ class Series(NamedTuple):
     suffix: str
 
 
-def is_part_name(name: str) -> bool:
-    """Returns whether a file is called as `prepare` calls those with ids, or nearly so."""
-    return PART_NAME.fullmatch(name) is not None
+def is_our_name(name: str) -> bool:
+    """Returns whether a file is called as `prepare` calls those with ids."""
+    return OUR_NAME.fullmatch(name) is not None
 
 
 def find_token_files(folder: Path, part: str) -> list[Path]:

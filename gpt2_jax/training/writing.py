@@ -1,5 +1,6 @@
 """Ids to token files, each of at most so many, with a record of each. Knows numbers and files."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,6 +10,27 @@ from jaxtyping import Integer
 
 from gpt2_jax.training.manifest import FileRecord, Scan, record_of
 from gpt2_jax.training.token_files import TokenFile
+
+
+@dataclasses.dataclass
+class Opened:
+    """A token file that is being written, and what is known of it so far."""
+
+    name: str
+    stream: BinaryIO
+    digest: Any  # of `hashlib`, as it is written: nothing is read again
+    max_id: int = 0
+    n_ids: int = 0
+    n_documents: int = 0  # that begin in it
+
+    def write(self, ids: Integer[np.ndarray, " N"], n_begun: int) -> None:
+        """Writes ids, among which so many documents begin."""
+        content = ids.tobytes()
+        self.stream.write(content)
+        self.digest.update(content)
+        self.max_id = max(self.max_id, int(ids.max()))
+        self.n_ids += len(ids)
+        self.n_documents += n_begun
 
 
 class PartWriter:
@@ -30,7 +52,7 @@ class PartWriter:
         self.records: list[FileRecord] = []
         self.n_bytes = 0  # of the texts
         self.n_documents = 0
-        self._opened: BinaryIO | None = None
+        self._file: Opened | None = None
 
     def write(self, ids: list[int], *, n_bytes: int, starts_document: bool) -> None:
         """Writes the ids of a document or of a part of one, which has so many bytes of text."""
@@ -39,48 +61,33 @@ class PartWriter:
         n_begun = int(starts_document)
         array = np.array(ids, self.dtype)
         while array.size:
-            if self._opened is None:
-                self._begin()
-            room = array.size if self.max_tokens is None else self.max_tokens - self._n_ids
-            self._append(array[:room], n_begun)
+            file = self._file or self._begin()
+            room = array.size if self.max_tokens is None else self.max_tokens - file.n_ids
+            file.write(array[:room], n_begun)
             n_begun = 0  # in the file that goes on it does not begin again
             array = array[room:]
+            if file.n_ids == self.max_tokens:
+                self.close()
 
     def close(self) -> None:
-        """Ends the last file."""
-        if self._opened is not None:
-            self._end()
+        """Ends the last file, and keeps a record of it."""
+        file = self._file
+        if file is None:
+            return
+        self._file = None
+        file.stream.close()
+        layout = TokenFile(self.folder / file.name, self.dtype, 0, file.n_ids)
+        found = Scan(file.digest.hexdigest(), file.max_id)
+        self.records.append(record_of(layout, file.name, found, documents=file.n_documents))
 
     def summary(self) -> dict[str, Any]:
         """Returns what `meta.json` says of the part."""
         n_tokens = sum(record.tokens for record in self.records)
         return {"tokens": n_tokens, "bytes": self.n_bytes, "documents": self.n_documents}
 
-    def _begin(self) -> None:
+    def _begin(self) -> Opened:
+        """Begins the next file."""
         number = len(self.records)
         name = f"{self.part}.bin" if self.max_tokens is None else f"{self.part}_{number:05}.bin"
-        self._opened = (self.folder / name).open("wb")
-        self._name = name
-        self._digest = hashlib.sha256()  # as it is written: nothing is read again
-        self._max_id = 0
-        self._n_ids = 0
-        self._n_documents = 0
-
-    def _append(self, ids: Integer[np.ndarray, " N"], n_documents: int) -> None:
-        assert self._opened is not None, "`write` has begun a file"
-        content = ids.tobytes()
-        self._opened.write(content)
-        self._digest.update(content)
-        self._max_id = max(self._max_id, int(ids.max()))
-        self._n_ids += len(ids)
-        self._n_documents += n_documents
-        if self._n_ids == self.max_tokens:
-            self._end()
-
-    def _end(self) -> None:
-        assert self._opened is not None, "nobody ends what was not begun"
-        self._opened.close()
-        self._opened = None
-        file = TokenFile(self.folder / self._name, self.dtype, 0, self._n_ids)
-        found = Scan(self._digest.hexdigest(), self._max_id)
-        self.records.append(record_of(file, self._name, found, documents=self._n_documents))
+        self._file = Opened(name, (self.folder / name).open("wb"), hashlib.sha256())
+        return self._file

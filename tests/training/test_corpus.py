@@ -322,9 +322,21 @@ def test_verify_without_a_manifest_looks_at_the_ids(tmp_path, monkeypatch):
     assert not (folder / "manifest.json").exists()
 
 
+def test_files_that_came_after_the_manifest_are_named_under_others_names_too(tmp_path):
+    for number in (1, 2):
+        np.save(tmp_path / f"fineweb_train_{number:06}.npy", np.array([number, 5], np.uint16))
+        if number == 1:
+            index(tmp_path)
+    with pytest.raises(DataError, match="the files of manifest.json, got fineweb_train_000002.npy"):
+        open_corpus(tmp_path)
+    index(tmp_path, overwrite=True)
+    assert ids_of(open_corpus(tmp_path).train) == [1, 5, 2, 5]
+
+
 def test_a_manifest_is_replaced_only_if_told(tmp_path):
     folder = numbered(tmp_path, [1, 2])
-    index(folder)
+    (folder / "manifest.json").write_text("damaged")
+    index(folder, overwrite=True)
     numbered(tmp_path, [1, 2], [3, 4])
     with pytest.raises(CheckpointError, match="manifest.json exists already"):
         index(folder)

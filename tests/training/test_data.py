@@ -191,12 +191,33 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "OPEN_FILES", 3)
     mapped = []
     map_file = TokenFile.map
-    monkeypatch.setattr(TokenFile, "map", lambda self: mapped.append(self) or map_file(self))
+
+    def map_and_count(self, *, is_random):
+        mapped.append(self)
+        return map_file(self, is_random=is_random)
+
+    monkeypatch.setattr(TokenFile, "map", map_and_count)
     tokens = Tokens(files_of(tmp_path, 5))
     assert len(tokens) == 40 and mapped == []
     for number in (0, 1, 2, 0, 1, 2, 3, 4, 0):
         assert tokens.read(Place(number, 2, 5)).tolist() == [number + 2, number + 3, number + 4]
     assert [file.path.name[10] for file in mapped] == ["0", "1", "2", "3", "4", "0"]
+
+
+def test_what_memory_cannot_keep_is_read_without_its_surroundings(tmp_path, monkeypatch):
+    files = files_of(tmp_path, 2)
+    asked = []
+    map_file = TokenFile.map
+
+    def map_and_note(self, *, is_random):
+        asked.append(is_random)
+        return map_file(self, is_random=is_random)
+
+    monkeypatch.setattr(TokenFile, "map", map_and_note)
+    for kept in (16, 15):
+        monkeypatch.setattr(data, "KEPT_IDS", kept)
+        assert Tokens(files).read(Place(1, 0, 3)).tolist() == [1, 2, 3]
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("bad, dtype", [(11, np.uint16), (-1, np.int32)])

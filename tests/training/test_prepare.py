@@ -72,6 +72,16 @@ def test_each_record_is_a_document(tmp_path):
     assert (meta["field"], meta["unwrap"], meta["eot_as_text"]) == ("story", False, False)
 
 
+def test_half_a_character_is_read_as_the_bytes_of_one(tmp_path):
+    write(tmp_path / "a.jsonl", '{"text": "a\\ud83d"}')
+    for options in ({}, {"shard_tokens": 9}):
+        out = tmp_path / f"out{len(options)}"
+        meta = prepare(
+            [tmp_path / "a.jsonl"], out, reading=Reading(field="text"), val_fraction=0, **options
+        )
+        assert meta["train"]["bytes"] == 4
+
+
 def test_the_mark_may_be_text(tmp_path):
     text = "Its <|endoftext|> second\n<|endoftext|>\nline."
     reading = Reading(eot_as_text=True)

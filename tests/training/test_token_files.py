@@ -1,6 +1,7 @@
 """Token files: how ids lie in them, which files they are, and what goes with them."""
 
 import io
+import mmap
 import os
 import pickle
 
@@ -119,7 +120,7 @@ def test_llm_cs_files_are_read(tmp_path, magic, version, dtype):
 def test_numpys_files_are_read(tmp_path, dtype):
     np.save(tmp_path / "train.npy", np.array([5, 0, 3], dtype))
     tokens = token_file(tmp_path / "train.npy").map()
-    assert isinstance(tokens.base, np.memmap)
+    assert isinstance(tokens.base.obj, mmap.mmap)
     np.testing.assert_array_equal(tokens, [5, 0, 3])
 
 
