@@ -174,6 +174,13 @@ def test_of_large_files_without_a_manifest_a_sample_is_remembered(tmp_path, monk
         ids[place] -= 1
     ids[8] += 1
     assert identity() == before
+    # Indexed, it is what a run remembered that was begun before there were samples.
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 100}))
+    index(tmp_path)
+    sha256 = hashlib.sha256(ids.tobytes()).hexdigest()
+    assert identity() == {"train": {"bytes": 22, "sha256": sha256}}
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 12}))
     # The id that is none is found when it is read.
     batches = Batches(open_corpus(tmp_path).train, batch_size=4, length=2, seed=0)
     with pytest.raises(DataError, match=r"train.bin: expected ids in \[0, 12\) .*, got 99 at 3"):
