@@ -190,10 +190,7 @@ def _look_after(args: argparse.Namespace, chosen: str) -> int:
     if chosen == "verify":
         found = corpus.verify(args.verify, progress=progress)
     else:
-        manifest = corpus.index(args.index, overwrite=args.overwrite, progress=progress)
-        records = [record for part in PARTS for record in manifest[part]]
-        sizes = {"files": len(records), "tokens": sum(record.tokens for record in records)}
-        found = sizes | {"bytes": sum(record.bytes for record in records)}
+        found = corpus.index(args.index, overwrite=args.overwrite, progress=progress)
     if not args.quiet:
         counts = ", ".join(f"{value:,} {name}" for name, value in found.items())
         print(f"{chosen}: {counts}", file=sys.stderr)

@@ -229,36 +229,51 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, int]:
     folder = local_path(folder)
     described = _described(folder, read_manifest(folder))
     problems = []
-    total = {"files": 0, "tokens": 0, "bytes": 0}
+    found = []
     for part in PARTS:
         try:
+            # All that names and sizes tell: numbers, dtypes, what `meta.json` says of all files.
             files = _files_of(described, part)
+            if part == "train" and not files:
+                raise DataError(_nothing_to_train_on(folder))
         except DataError as error:
             problems.append(str(error))
-            continue
-        if part == "train" and not files:
-            raise DataError(_nothing_to_train_on(folder))
-        # Without a manifest, with itself: the ids are checked as it is read.
-        said = _records_of(described, part) or [None] * len(files)
-        for file, record in zip(_watched(files, part, progress), said, strict=True):
-            try:
-                found = record_of(file, _name(described, file), scan(file, described.vocab_size))
-                if record is not None:
-                    check_same(file.path, record, found)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            total["files"] += 1
-            total["tokens"] += found.tokens
-            total["bytes"] += found.bytes
+        for looked_at in _verified(described, part, progress):
+            if isinstance(looked_at, DataError):
+                problems.append(str(looked_at))
+            else:
+                found.append(looked_at)
     if problems:
-        raise DataError("\n".join(problems))
-    return total
+        # What is wrong with a file alone is found by both ways of looking.
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    return counts_of(found)
 
 
-def index(
-    folder: str | Path, *, overwrite: bool = False, progress: bool = False
-) -> dict[str, list[FileRecord]]:
+def _verified(
+    described: Description, part: str, progress: bool
+) -> Iterator[FileRecord | DataError]:
+    """Yields what each file of a part is, or what is wrong with it."""
+    try:
+        paths = _paths_of(described, part)
+    except DataError as error:
+        yield error
+        return
+    dtype = described.meta.get("dtype", "uint16")
+    # Without a manifest there is nothing to compare with, and the ids are what is checked.
+    said = _records_of(described, part) or [None] * len(paths)
+    for path, record in zip(_watched(paths, part, progress), said, strict=True):
+        try:
+            file = token_file(path, dtype)
+            found = record_of(file, _name(described, path), scan(file, described.vocab_size))
+            if record is not None:
+                check_same(path, record, found)
+        except DataError as error:
+            yield error
+        else:
+            yield found
+
+
+def index(folder: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, int]:
     """Reads all token files of a folder and writes its `manifest.json`.
 
     For files that others made, nanoGPT's or llm.c's: opened with it, they are not read again. A run
@@ -270,7 +285,7 @@ def index(
       progress: shows a bar on standard error.
 
     Returns:
-      What was written.
+      How many `files`, `tokens` and `bytes` there are.
 
     Raises:
       DataError: as `open_corpus`.
@@ -284,26 +299,37 @@ def index(
             files = _files_of(described, part)
             if part == "train" and not files:
                 raise DataError(_nothing_to_train_on(folder))
-            manifest[part] = [
-                record_of(file, _name(described, file), scan(file, described.vocab_size))
-                for file in _watched(files, part, progress)
-            ]
+            manifest[part] = []
+            for looked_at in _verified(described, part, progress):
+                if isinstance(looked_at, DataError):
+                    raise looked_at
+                manifest[part].append(looked_at)
         write_manifest(temporary, manifest)
-    return manifest
+    return counts_of([record for records in manifest.values() for record in records])
 
 
-def _name(described: Description, file: TokenFile) -> str:
+def counts_of(records: list[FileRecord]) -> dict[str, int]:
+    """Returns how many `files`, `tokens` and `bytes` there are."""
+    return {
+        "files": len(records),
+        "tokens": sum(record.tokens for record in records),
+        "bytes": sum(record.bytes for record in records),
+    }
+
+
+def _name(described: Description, path: Path) -> str:
     """Returns how a manifest calls a file."""
-    return file.path.relative_to(described.folder).as_posix()
+    return path.relative_to(described.folder).as_posix()
 
 
-def _watched(files: list[TokenFile], part: str, progress: bool) -> Iterator[TokenFile]:
+def _watched(paths: list[Path], part: str, progress: bool) -> Iterator[Path]:
     """Yields files, and shows on standard error how far they are."""
-    total = sum(file.n_ids for file in files)
-    with tqdm(total=total, desc=part, unit="id", unit_scale=True, disable=not progress) as bar:
-        for file in files:
-            yield file
-            bar.update(file.n_ids)
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    bar = tqdm(total=sum(sizes), desc=part, unit="B", unit_scale=True, disable=not progress)
+    with bar:
+        for path, size in zip(paths, sizes, strict=True):
+            yield path
+            bar.update(size)
 
 
 # What goes with the files.

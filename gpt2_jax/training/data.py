@@ -47,8 +47,7 @@ class Tokens:
     ):
         self.sources = list(sources)
         self.vocab_size = vocab_size
-        sizes = [len(s) if isinstance(s, np.ndarray) else s.n_ids for s in self.sources]
-        self.sizes = np.array(sizes, np.int64)  # [F]
+        self.sizes = np.array([_size_of(source) for source in self.sources], np.int64)  # [F]
         # What has not been read for the longest is closed.
         self._ids_of = lru_cache(maxsize=OPEN_FILES)(self._open)
 
@@ -77,7 +76,8 @@ class Tokens:
         """Raises `DataError` where an id is outside the vocabulary."""
         # As they are read: to look at all before a run begins would read a corpus of terabytes.
         highest = ids.max(initial=0)
-        if highest < vocab_size and ids.min(initial=0) >= 0:
+        lowest = ids.min(initial=0)
+        if highest < vocab_size and lowest >= 0:
             return
         source = self.sources[place.file]
         name = "An array of ids" if isinstance(source, np.ndarray) else source.path
@@ -85,6 +85,11 @@ class Tokens:
         expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
         got = f"{ids[offset]} at {place.start + offset}"
         raise DataError(f"{name}: expected {expected}, got {got}.")
+
+
+def _size_of(source: TokenFile | Integer[np.ndarray, " N"]) -> int:
+    """Returns how many ids a file has, or an array."""
+    return len(source) if isinstance(source, np.ndarray) else source.n_ids
 
 
 Ids = Tokens | Integer[np.ndarray, " N"]  # a single array is as a single file
@@ -190,8 +195,9 @@ class Batches:
         if not 0 <= start < stop <= self.batch_size:
             expected = f"rows `start` < `stop` of a batch of {self.batch_size}"
             raise ValueError(f"Expected {expected}, got {start} and {stop}.")
-        first = cursor * self.batch_size  # windows are counted through all epochs
-        windows = [self.tokens.read(place) for place in self._places(first + start, first + stop)]
+        n_before = cursor * self.batch_size  # windows are counted through all epochs
+        places = self._places(n_before + start, n_before + stop)
+        windows = [self.tokens.read(place) for place in places]
         # JAX's own integer, whichever the files hold.
         return np.stack(windows).astype(np.int32)
 
@@ -201,12 +207,13 @@ class Batches:
             number, index = divmod(first, self.windows_per_epoch)
             end = min(index + last - first, self.windows_per_epoch)
             epoch = self._epoch(number)
-            windows = epoch.order(np.arange(index, end))
+            windows = epoch.order(np.arange(index, end))  # counted through all files
             files = np.searchsorted(self._ends, windows, side="right")
-            in_file = windows - (self._ends - self._n_windows)[files]
-            starts = epoch.phases[files] + self.length * in_file
+            n_before = self._ends[files] - self._n_windows[files]
+            starts = epoch.phases[files] + self.length * (windows - n_before)
             for file, start in zip(files.tolist(), starts.tolist(), strict=True):
                 yield Place(file, start, start + self.length + 1)
+            # A batch may take in the end of one epoch, all of the next, and so on.
             first += end - index
 
     def _draw_epoch(self, number: int) -> Epoch:

@@ -98,11 +98,14 @@ def _record(file: Path, value: Any) -> FileRecord:
         record = FileRecord(**value)
     except TypeError as error:
         raise DataError(f"{file}: expected {FileRecord._fields}, got {value!r:.60}.") from error
-    counts = [record.bytes, record.tokens, record.max_id, record.documents or 0]
+    counts = [record.bytes, record.tokens, record.max_id]
+    if record.documents is not None:
+        counts.append(record.documents)
     texts = [record.name, record.dtype, record.sha256, record.sample]
     # `type`, as `True` would be an integer.
     are_counts = all(type(count) is int and count >= 0 for count in counts)
-    if not are_counts or not all(isinstance(text, str) for text in texts):
+    are_texts = all(isinstance(text, str) for text in texts)
+    if not are_counts or not are_texts:
         raise DataError(f"{file}: expected counts and texts, got {value!r:.200}.")
     path = PurePosixPath(record.name)
     # A manifest that came from elsewhere must not name files elsewhere.
@@ -145,7 +148,8 @@ def scan(file: TokenFile, vocab_size: int) -> Scan:
         while (ids := np.fromfile(opened, file.dtype, IDS_PER_READ)).size:
             digest.update(ids.tobytes())
             highest = max(highest, int(ids.max()))
-            if highest >= vocab_size or ids.min() < 0:
+            lowest = ids.min()
+            if highest >= vocab_size or lowest < 0:
                 offset = first_outside(ids, vocab_size)
                 expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
                 got = f"{ids[offset]} at {position + offset}"

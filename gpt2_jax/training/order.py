@@ -25,7 +25,8 @@ def permuted(
       count: how many numbers are permuted.
       keys: of the rounds; they choose the permutation.
     """
-    half_bits = np.uint64(((count - 1).bit_length() + 1) // 2)
+    n_bits = (count - 1).bit_length()
+    half_bits = np.uint64((n_bits + 1) // 2)
     values = indices.astype(np.uint64)
     outside = np.ones(len(values), bool)
     # Four times at most in the mean, as two bits more than needed are the most there are.
@@ -43,7 +44,9 @@ def _network(
     left = values >> half_bits
     right = values & mask
     for key in keys:
-        mixed = left ^ (_mix(right + key) & mask)
+        # Whatever is mixed in, it can be taken away again: `right` is still there.
+        mixed = _mix(right + key) & mask
+        mixed = left ^ mixed
         left = right
         right = mixed
     return (left << half_bits) | right
@@ -51,6 +54,8 @@ def _network(
 
 def _mix(values: UInt64[np.ndarray, " B"]) -> UInt64[np.ndarray, " B"]:
     """Returns values of which each bit depends on each: the end of SplitMix64 (Steele, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = values ^ (values >> np.uint64(30))
+    values = values * np.uint64(0xBF58476D1CE4E5B9)
+    values = values ^ (values >> np.uint64(27))
+    values = values * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

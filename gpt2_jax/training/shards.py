@@ -5,17 +5,15 @@ token: what it writes says which files are the corpus.
 """
 
 import re
-import shutil
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_jax.files import MAX_LISTED, check_free, local_path, replacing, some, write_json
 from gpt2_jax.tokenizer_files import is_tokenizer_file
 from gpt2_jax.training.manifest import (
     NAME,
     PARTS,
-    FileRecord,
     Manifest,
     check_record,
     read_manifest,
@@ -31,6 +29,14 @@ FOLDER_NAME = re.compile(r"shard-(\d+)-of-(\d+)")
 OWN_SETTINGS = {"train", "val", "shard", "tokenizer"}
 
 
+class Prepared(NamedTuple):
+    """A shard as it was prepared."""
+
+    path: Path
+    meta: dict[str, Any]
+    manifest: Manifest
+
+
 def shard_name(shard: Shard) -> str:
     """Returns what a shard's folder is called."""
     return f"shard-{shard.number:03}-of-{shard.count:03}"
@@ -39,11 +45,14 @@ def shard_name(shard: Shard) -> str:
 def shard_folders(folder: Path) -> dict[Path, Shard]:
     """Returns the shards in a folder, in their order."""
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    inside = folder.iterdir() if folder.is_dir() else []
+    for path in inside:
         match = FOLDER_NAME.fullmatch(path.name)
         if match and path.is_dir():
             found[path] = Shard(int(match[1]), int(match[2]))
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    # By their numbers and not their names, whose zeros may differ; then the same everywhere.
+    in_order = sorted(found, key=lambda path: (found[path], path.name))
+    return {path: found[path] for path in in_order}
 
 
 def merge(folder: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -64,44 +73,33 @@ def merge(folder: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
       CheckpointError: the folder is merged already, and `overwrite` is not set.
     """
     folder = local_path(folder)
+    # Before shards are read, which there may be thousands of.
     check_free(folder / NAME, overwrite=overwrite)
     shards = shard_folders(folder)
     _check_complete(folder, shards)
-    metas = {path: _meta_of(path, shard) for path, shard in shards.items()}
-    first = next(iter(shards))
-    for path, meta in metas.items():
-        _check_agree(first, metas[first], path, meta)
+    prepared = [_read_shard(path, shard) for path, shard in shards.items()]
+    first = prepared[0]
+    for other in prepared[1:]:
+        _check_settings(first, other)
+        _check_tokenizer(first, other)
     manifest: Manifest = {part: [] for part in PARTS}
-    for path, meta in metas.items():
-        for part, records in _checked_records(path, meta).items():
-            manifest[part] += records
-    meta = _merged_meta(list(metas.values()))
+    for each in prepared:
+        for part in PARTS:
+            manifest[part] += each.manifest[part]
     if not manifest["train"]:
-        raise DataError(
-            f"{folder}: expected something to train on, got {len(shards)} empty shards."
-        )
-    # The manifest last: without it the folder is not yet a corpus.
-    _copy_tokenizer(first, folder, overwrite=overwrite)
+        expected = "something to train on"
+        raise DataError(f"{folder}: expected {expected}, got {len(shards)} empty shards.")
+    meta = _merged_meta([each.meta for each in prepared])
+    _copy_tokenizer(first.path, folder, overwrite=overwrite)
     with replacing(folder / "meta.json", overwrite=overwrite) as temporary:
         write_json(temporary, meta)
+    # The manifest last: without it the folder is not yet a corpus.
     with replacing(folder / NAME, overwrite=overwrite) as temporary:
         write_manifest(temporary, manifest)
     return meta
 
 
-def _copy_tokenizer(source: Path, folder: Path, *, overwrite: bool) -> None:
-    """Copies the files of a tokenizer, in the place of those of another."""
-    before = [file for file in folder.iterdir() if is_tokenizer_file(file.name)]
-    for file in before:
-        check_free(file, overwrite=overwrite)
-    for file in sorted(source.iterdir()):
-        if is_tokenizer_file(file.name):
-            with replacing(folder / file.name, overwrite=overwrite) as temporary:
-                shutil.copyfile(file, temporary)
-    for file in before:
-        # What the other alone has would be read with it.
-        if not (source / file.name).is_file():
-            file.unlink()
+# Reading.
 
 
 def _check_complete(folder: Path, shards: dict[Path, Shard]) -> None:
@@ -114,73 +112,103 @@ def _check_complete(folder: Path, shards: dict[Path, Shard]) -> None:
     by_number: dict[int, Path] = {}
     for path, shard in shards.items():
         if shard.count != count:
-            raise DataError(
-                f"{folder}: expected shards of one count, got {first.name}, {path.name}."
-            )
+            names = f"{first.name}, {path.name}"
+            raise DataError(f"{folder}: expected shards of one count, got {names}.")
+        # Numbers may be spelled with more zeros and with fewer.
         if shard.number in by_number:
-            twice = f"{by_number[shard.number].name}, {path.name}"
-            raise DataError(f"{folder}: expected each shard once, got {twice}.")
+            names = f"{by_number[shard.number].name}, {path.name}"
+            raise DataError(f"{folder}: expected each shard once, got {names}.")
         by_number[shard.number] = path
-    # By what is there, as a count in a name may be anything.
-    if len(by_number) != count or max(by_number) > count or min(by_number) < 1:
-        n_missing = count - len(by_number.keys() & range(1, count + 1))
-        missing = (number for number in range(1, count + 1) if number not in by_number)
-        names = some(shard_name(Shard(number, count)) for number in islice(missing, MAX_LISTED))
-        expected = f"{count} shards, got {len(by_number)}"
-        raise DataError(f"{folder}: expected {expected}: {n_missing} missing, such as {names}.")
+    n_there = sum(1 <= number <= count for number in by_number)
+    if n_there == len(by_number) == count:
+        return
+    # The first few alone, as the count in a name may be anything.
+    missing = (number for number in range(1, count + 1) if number not in by_number)
+    names = some(shard_name(Shard(number, count)) for number in islice(missing, MAX_LISTED))
+    expected = f"{count} shards, got {len(by_number)}"
+    n_missing = count - n_there
+    raise DataError(f"{folder}: expected {expected}: {n_missing} missing, such as {names}.")
 
 
-def _meta_of(path: Path, shard: Shard) -> dict[str, Any]:
-    """Returns the `meta.json` of a shard, which must be that of the shard its folder is called."""
+def _read_shard(path: Path, shard: Shard) -> Prepared:
+    """Returns what a shard says of itself, its files under their names in the folder of all.
+
+    Raises:
+      DataError: it is another shard than its folder is called, or a file is not what it says.
+    """
     meta = read_meta(path)
     expected = f"{shard.number}/{shard.count}"
+    # A folder that was copied to another name would be read twice.
     if meta.get("shard") != expected:
         got = f"{meta.get('shard')!r:.40}"
         raise DataError(f'{path / "meta.json"}: expected the `shard` "{expected}", got {got}.')
-    return meta
-
-
-def _check_agree(first: Path, ours: dict[str, Any], path: Path, theirs: dict[str, Any]) -> None:
-    """Raises `DataError` where two shards are not of one corpus."""
-    for name in sorted((ours.keys() | theirs.keys()) - OWN_SETTINGS):
-        if ours.get(name) != theirs.get(name):
-            values = f"{ours.get(name)!r:.200} in {first.name}, {theirs.get(name)!r:.200}"
-            raise DataError(f"{first.parent}: expected one `{name}`, got {values} in {path.name}.")
-    names = {file.name for file in (*first.iterdir(), *path.iterdir())}
-    for name in sorted(filter(is_tokenizer_file, names)):
-        files = [folder / name for folder in (first, path)]
-        contents = [file.read_bytes() if file.is_file() else None for file in files]
-        if contents[0] != contents[1]:
-            where = f"two in {first.name} and {path.name}"
-            raise DataError(
-                f"{first.parent}: expected one tokenizer, got {where}, by their {name}."
-            )
-
-
-def _checked_records(path: Path, meta: dict[str, Any]) -> Manifest:
-    """Returns the files of a shard under the names that they have in the folder of all."""
     manifest = read_manifest(path)
     if manifest is None:
         raise DataError(f"{path}: expected a {NAME}; there is none.")
-    renamed = {}
-    for part, records in manifest.items():
-        for record in records:
-            file = token_file(path / record.name, meta.get("dtype", "uint16"))
-            check_record(file, record, meta.get("vocab_size", 0))
-        renamed[part] = [_renamed(record, path) for record in records]
-    return renamed
+    dtype = meta.get("dtype", "uint16")
+    vocab_size = meta.get("vocab_size", 0)
+    renamed: Manifest = {part: [] for part in PARTS}
+    for part in PARTS:
+        for record in manifest[part]:
+            file = token_file(path / record.name, dtype)
+            check_record(file, record, vocab_size)
+            name = f"{path.name}/{record.name}"
+            renamed[part].append(record._replace(name=name))
+    return Prepared(path, meta, renamed)
 
 
-def _renamed(record: FileRecord, path: Path) -> FileRecord:
-    return record._replace(name=f"{path.name}/{record.name}")
+def _check_settings(first: Prepared, other: Prepared) -> None:
+    """Raises `DataError` where two shards were not made of one corpus in one way."""
+    names = first.meta.keys() | other.meta.keys()
+    for name in sorted(names - OWN_SETTINGS):
+        ours = first.meta.get(name)
+        theirs = other.meta.get(name)
+        if ours != theirs:
+            got = f"{ours!r:.200} in {first.path.name}, {theirs!r:.200} in {other.path.name}"
+            raise DataError(f"{first.path.parent}: expected one `{name}`, got {got}.")
+
+
+def _check_tokenizer(first: Prepared, other: Prepared) -> None:
+    """Raises `DataError` where two shards have not one tokenizer."""
+    ours = _tokenizer_files(first.path)
+    theirs = _tokenizer_files(other.path)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            got = f"two in {first.path.name} and {other.path.name}, by their {name}"
+            raise DataError(f"{first.path.parent}: expected one tokenizer, got {got}.")
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a tokenizer by their names."""
+    files = [file for file in folder.iterdir() if is_tokenizer_file(file.name)]
+    return {file.name: file.read_bytes() for file in files}
+
+
+# Writing.
 
 
 def _merged_meta(metas: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns what `meta.json` says of several shards as one."""
-    merged = {name: value for name, value in metas[0].items() if name not in (*PARTS, "shard")}
+    common = metas[0].keys() - {*PARTS, "shard"}
+    merged = {name: value for name, value in metas[0].items() if name in common}
     for part in PARTS:
         counts = [meta[part] for meta in metas if part in meta]
         # A part that no shard has is not there.
         if counts:
             merged[part] = {name: sum(each[name] for each in counts) for name in counts[0]}
     return merged | {"shards": len(metas)}
+
+
+def _copy_tokenizer(source: Path, folder: Path, *, overwrite: bool) -> None:
+    """Copies the files of a tokenizer, in the place of those of another."""
+    copied = _tokenizer_files(source)
+    before = [file for file in folder.iterdir() if is_tokenizer_file(file.name)]
+    for file in before:
+        check_free(file, overwrite=overwrite)
+    for name, content in copied.items():
+        with replacing(folder / name, overwrite=overwrite) as temporary:
+            temporary.write_bytes(content)
+    for file in before:
+        # What the other alone has would be read with it.
+        if file.name not in copied:
+            file.unlink()

@@ -9,7 +9,7 @@ import pytest
 
 from gpt2_jax import Tokenizer
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.training import corpus, manifest
+from gpt2_jax.training import corpus, data, manifest
 from gpt2_jax.training.corpus import index, open_corpus, verify
 from gpt2_jax.training.data import Batches, Place
 from gpt2_jax.training.prepare import prepare
@@ -187,6 +187,21 @@ def test_of_large_files_without_a_manifest_a_sample_is_remembered(tmp_path, monk
         batches(0)
 
 
+def test_a_file_that_is_too_long_to_keep_its_order_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DRAWN_IDS", 30)
+    rows = {}
+    for count in (30, 31):
+        np.arange(count, dtype=np.uint16).tofile(tmp_path / "train.bin")
+        opened = open_corpus(tmp_path)
+        assert ("order" in opened.identity) == (count == 31)
+        batches = Batches(opened.train, batch_size=9, length=3, seed=0)
+        assert batches.windows_per_epoch == 9
+        rows[count] = batches(0)[:, 0]
+        # Whichever order it is, windows are there once.
+        assert np.diff(np.sort(rows[count])).tolist() == [3] * 8
+    assert np.argsort(rows[30]).tolist() != np.argsort(rows[31]).tolist()
+
+
 def test_many_files_have_one_identity_that_every_file_and_their_order_change(tmp_path):
     def identity(*parts):
         return open_corpus(numbered(tmp_path, *parts)).identity
@@ -203,9 +218,10 @@ def test_many_files_have_one_identity_that_every_file_and_their_order_change(tmp
 
 def test_with_a_manifest_no_file_is_read_through(tmp_path, monkeypatch):
     folder = numbered(tmp_path, [1, 2, 3], [4, 5])
-    written = index(folder)["train"]
-    assert [record.tokens for record in written] == [3, 2]
-    assert [record.max_id for record in written] == [3, 5]
+    assert index(folder) == {"files": 2, "tokens": 5, "bytes": 10}
+    written = json.loads((folder / "manifest.json").read_text())["train"]
+    assert [file["tokens"] for file in written] == [3, 2]
+    assert [file["max_id"] for file in written] == [3, 5]
 
     def scan(*args):
         raise AssertionError("a file was read")
@@ -313,9 +329,21 @@ def test_verify_names_all_that_differs(tmp_path, monkeypatch):
     open_corpus(folder)  # which looks at a sample
     with pytest.raises(DataError) as error:
         verify(folder)
-    first, second = str(error.value).splitlines()
+    first, second = str(error.value).splitlines()  # and the file between them is in order
     assert "train_00000.bin: expected, as manifest.json says, max_id 49, got 98; sha256 " in first
     assert "train_00002.bin: expected, as manifest.json says, max_id 29, got 98; sha256 " in second
+
+
+def test_verify_goes_on_behind_a_file_that_is_gone(tmp_path):
+    folder = numbered(tmp_path, [1, 2], [3, 4], [5, 6])
+    index(folder)
+    (folder / "train_00002.bin").unlink()
+    changed([1, 3])(folder / "train_00000.bin")
+    with pytest.raises(DataError) as error:
+        verify(folder)
+    first, second = str(error.value).splitlines()
+    assert "train_00002.bin: there is no such file" in first
+    assert "train_00000.bin: expected, as manifest.json says, max_id 2, got 3" in second
 
 
 def test_verify_without_a_manifest_looks_at_the_ids(tmp_path, monkeypatch):
@@ -347,5 +375,5 @@ def test_a_manifest_is_replaced_only_if_told(tmp_path):
     numbered(tmp_path, [1, 2], [3, 4])
     with pytest.raises(CheckpointError, match="manifest.json exists already"):
         index(folder)
-    assert len(index(folder, overwrite=True)["train"]) == 2
+    assert index(folder, overwrite=True)["files"] == 2
     assert ids_of(open_corpus(folder).train) == [1, 2, 3, 4]
