@@ -14,7 +14,7 @@ from gpt2_jax.training.prepare import SHARD_TOKENS, prepare
 from gpt2_jax.training.shards import merge
 from gpt2_jax.training.texts import Reading, Shard
 
-# What a folder that was prepared already may be given to, and what else may be given then.
+# What looks after a folder that is there, and what else may be given with it.
 CARE = {
     "merge": {"overwrite", "quiet"},
     "verify": {"quiet"},
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [name for name in CARE if getattr(args, name) is not None]
     if chosen:
         _check_alone(args, chosen[0])
-        # Interrupted, nothing is left in the folder.
+        # Interrupted, nothing is left in the folder; here as below.
         with unwinding():
             return _look_after(args, chosen[0])
     if not args.inputs or args.out is None:

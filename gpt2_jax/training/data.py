@@ -61,10 +61,19 @@ class Tokens:
         Raises:
           DataError: an id is outside the vocabulary, or the file is not what it was.
         """
-        ids = self._ids_of(place.file)[place.start : place.stop]
-        if self.vocab_size is not None:
-            self._check(place, ids, self.vocab_size)
-        return ids
+        return self.read_rows([place])[0]
+
+    def read_rows(self, places: Sequence[Place]) -> Integer[np.ndarray, "B T"]:
+        """Returns rows of one length.
+
+        Raises:
+          DataError: as `read`.
+        """
+        rows = np.stack([self._ids_of(p.file)[p.start : p.stop] for p in places])
+        # As they are read: to look at all before a run begins would read a corpus of terabytes.
+        if self.vocab_size is not None and (rows.max() >= self.vocab_size or rows.min() < 0):
+            self._refuse(places, rows, self.vocab_size)
+        return rows
 
     def _open(self, number: int) -> Integer[np.ndarray, " N"]:
         source = self.sources[number]
@@ -72,18 +81,16 @@ class Tokens:
             return source
         return source.map(is_random=len(self) > KEPT_IDS)
 
-    def _check(self, place: Place, ids: Integer[np.ndarray, " T"], vocab_size: int) -> None:
-        """Raises `DataError` where an id is outside the vocabulary."""
-        # As they are read: to look at all before a run begins would read a corpus of terabytes.
-        highest = ids.max(initial=0)
-        lowest = ids.min(initial=0)
-        if highest < vocab_size and lowest >= 0:
-            return
+    def _refuse(
+        self, places: Sequence[Place], rows: Integer[np.ndarray, "B T"], vocab_size: int
+    ) -> None:
+        """Raises `DataError` for the first id that is outside the vocabulary."""
+        row, column = divmod(first_outside(rows, vocab_size), rows.shape[1])
+        place = places[row]
         source = self.sources[place.file]
         name = "An array of ids" if isinstance(source, np.ndarray) else source.path
-        offset = first_outside(ids, vocab_size)
         expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
-        got = f"{ids[offset]} at {place.start + offset}"
+        got = f"{rows[row, column]} at {place.start + column}"
         raise DataError(f"{name}: expected {expected}, got {got}.")
 
 
@@ -95,8 +102,8 @@ def _size_of(source: TokenFile | Integer[np.ndarray, " N"]) -> int:
 Ids = Tokens | Integer[np.ndarray, " N"]  # a single array is as a single file
 
 
-def first_outside(ids: Integer[np.ndarray, " N"], vocab_size: int) -> int:
-    """Returns where the first id stands that is outside the vocabulary."""
+def first_outside(ids: Integer[np.ndarray, "..."], vocab_size: int) -> int:
+    """Returns where the first id stands that is outside the vocabulary, counted through rows."""
     return int(np.argmax((ids >= vocab_size) | (ids < 0)))
 
 
@@ -196,10 +203,9 @@ class Batches:
             expected = f"rows `start` < `stop` of a batch of {self.batch_size}"
             raise ValueError(f"Expected {expected}, got {start} and {stop}.")
         n_before = cursor * self.batch_size  # windows are counted through all epochs
-        places = self._places(n_before + start, n_before + stop)
-        windows = [self.tokens.read(place) for place in places]
+        places = list(self._places(n_before + start, n_before + stop))
         # JAX's own integer, whichever the files hold.
-        return np.stack(windows).astype(np.int32)
+        return self.tokens.read_rows(places).astype(np.int32)
 
     def _places(self, first: int, last: int) -> Iterator[Place]:
         """Yields where windows `first` to `last` lie, counted through all epochs."""

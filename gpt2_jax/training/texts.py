@@ -1,6 +1,6 @@
 """Texts and their documents: read, parted, divided for validation, cut into pieces. Knows strings.
 
-What is written here is read by `corpus.py`, which makes ids of it.
+What comes from here goes to `prepare.py`, which makes ids of it.
 """
 
 import hashlib

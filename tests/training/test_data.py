@@ -131,11 +131,13 @@ def test_each_process_reads_its_rows_of_the_one_batch(sizes, monkeypatch):
     batches = Batches(tokens, batch_size=12, length=10, seed=7)
     whole = [batches(cursor) for cursor in range(9)]
     read = []
-    monkeypatch.setattr(
-        Tokens,
-        "read",
-        lambda self, place, read_=Tokens.read: read.append(place) or read_(self, place),
-    )
+    read_rows = Tokens.read_rows
+
+    def read_and_count(self, places):
+        read.extend(places)
+        return read_rows(self, places)
+
+    monkeypatch.setattr(Tokens, "read_rows", read_and_count)
     for n_processes in (1, 2, 3, 12):
         n_rows = 12 // n_processes
         for cursor in (8, 0, 3):  # of the third, rows of two epochs
