@@ -14,7 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 import gpt2_jax
 from gpt2_jax.hf_tokenizer import HFTokenizer
 from gpt2_jax.pretrained import weights
-from gpt2_jax.training.corpus import open_corpus, prepare
+from gpt2_jax.training.corpus import open_corpus
+from gpt2_jax.training.prepare import prepare
 from gpt2_jax.training.texts import Reading, documents
 from tests.reference import TINY, hf_model, ours
 

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "gpt2_jax"
 CLUSTERS = {"pretrained", "generation", "training", "evaluation", "interpretability", "commands"}
 # Edges between clusters, each with what it is for.
 ALLOWED = {
-    ("training/corpus.py", "pretrained"),  # the tokenizer of a checkpoint
+    ("training/vocabularies.py", "pretrained"),  # the tokenizer of a checkpoint
     # Weights to start from, and the export of those that came out.
     ("training/run.py", "pretrained"),
     ("training/run.py", "generation"),  # a sample text to look at

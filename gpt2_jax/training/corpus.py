@@ -1,343 +1,73 @@
-"""A corpus in a folder: written from texts with the vocabulary that is asked for; opened for a run.
+"""A corpus in a folder, opened for a run; looked through, and described for later openings.
 
-Alone knows what lies in such a folder: `train.bin` and `val.bin` as `data.py` reads them, a
-`meta.json` that describes them, and the files of a tokenizer. Nothing of models or training.
+Knows what lies in such a folder: token files, a `meta.json` that says how they were made, a
+`manifest.json` that says what they are, the files of a tokenizer. Nothing of models or training.
 """
 
-import contextlib
-import multiprocessing
-import os
-import re
-import tempfile
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Integer
 from tqdm import tqdm
 
-from gpt2_jax.byte_spelling import byte_chars
-from gpt2_jax.files import local_path, replacing, write_json
-from gpt2_jax.pretrained.loading import load_tokenizer
+from gpt2_jax.files import local_path, replacing, some
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.tokenizer_files import is_tokenizer_file
-from gpt2_jax.tokenizer_settings import END_OF_TEXT
-from gpt2_jax.tokenizer_template import NO_TEMPLATE
-from gpt2_jax.training.data import DataError, fingerprint, open_tokens, read_meta
-from gpt2_jax.training.texts import Parts, Reading, Span, read_documents, spans, split
+from gpt2_jax.training import order
+from gpt2_jax.training.data import Tokens, is_order_drawn
+from gpt2_jax.training.manifest import (
+    NAME,
+    PARTS,
+    FileRecord,
+    Manifest,
+    check_record,
+    check_same,
+    identity_of,
+    read_manifest,
+    record_of,
+    sample_of,
+    scan,
+    write_manifest,
+)
+from gpt2_jax.training.shards import shard_folders
+from gpt2_jax.training.token_files import (
+    DataError,
+    TokenFile,
+    find_token_files,
+    read_meta,
+    token_file,
+)
+from gpt2_jax.training.vocabularies import tokenizer_of
 
-MAX_BPE = 2**24  # tokens of a "bpe", a hundred times the largest in use
-MIN_CHARACTERS_FOR_WORKERS = 2**25  # fewer are encoded sooner than processes start
 GPT2_VOCAB_SIZE = 50257
-SMALLEST_BPE = 257  # the bytes and the end of a text
-READING = Reading()  # plain texts, as they are
+WHOLE_BYTES = 2**30  # files of up to so many are read at the start; larger ones by a sample
 
 
 class Corpus(NamedTuple):
     """What `prepare`, or a `prepare.py` of nanoGPT's or llm.c's, left in a folder."""
 
-    train: Integer[np.ndarray, " N"]  # ids
-    val: Integer[np.ndarray, " M"] | None
+    train: Tokens
+    val: Tokens | None
     tokenizer: Tokenizer | None
     vocab_size: int
     bytes_per_token: float | None  # of the validation text, where it is known
     identity: dict[str, Any]  # tells this data from other data
 
 
-class Encoding(NamedTuple):
-    """How documents become ids on disk."""
+class Description(NamedTuple):
+    """What a folder says of its token files."""
 
-    tokenizer: Tokenizer
-    separator: list[int]  # what is written after each document
-    dtype: np.dtype
-    n_workers: int
-
-
-class Piece(NamedTuple):
-    """A part of a text, encoded."""
-
-    ids: list[int]
-    n_characters: int
-    ends_text: bool  # whether it is the last one of its text
+    folder: Path
+    meta: dict[str, Any]
+    manifest: Manifest | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
 
 
-# Writing.
+class Part(NamedTuple):
+    """The token files of training or of validation, opened."""
 
-
-def prepare(
-    inputs: Iterable[str | Path],
-    out: str | Path,
-    *,
-    tokenizer: str | Path = "gpt2",
-    vocab_size: int | None = None,
-    val_fraction: float = 0.1,
-    reading: Reading = READING,
-    workers: int | None = None,
-    missing_bytes: str = "error",
-    overwrite: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Writes a folder with `train.bin`, `val.bin`, `meta.json` and the tokenizer, all or nothing.
-
-    The end of a text is marked after each document, if there are several and the vocabulary has a
-    token for it; where the tokenizer itself adds tokens to each text, these mark it. So one text
-    with `val_fraction=0.1` becomes the very files of nanoGPT's `data/shakespeare` and
-    `data/shakespeare_char`.
-
-    Args:
-      inputs: text files in UTF-8, folders of `*.txt`, or "-" for standard input; or files of
-        records (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`) and folders of them. All may be
-        packed (`.gz`, `.zst`).
-      out: the folder to write.
-      tokenizer: "gpt2"; "char", a token for each character of the text; "bpe", trained on the
-        training part; or the folder, hub id or "demo" of a model, whose tokenizer it is.
-      vocab_size: tokens of a "bpe".
-      val_fraction: how much of each file is for validation: its last documents or, of a single
-        document, its last characters. 0 writes no `val.bin`.
-      reading: which field of records is their text; whether the lines of each paragraph are
-        joined, as printed books need it; and whether `<|endoftext|>`, which parts the documents of
-        a file wherever it stands, is text instead.
-      workers: processes; by default one for each core.
-      missing_bytes: what becomes of bytes that a model's vocabulary lacks: "error" raises, "drop"
-        passes over them, as HF does.
-      overwrite: replaces the files of an `out` that is not empty.
-      progress: shows a bar on standard error.
-
-    Returns:
-      The contents of `meta.json`: `dtype`, `vocab_size`, `eot_id`; of `train` and `val` each the
-      number of `tokens`, UTF-8 `bytes` and `documents`; and the arguments.
-
-    Raises:
-      DataError: an input is missing, empty, damaged or not UTF-8, or holds records and
-        `reading.field` is none of theirs; or an argument is out of range.
-      CheckpointError: `out` is in use, or there is no such tokenizer.
-      ImportError: an input is one for `pyarrow`, which is not installed.
-    """
-    _check_arguments(tokenizer, vocab_size, val_fraction, workers)
-    names = [str(name) for name in inputs]
-    with replacing(out, overwrite=overwrite, keep=_is_no_file_of_ours) as folder:
-        files = list(read_documents(names, reading))
-        # Before the split: both files mark the ends of documents, or neither does.
-        n_documents = sum(len(texts) for texts in files)
-        # File by file, so that each is in both parts.
-        parts = split(files, val_fraction)
-        del files  # a document that was cut in two is held once from here on
-        if not parts.train:
-            raise DataError("There is nothing to train on: expected at least one text.")
-        made = make_tokenizer(tokenizer, parts, vocab_size, missing_bytes=missing_bytes)
-        encoding = _make_encoding(made, n_documents, workers or os.cpu_count() or 1)
-
-        folder.mkdir()
-        meta: dict[str, Any] = {
-            "dtype": encoding.dtype.name,
-            "vocab_size": made.vocab_size,
-            "eot_id": made.eot_id,
-        }
-        meta["train"] = _write_part(folder / "train.bin", parts.train, encoding, progress)
-        if parts.val:
-            meta["val"] = _write_part(folder / "val.bin", parts.val, encoding, progress)
-        # Names without folders: what a corpus says of itself is the same on every machine.
-        meta["inputs"] = [Path(name).name for name in names]
-        meta["tokenizer"] = str(tokenizer)
-        meta["val_fraction"] = val_fraction
-        meta |= reading._asdict()
-        write_json(folder / "meta.json", meta)
-        made.save(folder)
-    return meta
-
-
-def encode(tokenizer: Tokenizer, texts: list[str], n_workers: int) -> Iterator[Piece]:
-    """Yields texts piece by piece, in order. Short ones are encoded here, without workers."""
-    # Bounds alone, no text is copied.
-    if tokenizer.is_seamless:
-        pieces = list(spans(texts))
-    else:
-        pieces = [Span(text, 0, len(text)) for text in texts]
-    # A generator: pieces are cut out as workers ask for them, since together they are the corpus.
-    cut_out = (piece.cut() for piece in pieces)
-    n_characters = sum(len(text) for text in texts)
-    with contextlib.ExitStack() as stack:
-        if n_workers == 1 or n_characters < MIN_CHARACTERS_FOR_WORKERS:
-            encoded = map(partial(tokenizer.encode, add_special_tokens=False), cut_out)
-        else:
-            # Not forked: JAX, which `import gpt2_jax` brings, has threads, and a fork may hang.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(n_workers, _start_worker, (tokenizer,)))
-            # In order, and as they come: `map` would wait for the whole corpus and hold it.
-            encoded = pool.imap(_encode_in_worker, cut_out)
-        for piece, ids in zip(pieces, encoded, strict=True):
-            ends_text = piece.end == len(piece.text)
-            if piece.start == 0:
-                ids = [*tokenizer.template.before, *ids]
-            if ends_text:
-                ids = [*ids, *tokenizer.template.after]
-            yield Piece(ids=ids, n_characters=piece.end - piece.start, ends_text=ends_text)
-
-
-def _is_no_file_of_ours(name: str) -> bool:
-    """Returns whether a file may stay where token files are written anew: a text, for one."""
-    return name not in ("train.bin", "val.bin", "meta.json") and not is_tokenizer_file(name)
-
-
-def _check_arguments(
-    tokenizer: str | Path, vocab_size: int | None, val_fraction: float, workers: int | None
-) -> None:
-    """Raises `DataError` where an argument of `prepare` is out of range."""
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"`val_fraction` must be in [0, 1), got {val_fraction}.")
-    # Given for another tokenizer, it would be passed over without a word.
-    trains_bpe = tokenizer == "bpe"
-    if trains_bpe != (vocab_size is not None):
-        raise DataError(
-            '`vocab_size` is for the tokenizer "bpe", which needs it; '
-            f'got {vocab_size} for "{tokenizer}".'
-        )
-    if vocab_size is not None and vocab_size > MAX_BPE:  # it would be made room for at once
-        raise DataError(f"`vocab_size` must be at most {MAX_BPE}, got {vocab_size}.")
-    if workers is not None and workers < 1:
-        raise DataError(f"`workers` must be at least 1, got {workers}.")
-
-
-def _make_encoding(tokenizer: Tokenizer, n_documents: int, n_workers: int) -> Encoding:
-    """Returns how documents are written with a tokenizer."""
-    separator = []
-    # A single text gets no mark, as in nanoGPT: nothing follows that it would be parted from.
-    is_marked = tokenizer.template != NO_TEMPLATE  # by the tokenizer
-    if n_documents > 1 and tokenizer.eot_id is not None and not is_marked:
-        separator = [tokenizer.eot_id]
-    # `vocab_size` is the largest id plus one, so that 2^16 itself still fits.
-    fits_16_bits = tokenizer.vocab_size <= 2**16
-    dtype = np.dtype("uint16" if fits_16_bits else "uint32")
-    return Encoding(tokenizer, separator, dtype, n_workers)
-
-
-def _write_part(file: Path, texts: list[str], encoding: Encoding, progress: bool) -> dict[str, int]:
-    """Writes a token file; returns what `meta.json` says of it."""
-    n_tokens = 0
-    bar = tqdm(  # counts characters: how many tokens there will be, nobody knows before
-        total=sum(len(text) for text in texts),
-        desc=file.stem,
-        unit="char",
-        unit_scale=True,
-        disable=not progress,
-    )
-    with file.open("wb") as opened, bar:
-        for piece in encode(encoding.tokenizer, texts, encoding.n_workers):
-            ids = piece.ids
-            if piece.ends_text:
-                ids = ids + encoding.separator
-            opened.write(np.array(ids, encoding.dtype).tobytes())
-            n_tokens += len(ids)
-            bar.update(piece.n_characters)
-    # Text by text: the corpus as bytes would be one more corpus in memory.
-    n_bytes = sum(len(text.encode()) for text in texts)
-    return {"tokens": n_tokens, "bytes": n_bytes, "documents": len(texts)}
-
-
-# What a worker does. It gets the tokenizer once, when its process starts, not with each piece.
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-
-
-def _encode_in_worker(text: str) -> list[int]:
-    return _worker_tokenizer.encode(text, add_special_tokens=False)
-
-
-# Tokenizers.
-
-
-def make_tokenizer(
-    kind: str | Path, parts: Parts, vocab_size: int | None, *, missing_bytes: str = "error"
-) -> Tokenizer:
-    """Returns the tokenizer that `prepare` was asked for: "gpt2", "char", "bpe" or a model's.
-
-    Raises:
-      CheckpointError: there is no such model.
-      DataError, ImportError: as `train_bpe`.
-      FileNotFoundError, ValueError: as `load_tokenizer`, of a model.
-    """
-    if kind == "gpt2":
-        return Tokenizer.gpt2()
-    if kind == "char":
-        # Of both parts: validation must not meet a character without a token.
-        return char_tokenizer(parts.train + parts.val)
-    if kind == "bpe":
-        if vocab_size is None:
-            raise DataError('`vocab_size` must be given for the tokenizer "bpe".')
-        # Not of both parts: a vocabulary fitted to the validation text would flatter its loss.
-        return train_bpe(parts.train, vocab_size)
-    return load_tokenizer(kind, missing_bytes=missing_bytes)
-
-
-def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer with a token for each character of the texts, ids by code point.
-
-    It is a byte-level BPE like any other: the bytes of a character that has several are merged from
-    the left. These bytes and the beginnings of such characters get the ids after those of the
-    characters.
-    """
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text)
-    return tokenizer_of(sorted(characters))
-
-
-def tokenizer_of(characters: list[str]) -> Tokenizer:
-    """Returns a tokenizer with a token for each of some characters, ids in their order."""
-    spellings = [_spelling(character) for character in characters]
-    vocab: dict[str, int] = {}
-    for spelling in spellings:
-        vocab["".join(spelling)] = len(vocab)
-    merges: dict[tuple[str, str], None] = {}  # a set that keeps its order
-    for spelling in spellings:
-        for byte in spelling:
-            vocab.setdefault(byte, len(vocab))  # one byte alone may be a character, with its id
-        prefix = spelling[0]
-        for byte in spelling[1:]:
-            merges[prefix, byte] = None
-            prefix += byte
-            vocab.setdefault(prefix, len(vocab))
-    return Tokenizer(vocab, merges)
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Returns a byte-level BPE trained on texts; id 0 is `<|endoftext|>`.
-
-    Raises:
-      DataError: `vocab_size` is too small for the 256 bytes.
-      ImportError: `tokenizers` is not installed.
-    """
-    if vocab_size < SMALLEST_BPE:
-        raise DataError(
-            f"`vocab_size` must be at least {SMALLEST_BPE}, the bytes and {END_OF_TEXT}; "
-            f"got {vocab_size}."
-        )
-    try:
-        from tokenizers import ByteLevelBPETokenizer
-    except ImportError:
-        raise ImportError(
-            'Training a vocabulary needs `tokenizers`: pip install "gpt2_jax[train]".'
-        ) from None
-    trained = ByteLevelBPETokenizer()
-    # In pieces, which change no count of pairs: whole books would take the library longer.
-    pieces = (span.cut() for span in spans(texts))
-    trained.train_from_iterator(
-        pieces, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
-    )
-    # By way of its files: they are what our tokenizer reads.
-    with tempfile.TemporaryDirectory() as folder:
-        trained.save_model(folder)
-        return Tokenizer.load(folder)
-
-
-def _spelling(character: str) -> list[str]:
-    """Returns the bytes of a character in the letters of a vocabulary file, one for each byte."""
-    return [byte_chars()[byte] for byte in character.encode()]
+    tokens: Tokens
+    identity: dict[str, Any]
 
 
 # Opening.
@@ -346,63 +76,263 @@ def _spelling(character: str) -> list[str]:
 def open_corpus(folder: str | Path) -> Corpus:
     """Opens a folder's `train.bin` and, where there are, its `val.bin`, `meta.json` and tokenizer.
 
-    The token files may also be numpy's or llm.c's, under names such as `fineweb_train_000001.npy`.
-    nanoGPT's `meta.pkl` is read too, and its characters are the tokenizer.
+    Each part may be many files, `train_00000.bin`, `train_00001.bin`, ...; they may also be numpy's
+    or llm.c's, under names such as `fineweb_train_000001.npy`. nanoGPT's `meta.pkl` is read too,
+    and its characters are the tokenizer.
+
+    Where there is a `manifest.json`, no file is read but for its first bytes and a sample, which
+    must be what the manifest says. Without one, files of together at most `WHOLE_BYTES` are read
+    through; of larger ones a sample tells this data from other data, and ids are checked as they
+    are read.
 
     Raises:
-      DataError: there is no `train.bin` or the like, or there are several; or a file is damaged,
-        too short, of another kind, or holds ids outside the vocabulary.
+      DataError: there is no `train.bin` or the like, or files of several kinds, or a number is
+        missing; or a file is damaged, too short, of another kind, not what `manifest.json` or
+        `meta.json` says, or holds ids outside the vocabulary.
     """
     folder = local_path(folder)
+    described = _described(folder, read_manifest(folder))
+    train = _open_part(described, "train")
+    if train is None:
+        raise DataError(_nothing_to_train_on(folder))
+    val = _open_part(described, "val")
+    identity = {"train": train.identity}
+    if val is not None:
+        identity["val"] = val.identity
+        _check_predicts(folder, val.tokens)
+    # Only where it is new: a run that was begun before there were others goes on.
+    if not is_order_drawn(train.tokens):
+        identity["order"] = {"name": order.NAME}
+    return Corpus(
+        train=train.tokens,
+        val=val.tokens if val else None,
+        tokenizer=described.tokenizer,
+        vocab_size=described.vocab_size,
+        bytes_per_token=_bytes_per_token(described.meta),
+        identity=identity,
+    )
+
+
+def _described(folder: Path, manifest: Manifest | None) -> Description:
+    """Returns what a folder says of its token files."""
     meta = read_meta(folder)
-    train_file = _token_file(folder, "train")
-    if train_file is None:
-        raise DataError(
-            f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
-        )
     tokenizer = _tokenizer_in(folder, meta)
     vocab_size = meta.get("vocab_size", GPT2_VOCAB_SIZE)
     # Of characters, the bytes of some have ids too, which a model must have for its tokenizer's
     # sake.
     if "itos" in meta and tokenizer is not None:
         vocab_size = max(vocab_size, tokenizer.vocab_size)
-    train = open_tokens(train_file, vocab_size=vocab_size)
-    identity = {"train": fingerprint(train_file)}
-    val = None
-    val_file = _token_file(folder, "val")
-    if val_file is not None:
-        val = open_tokens(val_file, vocab_size=vocab_size)
-        if len(val) < 2:
-            raise DataError(f"{val_file}: expected at least 2 ids, to predict one, got {len(val)}.")
-        identity["val"] = fingerprint(val_file)
-    return Corpus(
-        train=train,
-        val=val,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        bytes_per_token=_bytes_per_token(meta),
-        identity=identity,
-    )
+    return Description(folder, meta, manifest, tokenizer, vocab_size)
 
 
-def _token_file(folder: Path, part: str) -> Path | None:
-    """Returns the token file of a part, "train" or "val".
+def _nothing_to_train_on(folder: Path) -> str:
+    """Returns what to say of a folder without a training part."""
+    shards = shard_folders(folder)
+    if shards:
+        advice = f"`gpt2-jax prepare --merge {folder}`"
+        return f"{folder}: expected `train.bin`, got {len(shards)} shards: merge them, {advice}."
+    return f"{folder}: expected `train.bin`, which `prepare_data.py` writes; it is not there."
 
-    That is `train.bin`, `train.npy`, or a name such as llm.c's `tiny_shakespeare_train.bin`.
+
+def _open_part(described: Description, part: str) -> Part | None:
+    """Returns a part of a corpus, or None where there is none."""
+    files = _files_of(described, part)
+    if not files:
+        return None
+    tokens = Tokens(files, vocab_size=described.vocab_size)
+    records = _records_of(described, part)
+    n_bytes = [file.path.stat().st_size for file in files]
+    if records:
+        for file, record in zip(files, records, strict=True):
+            check_record(file, record, described.vocab_size)
+        return Part(tokens, identity_of("sha256", n_bytes, [r.sha256 for r in records]))
+    # Whole where that takes a second or two: a bad id is found now, not days later in its batch.
+    if sum(n_bytes) <= WHOLE_BYTES:
+        digests = [scan(file, described.vocab_size).sha256 for file in files]
+        return Part(tokens, identity_of("sha256", n_bytes, digests))
+    return Part(tokens, identity_of("sample", n_bytes, [sample_of(file.path) for file in files]))
+
+
+def _records_of(described: Description, part: str) -> list[FileRecord]:
+    """Returns what the manifest says of the files of a part; nothing without one."""
+    return described.manifest[part] if described.manifest else []
+
+
+def _files_of(described: Description, part: str) -> list[TokenFile]:
+    """Returns the files of a part and how ids lie in them.
 
     Raises:
-      DataError: several files may be it.
+      DataError: they are not all there, not of one dtype, or hold another number of ids than
+        `meta.json` says.
     """
-    # The plain names first: among other files, one of these is what is meant.
-    for name in (f"{part}.bin", f"{part}.npy"):
-        if (folder / name).is_file():
-            return folder / name
-    pattern = re.compile(rf".*_{part}(_\d+)?\.(bin|npy)")
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    names = [file.name for file in files if pattern.fullmatch(file.name)]
-    if len(names) > 1:
-        raise DataError(f"{folder}: expected one file of tokens for {part}, got {names[:10]}.")
-    return folder / names[0] if names else None
+    folder = described.folder
+    dtype = described.meta.get("dtype", "uint16")
+    files = [token_file(path, dtype) for path in _paths_of(described, part)]
+    for file in files:
+        if file.dtype != files[0].dtype:
+            first = f"{files[0].dtype.name} as in {files[0].path.name}"
+            raise DataError(f"{file.path}: expected ids of {first}, got {file.dtype.name}.")
+    n_ids = sum(file.n_ids for file in files)
+    said = described.meta.get(part, {}).get("tokens", n_ids)
+    # A file of int32 has twice as many uint16, and would be trained on all the same.
+    if files and said != n_ids:
+        where = files[0].path if len(files) == 1 else f"{folder}, {len(files)} files of {part}"
+        kind = files[0].dtype.name
+        raise DataError(f"{where}: expected {said} {kind} ids, as meta.json says, got {n_ids}.")
+    return files
+
+
+def _paths_of(described: Description, part: str) -> list[Path]:
+    """Returns the files of a part, which the manifest lists or, without one, their names tell."""
+    folder = described.folder
+    meant = find_token_files(folder, part)
+    if described.manifest is None:
+        return meant
+    listed = [record.name for record in described.manifest[part]]
+    # What came after it was written would be passed over without a word.
+    others = [path.name for path in meant if path.name not in listed]
+    if others:
+        advice = f"`gpt2-jax prepare --index {folder} --overwrite` writes it anew"
+        raise DataError(
+            f"{folder}: expected the files of {NAME}, got {some(others)} too: {advice}."
+        )
+    return [folder / name for name in listed]
+
+
+def _check_predicts(folder: Path, tokens: Tokens) -> None:
+    """Raises `DataError` where a validation part has no id to predict."""
+    longest = int(tokens.sizes.max())
+    if longest < 2:
+        source = tokens.sources[0]
+        where = source.path if isinstance(source, TokenFile) else folder
+        raise DataError(f"{where}: expected at least 2 ids, to predict one, got {longest}.")
+
+
+# Looking through.
+
+
+def verify(folder: str | Path, *, progress: bool = False) -> dict[str, int]:
+    """Reads all files of a corpus and compares them with its `manifest.json` and `meta.json`.
+
+    Without a manifest it is the ids and their numbers that are checked.
+
+    Args:
+      folder: of token files.
+      progress: shows a bar on standard error.
+
+    Returns:
+      How many `files`, `tokens` and `bytes` there are.
+
+    Raises:
+      DataError: something differs; the message names all files that do, and both values.
+    """
+    folder = local_path(folder)
+    described = _described(folder, read_manifest(folder))
+    problems = []
+    found = []
+    for part in PARTS:
+        try:
+            # All that names and sizes tell: numbers, dtypes, what `meta.json` says of all files.
+            files = _files_of(described, part)
+            if part == "train" and not files:
+                raise DataError(_nothing_to_train_on(folder))
+        except DataError as error:
+            problems.append(str(error))
+        for looked_at in _verified(described, part, progress):
+            if isinstance(looked_at, DataError):
+                problems.append(str(looked_at))
+            else:
+                found.append(looked_at)
+    if problems:
+        # What is wrong with a file alone is found by both ways of looking.
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    return counts_of(found)
+
+
+def _verified(
+    described: Description, part: str, progress: bool
+) -> Iterator[FileRecord | DataError]:
+    """Yields what each file of a part is, or what is wrong with it."""
+    try:
+        paths = _paths_of(described, part)
+    except DataError as error:
+        yield error
+        return
+    dtype = described.meta.get("dtype", "uint16")
+    # Without a manifest there is nothing to compare with, and the ids are what is checked.
+    said = _records_of(described, part) or [None] * len(paths)
+    for path, record in zip(_watched(paths, part, progress), said, strict=True):
+        try:
+            file = token_file(path, dtype)
+            found = record_of(file, _name(described, path), scan(file, described.vocab_size))
+            if record is not None:
+                check_same(path, record, found)
+        except DataError as error:
+            yield error
+        else:
+            yield found
+
+
+def index(folder: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, int]:
+    """Reads all token files of a folder and writes its `manifest.json`.
+
+    For files that others made, nanoGPT's or llm.c's: opened with it, they are not read again. A run
+    on a single file remembers the same of it with and without.
+
+    Args:
+      folder: of token files.
+      overwrite: replaces a manifest that is there.
+      progress: shows a bar on standard error.
+
+    Returns:
+      How many `files`, `tokens` and `bytes` there are.
+
+    Raises:
+      DataError: as `open_corpus`.
+      CheckpointError: there is a manifest, and `overwrite` is not set.
+    """
+    folder = local_path(folder)
+    described = _described(folder, None)  # what one says that is there is no matter
+    manifest: Manifest = {}
+    with replacing(folder / NAME, overwrite=overwrite) as temporary:
+        for part in PARTS:
+            files = _files_of(described, part)
+            if part == "train" and not files:
+                raise DataError(_nothing_to_train_on(folder))
+            manifest[part] = []
+            for looked_at in _verified(described, part, progress):
+                if isinstance(looked_at, DataError):
+                    raise looked_at
+                manifest[part].append(looked_at)
+        write_manifest(temporary, manifest)
+    return counts_of([record for records in manifest.values() for record in records])
+
+
+def counts_of(records: list[FileRecord]) -> dict[str, int]:
+    """Returns how many `files`, `tokens` and `bytes` there are."""
+    return {
+        "files": len(records),
+        "tokens": sum(record.tokens for record in records),
+        "bytes": sum(record.bytes for record in records),
+    }
+
+
+def _name(described: Description, path: Path) -> str:
+    """Returns how a manifest calls a file."""
+    return path.relative_to(described.folder).as_posix()
+
+
+def _watched(paths: list[Path], part: str, progress: bool) -> Iterator[Path]:
+    """Yields files, and shows on standard error how far they are."""
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    bar = tqdm(total=sum(sizes), desc=part, unit="B", unit_scale=True, disable=not progress)
+    with bar:
+        for path, size in zip(paths, sizes, strict=True):
+            yield path
+            bar.update(size)
+
+
+# What goes with the files.
 
 
 def _tokenizer_in(folder: Path, meta: dict[str, Any]) -> Tokenizer | None:

@@ -1,344 +1,273 @@
-"""Token files to batches. Knows numbers on disk; nothing of text, models or arrays on devices.
+"""Token files to batches. Knows ids and where they lie; nothing of text, models or devices.
 
-A token file is nothing but ids, `uint16` or `uint32`, one after the other; `meta.json` beside it
-says which. nanoGPT's `train.bin` and `val.bin` are such files. Those of llm.c begin with a header,
-and numpy's `.npy` are read too.
+Of several files each is a text of its own: no window goes on from one into the next.
 
-Axes: B rows of a batch, T ids of a row, N ids of a file, W windows of an epoch.
+Axes: B rows of a batch, T ids of a row, N ids of a file, F files, W windows of an epoch.
 """
 
-import hashlib
-import pickle
-import zipfile
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer
 
-from gpt2_jax.files import LFS_MAGIC, STAND_INS, read_json_object
+from gpt2_jax.training import order
+from gpt2_jax.training.token_files import DataError, TokenFile
 
-IDS_PER_CHECK = 2**24  # looked at in one go: 32 MiB of uint16, as files may be larger than memory
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the numbers."""
-
-
-# Files.
+OPEN_FILES = 256  # mapped at a time: each holds one of the 1,024 handles that most systems give
+# Of all files, 64 GiB of uint16: so many a machine may keep in memory. Of more, what the system
+# reads around a window is gone before it is wanted: where that was 8 MiB, 480 windows took 3 s.
+KEPT_IDS = 2**35
+DRAWN_IDS = 2**34  # of one file; more, and an order that is kept would take 128 MiB of each epoch
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """Returns what `meta.json` in a folder of token files says of them, or nanoGPT's `meta.pkl`.
+class Place(NamedTuple):
+    """A row of ids in a file."""
 
-    Of the second come `vocab_size` and, where it has them, `itos`, the token of each id, in order.
-    A folder with neither gives an empty dict.
+    file: int
+    start: int
+    stop: int
 
-    Raises:
-      DataError: the file is not a JSON object, its `dtype` is neither uint16 nor uint32, or the
-        pickle is damaged or holds more than plain data.
+
+class Tokens:
+    """The ids of one or several token files, each mapped into memory when it is first read.
+
+    Args:
+      sources: the files, or arrays of ids.
+      vocab_size: ids are checked to be below it as they are read; None leaves them unchecked.
     """
-    file = Path(folder) / "meta.json"
-    if not file.is_file():
-        pickled = file.with_suffix(".pkl")  # as nanoGPT's `prepare.py` writes it
-        return _read_pickle(pickled) if pickled.is_file() else {}
-    try:
-        meta = read_json_object(file)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    dtype = meta.get("dtype", "uint16")
-    if dtype not in ("uint16", "uint32"):
-        raise DataError(f'{file}: expected the `dtype` "uint16" or "uint32", got {dtype!r}.')
-    _check_counts(file, meta)
-    return meta
+
+    def __init__(
+        self,
+        sources: Sequence[TokenFile | Integer[np.ndarray, " N"]],
+        *,
+        vocab_size: int | None = None,
+    ):
+        self.sources = list(sources)
+        self.vocab_size = vocab_size
+        self.sizes = np.array([_size_of(source) for source in self.sources], np.int64)  # [F]
+        # What has not been read for the longest is closed.
+        self._ids_of = lru_cache(maxsize=OPEN_FILES)(self._open)
+
+    def __len__(self) -> int:
+        """Returns how many ids there are."""
+        return int(self.sizes.sum())
+
+    def read(self, place: Place) -> Integer[np.ndarray, " T"]:
+        """Returns a row of ids.
+
+        Raises:
+          DataError: an id is outside the vocabulary, or the file is not what it was.
+        """
+        return self.read_rows([place])[0]
+
+    def read_rows(self, places: Sequence[Place]) -> Integer[np.ndarray, "B T"]:
+        """Returns rows of one length.
+
+        Raises:
+          DataError: as `read`.
+        """
+        rows = np.stack([self._ids_of(p.file)[p.start : p.stop] for p in places])
+        # As they are read: to look at all before a run begins would read a corpus of terabytes.
+        if self.vocab_size is not None and (rows.max() >= self.vocab_size or rows.min() < 0):
+            self._refuse(places, rows, self.vocab_size)
+        return rows
+
+    def _open(self, number: int) -> Integer[np.ndarray, " N"]:
+        source = self.sources[number]
+        if isinstance(source, np.ndarray):
+            return source
+        return source.map(is_random=len(self) > KEPT_IDS)
+
+    def _refuse(
+        self, places: Sequence[Place], rows: Integer[np.ndarray, "B T"], vocab_size: int
+    ) -> None:
+        """Raises `DataError` for the first id that is outside the vocabulary."""
+        row, column = divmod(first_outside(rows, vocab_size), rows.shape[1])
+        place = places[row]
+        source = self.sources[place.file]
+        name = "An array of ids" if isinstance(source, np.ndarray) else source.path
+        expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
+        got = f"{rows[row, column]} at {place.start + column}"
+        raise DataError(f"{name}: expected {expected}, got {got}.")
 
 
-def _check_counts(file: Path, meta: dict[str, Any]) -> None:
-    """Raises `DataError` where a `meta.json` has something else in the place of a count."""
-    counts = {name: meta[name] for name in ("vocab_size",) if name in meta}
-    for part in ("train", "val"):
-        values = meta.get(part, {})
-        if not isinstance(values, dict):
-            raise DataError(f"{file}: expected an object as `{part}`, got {values!r:.60}.")
-        counts |= {f"{part}.{name}": values[name] for name in values if name in ("tokens", "bytes")}
-        if part == "val" and "tokens" in values and "bytes" not in values:
-            raise DataError(f"{file}: expected `val.bytes` beside `val.tokens`, got none.")
-    for name, count in counts.items():
-        # `type`, as `True` would be an integer.
-        if type(count) is not int or count < 0:
-            raise DataError(f"{file}: expected a count as `{name}`, got {count!r:.60}.")
+def _size_of(source: TokenFile | Integer[np.ndarray, " N"]) -> int:
+    """Returns how many ids a file has, or an array."""
+    return len(source) if isinstance(source, np.ndarray) else source.n_ids
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, texts and numbers. Nothing is looked up, so there is nothing to run."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        """Raises: every class and function that a pickle could call comes by way of this method."""
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+Ids = Tokens | Integer[np.ndarray, " N"]  # a single array is as a single file
 
 
-def _read_pickle(file: Path) -> dict[str, Any]:
-    """Returns the size of the vocabulary and the tokens that nanoGPT's `meta.pkl` holds."""
-    try:
-        with file.open("rb") as opened:
-            content = _PlainUnpickler(opened).load()
-    # Of a damaged pickle, nearly any: Python's documentation lists some.
-    except Exception as error:
-        raise DataError(f"{file}: expected a pickle of plain data, but {error}.") from None
-    content = content if isinstance(content, dict) else {}
-    vocab_size = content.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
-        expected = "a positive `vocab_size`, as nanoGPT writes it"
-        raise DataError(f"{file}: expected {expected}, got {vocab_size!r:.40}.")
-    meta: dict[str, Any] = {"vocab_size": vocab_size}
-    if "itos" in content:
-        meta["itos"] = _tokens_in_order(file, content["itos"], vocab_size)
-    return meta
+def first_outside(ids: Integer[np.ndarray, "..."], vocab_size: int) -> int:
+    """Returns where the first id stands that is outside the vocabulary, counted through rows."""
+    return int(np.argmax((ids >= vocab_size) | (ids < 0)))
 
 
-def _tokens_in_order(file: Path, itos: Any, vocab_size: int) -> list[str]:
-    """Returns the token of each id, from 0 on."""
-    tokens = itos if isinstance(itos, dict) else {}
-    ids = range(vocab_size)
-    if tokens.keys() != set(ids) or not all(isinstance(tokens[id], str) for id in ids):
-        raise DataError(f"{file}: expected `itos` to have a text for each id below {vocab_size}.")
-    return [tokens[id] for id in ids]
+def as_tokens(ids: Ids) -> Tokens:
+    """Returns token files, or an array as if it were one."""
+    return ids if isinstance(ids, Tokens) else Tokens([ids])
 
 
-class Layout(NamedTuple):
-    """How ids lie in a file."""
-
-    dtype: np.dtype
-    offset: int  # bytes before the first
-    n_ids: int
-
-
-# The first int32 of llm.c's token files (`dev/data/data_common.py`) -> its version, and the dtype
-# of the ids, which follow a header of 256 int32 whose third is their number.
-LLM_C_TOKENS = {20240520: (1, np.dtype("uint16")), 20240801: (7, np.dtype("uint32"))}
-LLM_C_HEADER = 1024  # bytes
-# ... and of its files of other kinds.
-LLM_C_OTHERS = {20240326: "a model", 20240327: "a state to test against", 20240328: "a tokenizer"}
-
-# How files begin that are no token files, whatever their names say. Long enough that no ids are
-# taken for them: that every second id is 0, as in a file of int32, is no proof.
-FOREIGN = {
-    LFS_MAGIC: STAND_INS[LFS_MAGIC],
-    b"\x93NUMPY": "numpy's format: call it .npy",
-    b"\x89HDF\r\n\x1a\n": "HDF5",
-    b"MMIDIDX\x00\x00": "Megatron's index",
-    b"ARROW1\x00\x00": "an Arrow file",
-    b"SQLite format 3": "SQLite",
-}
-
-
-def open_tokens(file: str | Path, *, vocab_size: int) -> Integer[np.ndarray, " N"]:
-    """Returns a token file's ids, mapped into memory.
-
-    They are uint16, nanoGPT's, or as `meta.json` says; or as a header of llm.c's, or the name
-    `.npy`, says.
-
-    Raises:
-      DataError: the file is missing, empty, no whole number of ids, or one of another kind; it has
-        not as many ids as its header or `meta.json` says; or an id is outside the vocabulary.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file.")
-    if file.suffix == ".npy":
-        tokens = _open_npy(file)
-    else:
-        layout = _layout_of(file)
-        # Read-only: what is trained on stays as it was.
-        tokens = np.memmap(file, layout.dtype, "r", layout.offset, (layout.n_ids,))
-    _check_ids(file, tokens, vocab_size)
-    return tokens
-
-
-def _layout_of(file: Path) -> Layout:
-    """Returns how ids lie in a file that is no `.npy`."""
-    with file.open("rb") as opened:
-        beginning = opened.read(LLM_C_HEADER)
-    for magic, kind in FOREIGN.items():
-        if beginning.startswith(magic):
-            raise DataError(f"{file}: expected token ids, got {kind}.")
-    if beginning.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
-        raise DataError(f"{file}: expected token ids, got a zip, such as PyTorch and numpy write.")
-    header = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<i4")
-    magic = int(header[0]) if len(header) else 0
-    if magic in LLM_C_OTHERS:
-        raise DataError(f"{file}: expected llm.c's tokens, got {LLM_C_OTHERS[magic]} of llm.c's.")
-    if magic in LLM_C_TOKENS:
-        return _llm_c_layout(file, header)
-    return _plain_layout(file)
-
-
-def _llm_c_layout(file: Path, header: Integer[np.ndarray, " H"]) -> Layout:
-    """Returns the layout that a header of llm.c's says, which must be that of the file."""
-    version, dtype = LLM_C_TOKENS[int(header[0])]
-    n_bytes = file.stat().st_size - LLM_C_HEADER
-    said = tuple(header[1:3].tolist())
-    found = (version, n_bytes // dtype.itemsize)
-    if n_bytes <= 0 or n_bytes % dtype.itemsize or said != found:
-        expected = f"llm.c's version {version} and a header that counts the ids"
-        raise DataError(f"{file}: expected {expected}, got {said} with {n_bytes} bytes of ids.")
-    return Layout(dtype, LLM_C_HEADER, found[1])
-
-
-def _plain_layout(file: Path) -> Layout:
-    """Returns the layout of a file without a header."""
-    meta = read_meta(file.parent)
-    # nanoGPT's files have no `meta.json`, or one that knows of no dtype: they are uint16.
-    dtype = np.dtype(meta.get("dtype", "uint16"))
-    n_bytes = file.stat().st_size
-    if n_bytes == 0 or n_bytes % dtype.itemsize:
-        raise DataError(
-            f"{file}: expected a whole number of {dtype.name} ids, at least one, "
-            f"got {n_bytes} bytes."
-        )
-    n_ids = n_bytes // dtype.itemsize
-    part = meta.get(file.stem)
-    said = part.get("tokens", n_ids) if isinstance(part, dict) else n_ids
-    # A file of int32 has twice as many uint16, and would be trained on all the same.
-    if said != n_ids:
-        raise DataError(
-            f"{file}: expected {said} {dtype.name} ids, as meta.json says, got {n_ids}."
-        )
-    return Layout(dtype, 0, n_ids)
-
-
-def _open_npy(file: Path) -> Integer[np.ndarray, " N"]:
-    """Returns the ids of one of numpy's files."""
-    try:
-        tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{file}: expected numpy's format, but {error}.") from error
-    is_row = isinstance(tokens, np.ndarray) and tokens.ndim == 1 and len(tokens) > 0
-    if not is_row or not np.issubdtype(tokens.dtype, np.integer):
-        got = f"{tokens.dtype} of shape {list(tokens.shape)}" if hasattr(tokens, "dtype") else "npz"
-        raise DataError(f"{file}: expected one row of integers, got {got}.")
-    return tokens
-
-
-def _check_ids(file: Path, tokens: Integer[np.ndarray, " N"], vocab_size: int) -> None:
-    """Raises `DataError` where an id is outside the vocabulary."""
-    # All of them, before a run begins: one bad id would stop it days later, when its batch comes.
-    for start in range(0, len(tokens), IDS_PER_CHECK):
-        ids = tokens[start : start + IDS_PER_CHECK]
-        if ids.max() >= vocab_size or ids.min() < 0:
-            offset = int(np.argmax((ids >= vocab_size) | (ids < 0)))  # of the first one
-            raise DataError(
-                f"{file}: expected ids in [0, {vocab_size}) (`vocab_size`), "
-                f"got {ids[offset]} at {start + offset}."
-            )
-
-
-def fingerprint(file: str | Path) -> dict[str, Any]:
-    """Returns a file's size in `bytes` and its `sha256`: what a run remembers of its data."""
-    file = Path(file)
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256")  # in blocks: no file is in memory whole
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+def is_order_drawn(tokens: Tokens) -> bool:
+    """Returns whether the windows' order is drawn and kept, as ever; else it is computed."""
+    # What was trained on before there were several files goes on with the order that it had.
+    return len(tokens.sizes) == 1 and len(tokens) <= DRAWN_IDS
 
 
 # Batches, for training.
 
 
-class Batches:
-    """Windows of a token file in random order: a pure function from a cursor to a batch.
+class Epoch(NamedTuple):
+    """One pass over the files."""
 
-    An epoch begins at a random phase and passes over the file in windows of `length + 1` ids, in
-    random order; each shares one id with the next, so that each id is predicted once. The end of
-    the file is never passed. The last batch of an epoch is filled up from the next epoch.
+    phases: Int64[np.ndarray, " F"]  # where the first window of each file starts
+    order: Callable[[Int64[np.ndarray, " B"]], Int64[np.ndarray, " B"]]  # of the windows of all
+
+
+class Batches:
+    """Windows of token files in random order: a pure function from a cursor to a batch.
+
+    An epoch begins at a random phase of each file and passes over it in windows of `length + 1`
+    ids; each shares one id with the next, so that each id is predicted once. The windows of all
+    files come in one random order. The end of a file is never passed, and a file that is shorter
+    than a window is left out. The last batch of an epoch is filled up from the next epoch.
+
+    Nothing is kept for each window, unless there is one file alone of at most `DRAWN_IDS`: then
+    their order is drawn, 8 bytes for each.
 
     Args:
-      tokens: the ids of the file.
+      tokens: the files, or the ids of one.
       batch_size: windows of a batch.
       length: how many ids of a window are predicted.
       seed: of phases and orders.
 
     Raises:
-      DataError: there are fewer than `length + 1` ids.
+      DataError: no file has `length + 1` ids.
       ValueError: `batch_size` or `length` is less than 1.
     """
 
-    def __init__(
-        self, tokens: Integer[np.ndarray, " N"], *, batch_size: int, length: int, seed: int
-    ):
+    def __init__(self, tokens: Ids, *, batch_size: int, length: int, seed: int):
         if batch_size < 1 or length < 1:
             raise ValueError(
                 f"`batch_size` and `length` must be at least 1, got {batch_size} and {length}."
             )
-        if len(tokens) < length + 1:
-            raise DataError(
-                f"Windows of {length} and 1 ids need as many tokens, the file has {len(tokens)}."
-            )
-        self.tokens = tokens
+        self.tokens = as_tokens(tokens)
         self.batch_size = batch_size
         self.length = length
         self.seed = seed
+        sizes = self.tokens.sizes
+        longest = int(sizes.max(initial=0))
+        if longest < length + 1:
+            files = "the file has" if len(sizes) == 1 else f"the longest of {len(sizes)} files has"
+            raise DataError(
+                f"Windows of {length} and 1 ids need as many tokens, {files} {longest}."
+            )
         # One less than would fit: at least `length - 1` ids are left over, so that each phase is
         # possible. (A file of a single window has one phase.)
-        self.windows_per_epoch = max(1, (len(tokens) - length) // length)
+        n_windows = np.maximum(1, (sizes - length) // length)
+        self._n_windows = np.where(sizes > length, n_windows, 0)  # [F]
+        self._ends = np.cumsum(self._n_windows)  # counted through all files
+        self.windows_per_epoch = int(self._ends[-1])
+        n_left_over = sizes - 1 - self._n_windows * length  # the first id is never predicted
+        self._n_phases = np.minimum(length, n_left_over + 1)
         # Two: where one epoch ends, a batch needs both. They depend on the seed alone, so nothing
         # that a caller sees depends on what is remembered.
-        self._starts_of_epoch = lru_cache(maxsize=2)(self._draw_starts)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, cursor: int) -> Int32[np.ndarray, "B T"]:
         """Returns the batch after `cursor` others, `T = length + 1` ids a row.
 
         Raises:
           ValueError: `cursor` is negative.
+          DataError: an id is outside the vocabulary, or a file is not what it was.
+        """
+        return self.rows(cursor, 0, self.batch_size)
+
+    def rows(self, cursor: int, start: int, stop: int) -> Int32[np.ndarray, "R T"]:
+        """Returns rows `start` to `stop` of a batch, and reads no others.
+
+        So each of several processes reads its own: together they are the batch, however many there
+        are.
+
+        Raises:
+          ValueError: `cursor` is negative, or there are no such rows.
+          DataError: as for the whole batch, of these rows.
         """
         if cursor < 0:
             raise ValueError(f"`cursor` must not be negative, got {cursor}.")
-        first = cursor * self.batch_size  # windows are counted through all epochs
-        rows = []
-        for number in range(first, first + self.batch_size):
-            epoch, index = divmod(number, self.windows_per_epoch)
-            start = self._starts_of_epoch(epoch)[index]
-            rows.append(self.tokens[start : start + self.length + 1])
-        # JAX's own integer, whichever of the two the file holds.
-        return np.stack(rows).astype(np.int32)
+        if not 0 <= start < stop <= self.batch_size:
+            expected = f"rows `start` < `stop` of a batch of {self.batch_size}"
+            raise ValueError(f"Expected {expected}, got {start} and {stop}.")
+        n_before = cursor * self.batch_size  # windows are counted through all epochs
+        places = list(self._places(n_before + start, n_before + stop))
+        # JAX's own integer, whichever the files hold.
+        return self.tokens.read_rows(places).astype(np.int32)
 
-    def _draw_starts(self, epoch: int) -> Int64[np.ndarray, " W"]:
-        """Returns where the windows of an epoch start, in their order."""
+    def _places(self, first: int, last: int) -> Iterator[Place]:
+        """Yields where windows `first` to `last` lie, counted through all epochs."""
+        while first < last:
+            number, index = divmod(first, self.windows_per_epoch)
+            end = min(index + last - first, self.windows_per_epoch)
+            epoch = self._epoch(number)
+            windows = epoch.order(np.arange(index, end))  # counted through all files
+            files = np.searchsorted(self._ends, windows, side="right")
+            n_before = self._ends[files] - self._n_windows[files]
+            starts = epoch.phases[files] + self.length * (windows - n_before)
+            for file, start in zip(files.tolist(), starts.tolist(), strict=True):
+                yield Place(file, start, start + self.length + 1)
+            # A batch may take in the end of one epoch, all of the next, and so on.
+            first += end - index
+
+    def _draw_epoch(self, number: int) -> Epoch:
+        """Returns where the windows of an epoch start, and their order."""
         # Seeded by both numbers: their sum would give epoch 1 of seed 0 the order of epoch 0 of 1.
-        rng = np.random.default_rng((self.seed, epoch))
-        n_predicted = self.windows_per_epoch * self.length
-        n_left_over = len(self.tokens) - 1 - n_predicted  # the first id is never predicted
-        phase = rng.integers(min(self.length, n_left_over + 1))
-        return phase + self.length * rng.permutation(self.windows_per_epoch)
+        rng = np.random.default_rng((self.seed, number))
+        phases = rng.integers(self._n_phases)
+        count = self.windows_per_epoch
+        if is_order_drawn(self.tokens):
+            return Epoch(phases, rng.permutation(count).__getitem__)
+        keys = rng.integers(2**64, size=order.ROUNDS, dtype=np.uint64)
+        return Epoch(phases, partial(order.permuted, count=count, keys=keys))
 
 
 # Windows, for validation.
 
 
 class Windows(NamedTuple):
-    """Some windows of a file, and how much each of their ids counts."""
+    """Some windows of the files, and how much each of their ids counts."""
 
     ids: Int32[np.ndarray, "B T"]
     weights: Float32[np.ndarray, "B T"]  # 1 where an id is predicted, else 0
 
 
-def windows(
-    tokens: Integer[np.ndarray, " N"], *, batch_size: int, length: int
-) -> Iterator[Windows]:
-    """Yields a whole file in order, `batch_size` rows of `length + 1` ids at a time.
+def windows(tokens: Ids, *, batch_size: int, length: int) -> Iterator[Windows]:
+    """Yields whole files in order, `batch_size` rows of `length + 1` ids at a time.
 
-    Each id but the first is predicted once, with weight 1. What fills up the last rows has
-    weight 0.
+    Each id but a file's first is predicted once, with weight 1. What fills up the last row of a
+    file, and the last rows of all, has weight 0.
+
+    Raises:
+      DataError: an id is outside the vocabulary, or a file is not what it was.
     """
-    n_predicted = max(len(tokens) - 1, 0)
-    starts = range(0, n_predicted, length)
-    for first in range(0, len(starts), batch_size):
+    tokens = as_tokens(tokens)
+    places_left = _places_in_order(tokens, length)
+    while places := list(islice(places_left, batch_size)):
         # Every batch has one shape, the last one too: one program scores them all.
         ids = np.zeros((batch_size, length + 1), np.int32)
         weights = np.zeros((batch_size, length + 1), np.float32)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            window = tokens[start : start + length + 1]
+        for row, place in enumerate(places):
+            window = tokens.read(place)
             ids[row, : len(window)] = window
             weights[row, 1 : len(window)] = 1  # a window's first id was the last of the one before
         yield Windows(ids, weights)
+
+
+def _places_in_order(tokens: Tokens, length: int) -> Iterator[Place]:
+    """Yields where the windows of all files lie, the last of each perhaps a short one."""
+    for file, size in enumerate(tokens.sizes.tolist()):
+        for start in range(0, size - 1, length):
+            yield Place(file, start, min(start + length + 1, size))

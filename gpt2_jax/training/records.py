@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from gpt2_jax.files import decode_text
-from gpt2_jax.training.data import DataError
+from gpt2_jax.training.token_files import DataError
 
 LONGEST_LISTING = 200  # characters of the names in one message
 LONGEST_CELL = 2**31 - 1  # characters; Python's own limit is 128 KiB, less than a book

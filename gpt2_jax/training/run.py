@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt2_jax.cache import device_memory
 from gpt2_jax.config import GPT2Config
@@ -48,7 +48,7 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
 from gpt2_jax.training.corpus import Corpus, open_corpus
-from gpt2_jax.training.data import Batches, DataError, windows
+from gpt2_jax.training.data import Batches, Ids, Place, windows
 from gpt2_jax.training.log import (
     Evaluation,
     MetricsLog,
@@ -68,6 +68,7 @@ from gpt2_jax.training.step import (
     train_step,
     warmup_cosine,
 )
+from gpt2_jax.training.token_files import DataError
 
 # Of the samples at each evaluation: nanoGPT's `sample.py`.
 SAMPLE_TEMPERATURE = 0.8
@@ -269,12 +270,10 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def validation_loss(
-    params: Params, tokens: Integer[np.ndarray, " N"], *, config: GPT2Config, recipe: Recipe
-) -> float:
-    """Returns the mean loss over a whole token file in nats per token, without dropout.
+def validation_loss(params: Params, tokens: Ids, *, config: GPT2Config, recipe: Recipe) -> float:
+    """Returns the mean loss over whole token files in nats per token, without dropout.
 
-    Each token but the first is scored once, after at most a window of others.
+    Each token but the first of a file is scored once, after at most a window of others.
     """
     # No more rows at a time than in training, so that no more memory is needed.
     n_rows = recipe.batch_size // recipe.micro_batches
@@ -653,7 +652,9 @@ def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:
     n_tokens = min(plan.recipe.sample_tokens, plan.config.n_positions - 1)  # one for the prompt
     if tokenizer is None or plan.corpus.val is None or n_tokens == 0:
         return None
-    first_id = plan.corpus.val[0] if tokenizer.eot_id is None else tokenizer.eot_id
+    first_id = (
+        plan.corpus.val.read(Place(0, 0, 1))[0] if tokenizer.eot_id is None else tokenizer.eot_id
+    )
     # A vocabulary of characters has fewer tokens than 200.
     top_k = TopK(min(SAMPLE_TOP_K, plan.config.vocab_size))
     sampled = generate(

@@ -1,17 +1,18 @@
 """Texts and their documents: read, parted, divided for validation, cut into pieces. Knows strings.
 
-What is written here is read by `corpus.py`, which makes ids of it.
+What comes from here goes to `prepare.py`, which makes ids of it.
 """
 
+import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.files import decode_text, local_path
 from gpt2_jax.tokenizer_settings import END_OF_TEXT
-from gpt2_jax.training.data import DataError
 from gpt2_jax.training.records import (
     RECORD_READERS,
     is_records,
@@ -19,6 +20,7 @@ from gpt2_jax.training.records import (
     read_field,
     text_in,
 )
+from gpt2_jax.training.token_files import DataError
 
 FIELD_ADVICE = "name the field that is the text, as in `--field text`"
 CHARACTERS_PER_PIECE = 2**20  # about so many are encoded at a time
@@ -59,31 +61,89 @@ class Span(NamedTuple):
         return self.text[self.start : self.end]
 
 
-def read_documents(names: Iterable[str], reading: Reading) -> Iterator[list[str]]:
-    """Yields the documents of each file, of folders' files and, for "-", of standard input.
+class Source(NamedTuple):
+    """A file, or standard input."""
 
-    Of a folder these are its `*.txt` or, with `reading.field`, its files of records. Line ends stay
-    as they are.
+    name: str | Path
+    texts: Callable[[], Iterable[str]]  # reads them
+
+
+class Shard(NamedTuple):
+    """One of `count` shares of the documents; whoever prepares it needs to know of no other."""
+
+    number: int = 1  # from 1 on
+    count: int = 1
+
+
+def find_sources(names: Iterable[str], reading: Reading) -> Iterator[Source]:
+    """Yields files, folders' files and, for "-", standard input, none of which is read yet.
+
+    Of a folder these are its `*.txt` or, with `reading.field`, its files of records.
 
     Raises:
-      DataError: there is no such file, or none that fits in a folder; or a file is empty, damaged,
-        not UTF-8, or holds records and no field is named, or the other way round.
-      ImportError: a file is one for `pyarrow`, which is not installed.
+      DataError: there is no such file, or none that fits in a folder.
     """
     for name in names:
         if name == "-":
-            yield _documents_of("Standard input", _typed(reading.field), reading)
+            yield Source("Standard input", partial(_typed, reading.field))
             continue
         for file in _files(local_path(name), reading.field):
-            yield _documents_of(file, _texts_in(file, reading.field), reading)
+            yield Source(file, partial(_texts_in, file, reading.field))
 
 
-def _documents_of(source: str | Path, texts: Iterable[str], reading: Reading) -> list[str]:
-    """Returns the documents of a file's texts, at least one."""
-    found = [document for text in texts for document in documents(text, reading)]
-    if not found:
-        raise DataError(f"{source}: expected a text, got an empty one.")
-    return found
+def read_documents(names: Iterable[str], reading: Reading) -> Iterator[list[str]]:
+    """Yields the documents of each file. Line ends stay as they are.
+
+    Raises:
+      DataError: as `find_sources`; or a file is empty, damaged, not UTF-8, or holds records and no
+        field is named, or the other way round.
+      ImportError: a file is one for `pyarrow`, which is not installed.
+    """
+    for source in find_sources(names, reading):
+        yield list(_documents_of(source, reading))
+
+
+def stream_documents(sources: list[Source], reading: Reading, shard: Shard) -> Iterator[str]:
+    """Yields the documents of a shard, one by one.
+
+    Files go to the shards in turn or, where there are fewer files than shards, documents do: each
+    is in one shard, whatever their number.
+
+    Raises:
+      DataError, ImportError: as `read_documents`, of the files that are read.
+    """
+    by_file = len(sources) >= shard.count
+    n_documents = 0
+    for number, source in enumerate(sources):
+        # A file of another shard is not even opened.
+        if by_file and number % shard.count != shard.number - 1:
+            continue
+        for document in _documents_of(source, reading):
+            if by_file or n_documents % shard.count == shard.number - 1:
+                yield document
+            n_documents += 1
+
+
+def part_of(document: str, val_fraction: float) -> str:
+    """Returns "val" for about so many of all documents, else "train".
+
+    By a hash of the document, so that it is on the same side whichever shard it is in, and so are
+    its copies.
+    """
+    content = document.encode("utf-8", "surrogatepass")  # half a character, as JSON may spell it
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def _documents_of(source: Source, reading: Reading) -> Iterator[str]:
+    """Yields the documents of a file, at least one."""
+    is_empty = True
+    for text in source.texts():
+        for document in documents(text, reading):
+            is_empty = False
+            yield document
+    if is_empty:
+        raise DataError(f"{source.name}: expected a text, got an empty one.")
 
 
 def documents(text: str, reading: Reading) -> list[str]:

@@ -1,300 +1,60 @@
-"""Text to token files: the tokenizer's ids, the parts that were asked for, all or nothing."""
+"""A corpus in a folder: what is opened, what it is compared with, and what is known of it after."""
 
+import hashlib
 import json
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import tokenizers
 
 from gpt2_jax import Tokenizer
-from gpt2_jax.added_tokens import AddedToken
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.tokenizer_template import Template
-from gpt2_jax.training import corpus, texts
-from gpt2_jax.training.corpus import Piece, char_tokenizer, encode, open_corpus, prepare
-from gpt2_jax.training.data import DataError
-from gpt2_jax.training.texts import Reading
-from tests.reference import DATA, ROOT
+from gpt2_jax.training import corpus, data, manifest
+from gpt2_jax.training.corpus import index, open_corpus, verify
+from gpt2_jax.training.data import Batches, Place
+from gpt2_jax.training.prepare import prepare
+from gpt2_jax.training.token_files import DataError
+from tests.reference import DATA
 
 PAGE = (DATA / "held-out.txt").read_text(encoding="utf-8")
 
 
-def read(folder, name):
-    """The ids of a token file."""
-    return np.fromfile(
-        folder / f"{name}.bin", json.loads((folder / "meta.json").read_text())["dtype"]
-    ).tolist()
+def ids_of(tokens):
+    """All ids, file by file."""
+    rows = [tokens.read(Place(file, 0, int(size))) for file, size in enumerate(tokens.sizes)]
+    return np.concatenate(rows).tolist()
 
 
-def write(file, text):
-    """A file with this text and nothing changed."""
-    file.write_text(text, encoding="utf-8", newline="")
-    return file
+def prepared(folder):
+    """What `prepare` says of a page of characters, which it writes to `out`."""
+    (folder / "a.txt").write_text(PAGE, encoding="utf-8")
+    return prepare([folder / "a.txt"], folder / "out", tokenizer="char")
 
 
-def test_one_text_is_cut_by_characters_and_gets_no_mark_as_in_nanogpt(tmp_path):
-    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out")
-    cut = int(len(PAGE) * 0.9)
-    gpt2 = Tokenizer.gpt2()
-    assert read(tmp_path / "out", "train") == gpt2.encode(PAGE[:cut])
-    assert read(tmp_path / "out", "val") == gpt2.encode(PAGE[cut:])
-    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert (meta["dtype"], meta["vocab_size"]) == ("uint16", 50257)
-    assert meta["train"]["tokens"] == len(gpt2.encode(PAGE[:cut]))
-    assert meta["val"]["bytes"] == len(PAGE[cut:].encode())
-    assert Tokenizer.load(tmp_path / "out").encode(PAGE) == gpt2.encode(PAGE)
-
-
-def test_documents_end_with_a_mark_and_stay_whole(tmp_path):
-    texts = [f"Document {i}.\r\nIts second line.\n" for i in range(10)]
-    write(tmp_path / "a.txt", "\ufeff" + "<|endoftext|>\n".join(texts) + "<|endoftext|>")
-    prepare([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.25)
-    ids = [Tokenizer.gpt2().encode(text) + [50256] for text in texts]
-    assert read(tmp_path / "out", "train") == sum(ids[:7], [])
-    assert read(tmp_path / "out", "val") == sum(ids[7:], [])
-
-
-def test_each_record_is_a_document(tmp_path):
-    stories = ["One.\nTwo.", "<|endoftext|> Three.", "Four."]
-    lines = [json.dumps({"story": story}) for story in stories]
-    write(tmp_path / "a.jsonl", "\n".join(lines))
-    reading = Reading(field="story")
-    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", reading=reading, val_fraction=0.3)
-    encode = Tokenizer.gpt2().encode
-    expected = [*encode("One.\nTwo."), 50256, *encode(" Three."), 50256]
-    assert read(tmp_path / "out", "train") == expected
-    assert read(tmp_path / "out", "val") == [*encode("Four."), 50256]
-    assert (meta["field"], meta["unwrap"], meta["eot_as_text"]) == ("story", False, False)
-
-
-def test_the_mark_may_be_text(tmp_path):
-    text = "Its <|endoftext|> second\n<|endoftext|>\nline."
-    reading = Reading(eot_as_text=True)
-    write(tmp_path / "a.txt", text)
-    prepare([tmp_path / "a.txt"], tmp_path / "out", reading=reading, val_fraction=0)
-    ids = read(tmp_path / "out", "train")
-    assert ids == Tokenizer.gpt2().encode(text)
-    assert 50256 not in ids
-
-
-def test_folders_are_read_in_order_and_each_file_is_divided(tmp_path):
-    (tmp_path / "in" / "deeper").mkdir(parents=True)
-    write(tmp_path / "in" / "b.txt", "b" * 10)
-    write(tmp_path / "in" / "deeper" / "a.txt", "a" * 10)
-    write(tmp_path / "in" / "notes.md", "not this")
-    prepare([tmp_path / "in"], tmp_path / "out", val_fraction=0.5)
-    tokenizer = Tokenizer.gpt2()
-    expected = [*tokenizer.encode("b" * 5), 50256, *tokenizer.encode("a" * 5), 50256]
-    assert read(tmp_path / "out", "train") == read(tmp_path / "out", "val") == expected
-
-
-def test_without_validation_there_is_no_file_of_it(tmp_path):
-    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", val_fraction=0)
-    assert "val" not in meta
-    assert not (tmp_path / "out" / "val.bin").exists()
-    assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode(PAGE)
-
-
-def test_printed_lines_are_unwrapped(tmp_path):
-    text = "\n\nA line\nand its  end.\r\n \t\r\nA second\n   paragraph.\n\n\n\nA third.\n"
-    write(tmp_path / "a.txt", text)
-    reading = Reading(unwrap=True)
-    prepare([tmp_path / "a.txt"], tmp_path / "out", reading=reading, val_fraction=0)
-    expected = "A line and its  end.\n\nA second paragraph.\n\nA third."
-    assert Tokenizer.gpt2().decode(read(tmp_path / "out", "train")) == expected
-
-
-def test_characters_are_tokens_in_the_order_of_their_code_points(tmp_path):
-    text = "zebra, éclair, 10€, 🦓🦒!\n\tzebra"
-    meta = prepare(
-        [write(tmp_path / "a.txt", text)], tmp_path / "out", tokenizer="char", val_fraction=0
+def numbered(folder, *parts, part="train", dtype=np.uint16):
+    """Token files with numbers, and a `meta.json` for ids below 100."""
+    folder.mkdir(exist_ok=True)
+    for number, ids in enumerate(parts):
+        np.array(ids, dtype).tofile(folder / f"{part}_{number:05}.bin")
+    (folder / "meta.json").write_text(
+        json.dumps({"vocab_size": 100, "dtype": np.dtype(dtype).name})
     )
-    chars = sorted(set(text))
-    assert read(tmp_path / "out", "train") == [chars.index(char) for char in text]
-    tokenizer = Tokenizer.load(tmp_path / "out")
-    assert tokenizer.decode(read(tmp_path / "out", "train")) == text
-    assert meta["vocab_size"] == tokenizer.vocab_size > len(chars)
-    assert meta["eot_id"] is None
-    assert char_tokenizer(["to be or not"]).vocab_size == len(set("to be or not"))
-
-
-def test_a_trained_vocabulary_encodes_as_its_library_does(tmp_path):
-    write(tmp_path / "a.txt", PAGE)
-    meta = prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="bpe", vocab_size=400)
-    files = [str(tmp_path / "out" / name) for name in ("vocab.json", "merges.txt")]
-    reference = tokenizers.ByteLevelBPETokenizer(*files)
-    cut = int(len(PAGE) * 0.9)
-    assert read(tmp_path / "out", "train") == reference.encode(PAGE[:cut]).ids
-    assert read(tmp_path / "out", "val") == reference.encode(PAGE[cut:]).ids
-    assert (meta["vocab_size"], meta["eot_id"]) == (400, 0)
-
-
-def test_a_models_tokenizer_is_used(tmp_path):
-    with pytest.raises(CheckpointError, match="There is no folder none"):
-        prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", tokenizer="./none")
-    char_tokenizer([PAGE]).save(tmp_path / "tokenizer")
-    write(tmp_path / "a.txt", PAGE)
-    prepare(
-        [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
-    )
-    assert read(tmp_path / "out", "train") == [sorted(set(PAGE)).index(char) for char in PAGE]
-
-
-@pytest.mark.parametrize("add_prefix_space", [False, True])
-def test_each_document_has_what_the_tokenizer_adds_to_a_text(
-    tmp_path, monkeypatch, add_prefix_space
-):
-    monkeypatch.setattr(texts, "CHARACTERS_PER_PIECE", 40)
-    gpt2 = Tokenizer.gpt2()
-    framed = Tokenizer(
-        gpt2.vocab,
-        gpt2.merges,
-        [*gpt2.added_tokens, AddedToken("a  b", 50257, special=False)],
-        template=Template((50256, 7), (8,)),
-        add_prefix_space=add_prefix_space,
-    )
-    framed.save(tmp_path / "tokenizer")
-    page = PAGE[:300] + "a  b" * 50
-    write(tmp_path / "a.txt", f"{page}\n<|endoftext|>\n{PAGE[:50]}")
-    prepare(
-        [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", val_fraction=0
-    )
-    first, second = texts.documents(
-        (tmp_path / "a.txt").read_text(encoding="utf-8"), texts.Reading()
-    )
-    # These part documents; there is no further mark.
-    assert read(tmp_path / "out", "train") == framed.encode(first) + framed.encode(second)
-    assert framed.encode(first)[:2] == [50256, 7]
-
-
-def test_bytes_that_a_models_vocabulary_lacks_are_dropped_if_asked(tmp_path):
-    Tokenizer({"a": 0, "b": 1}, []).save(tmp_path / "tokenizer")
-    write(tmp_path / "a.txt", "a b\na")
-    options = {"tokenizer": tmp_path / "tokenizer", "val_fraction": 0}
-    with pytest.raises(ValueError, match="no token for byte 32"):
-        prepare([tmp_path / "a.txt"], tmp_path / "out", **options)
-    prepare([tmp_path / "a.txt"], tmp_path / "out", missing_bytes="drop", **options)
-    assert read(tmp_path / "out", "train") == [0, 1, 0]
+    return folder
 
 
 def test_a_tokenizer_larger_than_the_datas_vocabulary_is_refused(tmp_path):
-    write(tmp_path / "a.txt", PAGE)
+    (tmp_path / "a.txt").write_text(PAGE, encoding="utf-8")
     prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="char")
     Tokenizer.gpt2().save(tmp_path / "out")
     with pytest.raises(DataError, match=r"the data's `vocab_size`, got ids up to 50256"):
         open_corpus(tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_pieces_and_workers_change_no_id(monkeypatch, workers):
-    monkeypatch.setattr(texts, "CHARACTERS_PER_PIECE", 40)
-    monkeypatch.setattr(corpus, "MIN_CHARACTERS_FOR_WORKERS", 0)
-    hard = PAGE[:2000] + "\n \n  x 1 y's  we'll\t z " * 30 + "ß é 漢字 " * 20 + "Don't stop " * 10
-    whole = [hard, "", "short", hard[::-1]]
-    pieces = list(encode(Tokenizer.gpt2(), whole, workers))
-    assert len(pieces) > 50
-    ids = []
-    ids_of_texts = []
-    for piece in pieces:
-        ids += piece.ids
-        if piece.ends_text:
-            ids_of_texts.append(ids)
-            ids = []
-    assert ids_of_texts == [Tokenizer.gpt2().encode(text) for text in whole if text]
-    assert sum(piece.n_characters for piece in pieces) == sum(len(text) for text in whole)
-
-
-def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
-    def fails(*args):
-        yield Piece(ids=[1], n_characters=1, ends_text=False)
-        raise OSError("disk full")
-
-    monkeypatch.setattr(corpus, "encode", fails)
-    with pytest.raises(OSError, match="disk full"):
-        prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_a_folder_in_use_stays_as_it_is_unless_told(tmp_path):
-    write(tmp_path / "a.txt", PAGE)
-    write(tmp_path / "b.txt", "other")
-    prepare([tmp_path / "a.txt"], tmp_path / "out")
-    before = read(tmp_path / "out", "train")
-    with pytest.raises(CheckpointError, match="out exists already: expected a new or empty place"):
-        prepare([tmp_path / "b.txt"], tmp_path / "out")
-    assert read(tmp_path / "out", "train") == before
-    prepare([tmp_path / "b.txt"], tmp_path / "out", overwrite=True, val_fraction=0)
-    assert read(tmp_path / "out", "train") == Tokenizer.gpt2().encode("other")
-    assert not (tmp_path / "out" / "val.bin").exists()
-
-
-def test_what_is_no_file_of_ours_stays_where_token_files_are_overwritten(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "text.txt").write_text("some text of mine")
-    (out / "val.bin").write_bytes(b"of before")
-    prepare([out / "text.txt"], out, tokenizer="char", val_fraction=0, overwrite=True)
-    assert (out / "text.txt").read_text() == "some text of mine"
-    assert (out / "train.bin").is_file() and not (out / "val.bin").exists()
-
-
-@pytest.mark.parametrize(
-    "content, options, message",
-    [
-        (b"abc \xff", {}, "a.txt: expected UTF-8, but invalid start byte at byte 4"),
-        (b"\n \n", {}, "a.txt: expected a text, got an empty one"),
-        (b"text", {"val_fraction": 1.0}, r"`val_fraction` must be in \[0, 1\), got 1.0"),
-        (
-            b"text",
-            {"tokenizer": "bpe"},
-            '`vocab_size` is for the tokenizer "bpe", which needs it; got None',
-        ),
-        (b"text", {"vocab_size": 300}, 'got 300 for "gpt2"'),
-        (b"text", {"workers": 0}, "`workers` must be at least 1, got 0"),
-        (b"text", {"tokenizer": "bpe", "vocab_size": 256}, "at least 257.*got 256"),
-        (None, {}, "a.txt: expected a file, or a folder"),
-    ],
-)
-def test_mistakes_are_named_and_nothing_is_written(tmp_path, content, options, message):
-    if content is not None:
-        (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        prepare([tmp_path / "a.txt"], tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_script_reads_standard_input_and_explains_mistakes(tmp_path):
-    def run(*args, text=PAGE):
-        command = [sys.executable, ROOT / "scripts" / "prepare_data.py", *args]
-        return subprocess.run(
-            command,
-            input=text.encode(),
-            capture_output=True,
-            env={"PYTHONPATH": str(ROOT)},
-            timeout=60,
-        )
-
-    done = run("-", "--out", tmp_path / "out", "--tokenizer", "char", "--val_fraction", "0.2")
-    assert done.returncode == 0, done.stderr
-    assert b"val: " in done.stderr
-    chars = sorted(set(PAGE))
-    assert read(tmp_path / "out", "train") == [
-        chars.index(char) for char in PAGE[: int(len(PAGE) * 0.8)]
-    ]
-    wrong = run(tmp_path / "none.txt", "--out", tmp_path / "other")
-    assert wrong.returncode == 2
-    assert len(wrong.stderr.splitlines()) == 1
-    assert b"none.txt: expected" in wrong.stderr
-
-
 def test_what_was_prepared_is_opened(tmp_path):
-    meta = prepare([write(tmp_path / "a.txt", PAGE)], tmp_path / "out", tokenizer="char")
+    meta = prepared(tmp_path)
     opened = open_corpus(tmp_path / "out")
-    assert opened.train.tolist() == read(tmp_path / "out", "train")
-    assert opened.val.tolist() == read(tmp_path / "out", "val")
+    assert ids_of(opened.train) == np.fromfile(tmp_path / "out" / "train.bin", np.uint16).tolist()
+    assert ids_of(opened.val) == np.fromfile(tmp_path / "out" / "val.bin", np.uint16).tolist()
     assert opened.vocab_size == meta["vocab_size"]
     assert opened.bytes_per_token == meta["val"]["bytes"] / meta["val"]["tokens"]
     assert opened.tokenizer.vocab == Tokenizer.load(tmp_path / "out").vocab
@@ -328,7 +88,7 @@ def test_nanogpts_characters_are_the_tokenizer(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     opened = open_corpus(tmp_path)
     assert opened.tokenizer.encode(text) == ids
-    assert opened.tokenizer.decode(opened.train) == text
+    assert opened.tokenizer.decode(ids_of(opened.train)) == text
     # With ids for the bytes of "ö" behind those of the characters.
     assert opened.vocab_size == opened.tokenizer.vocab_size == len(chars) + 2
     words = meta | {"itos": {i: char * 2 for i, char in itos.items()}}
@@ -341,9 +101,279 @@ def test_token_files_are_found_under_others_names(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2, 3], np.uint16))
     np.save(tmp_path / "edufineweb_val_000000.npy", np.array([4, 5], np.uint16))
     opened = open_corpus(tmp_path)
-    assert (opened.train.tolist(), opened.val.tolist()) == ([1, 2, 3], [4, 5])
+    assert (ids_of(opened.train), ids_of(opened.val)) == ([1, 2, 3], [4, 5])
     np.save(tmp_path / "edufineweb_train_000002.npy", np.array([6], np.uint16))
-    with pytest.raises(DataError, match=r"one file of tokens for train, got \['edufineweb_train_0"):
-        open_corpus(tmp_path)
+    assert open_corpus(tmp_path).train.sizes.tolist() == [3, 1]
     np.array([7], np.uint16).tofile(tmp_path / "train.bin")
-    assert open_corpus(tmp_path).train.tolist() == [7]
+    assert ids_of(open_corpus(tmp_path).train) == [7]
+
+
+def test_meta_json_says_how_wide_the_ids_are(tmp_path):
+    np.array([1, 70_000], np.uint32).tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32", "vocab_size": 70_001}))
+    assert ids_of(open_corpus(tmp_path).train) == [1, 70_000]
+
+
+def test_bad_ids_of_small_files_are_found_wherever_the_check_divides_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "IDS_PER_READ", 4)
+    np.array([0, 1, 2, 3, 4, 5, 9, 6, 8], np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 10}))
+    assert len(open_corpus(tmp_path).train) == 9
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 8}))
+    with pytest.raises(DataError, match=r"train.bin: .*\[0, 8\) \(`vocab_size`\), got 9 at 6"):
+        open_corpus(tmp_path)
+    np.save(tmp_path / "val.npy", np.array([1, -2]))
+    np.array([0, 1], np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=r"val.npy: expected ids in \[0, 8\) .*, got -2 at 1"):
+        open_corpus(tmp_path)
+
+
+def test_a_file_of_int32_is_found_by_its_number_of_ids_and_not_by_its_zeros(tmp_path):
+    np.array([7, 8, 9], np.int32).tofile(tmp_path / "train.bin")
+    # Nobody can tell: these may be six ids, of which every second is 0.
+    assert ids_of(open_corpus(tmp_path).train) == [7, 0, 8, 0, 9, 0]
+    (tmp_path / "meta.json").write_text(json.dumps({"train": {"tokens": 3}}))
+    with pytest.raises(
+        DataError, match="train.bin: expected 3 uint16 ids, as meta.json says, got 6"
+    ):
+        open_corpus(tmp_path)
+
+
+def test_a_run_on_one_file_remembers_what_it_always_did_with_a_manifest_and_without(tmp_path):
+    prepared(tmp_path)
+    out = tmp_path / "out"
+    expected = {
+        part: {
+            "bytes": (out / f"{part}.bin").stat().st_size,
+            "sha256": hashlib.sha256((out / f"{part}.bin").read_bytes()).hexdigest(),
+        }
+        for part in ("train", "val")
+    }
+    assert open_corpus(out).identity == expected
+    (out / "manifest.json").unlink()
+    assert open_corpus(out).identity == expected
+    index(out)
+    assert open_corpus(out).identity == expected
+
+
+def test_of_large_files_without_a_manifest_a_sample_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(manifest, "SAMPLE_BLOCK", 2)
+    ids = np.array([1, 2, 3, 99, 5, 6, 7, 8, 9, 10, 11], np.uint16)  # sampled: 1, 6 and 11
+
+    def identity():
+        ids.tofile(tmp_path / "train.bin")
+        return open_corpus(tmp_path).identity
+
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 12}))
+    before = identity()
+    assert list(before["train"]) == ["bytes", "sample"]
+    for place in (0, 5, 10):
+        ids[place] += 1
+        assert identity() != before
+        ids[place] -= 1
+    ids[8] += 1
+    assert identity() == before
+    # Indexed, it is what a run remembered that was begun before there were samples.
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 100}))
+    index(tmp_path)
+    sha256 = hashlib.sha256(ids.tobytes()).hexdigest()
+    assert identity() == {"train": {"bytes": 22, "sha256": sha256}}
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 12}))
+    # The id that is none is found when it is read.
+    batches = Batches(open_corpus(tmp_path).train, batch_size=4, length=2, seed=0)
+    with pytest.raises(DataError, match=r"train.bin: expected ids in \[0, 12\) .*, got 99 at 3"):
+        batches(0)
+
+
+def test_a_file_that_is_too_long_to_keep_its_order_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DRAWN_IDS", 30)
+    rows = {}
+    for count in (30, 31):
+        np.arange(count, dtype=np.uint16).tofile(tmp_path / "train.bin")
+        opened = open_corpus(tmp_path)
+        assert ("order" in opened.identity) == (count == 31)
+        batches = Batches(opened.train, batch_size=9, length=3, seed=0)
+        assert batches.windows_per_epoch == 9
+        rows[count] = batches(0)[:, 0]
+        # Whichever order it is, windows are there once.
+        assert np.diff(np.sort(rows[count])).tolist() == [3] * 8
+    assert np.argsort(rows[30]).tolist() != np.argsort(rows[31]).tolist()
+
+
+def test_many_files_have_one_identity_that_every_file_and_their_order_change(tmp_path):
+    def identity(*parts):
+        return open_corpus(numbered(tmp_path, *parts)).identity
+
+    before = identity([1, 2], [3, 4], [5, 6, 7])
+    assert before["train"]["files"] == 3
+    assert before["train"]["bytes"] == 14
+    assert before["order"] == {"name": "feistel-8"}
+    others = [identity([1, 2], [3, 5], [5, 6, 7]), identity([3, 4], [1, 2], [5, 6, 7])]
+    assert before not in others
+    index(tmp_path)
+    assert open_corpus(tmp_path).identity == others[1]
+
+
+def test_with_a_manifest_no_file_is_read_through(tmp_path, monkeypatch):
+    folder = numbered(tmp_path, [1, 2, 3], [4, 5])
+    assert index(folder) == {"files": 2, "tokens": 5, "bytes": 10}
+    written = json.loads((folder / "manifest.json").read_text())["train"]
+    assert [file["tokens"] for file in written] == [3, 2]
+    assert [file["max_id"] for file in written] == [3, 5]
+
+    def scan(*args):
+        raise AssertionError("a file was read")
+
+    monkeypatch.setattr(corpus, "scan", scan)
+    assert ids_of(open_corpus(folder).train) == [1, 2, 3, 4, 5]
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 5}))
+    with pytest.raises(DataError, match=r"00001.bin: .*\[0, 5\) .*, got 5 by manifest.json"):
+        open_corpus(folder)
+
+
+def changed(ids, dtype=np.uint16):
+    """Something that writes other ids to a file."""
+    return lambda file: np.array(ids, dtype).tofile(file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            changed([4, 5, 6]),
+            "train_00001.bin: .*manifest.json says, bytes 4, got 6; tokens 2, got 3",
+        ),
+        (
+            changed([4, 6]),
+            "train_00001.bin: .*manifest.json says, .*sample [0-9a-f]+, got [0-9a-f]+.$",
+        ),
+        (lambda file: file.unlink(), "train_00001.bin: there is no such file"),
+        (lambda file: file.write_bytes(b""), "train_00001.bin: .*, got 0 bytes"),
+        (
+            lambda file: file.with_name("train_00002.bin").write_bytes(b"12"),
+            "expected the files of manifest.json, got train_00002.bin too: .*--index",
+        ),
+    ],
+)
+def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path, change, message):
+    folder = numbered(tmp_path, [1, 2, 3], [4, 5])
+    index(folder)
+    change(folder / "train_00001.bin")
+    with pytest.raises(DataError, match=message):
+        open_corpus(folder)
+    with pytest.raises(DataError, match=message):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"version": 2}', "expected the `version` 1, got 2"),
+        ('{"version": 1, "train": {}}', r"expected lists of files, got \{\}"),
+        ('{"version": 1, "train": [{"name": "a"}], "val": []}', r"expected \('name', 'bytes'"),
+        ("{", "expected JSON"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, content, message):
+    folder = numbered(tmp_path, [1, 2])
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=f"manifest.json: {message}"):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("name", "../train_00000.bin", "names within the folder, got '../train_00000.bin'"),
+        ("name", "/etc/passwd", "names within the folder, got '/etc/passwd'"),
+        ("tokens", True, "expected counts and texts, got"),
+        ("sha256", None, "expected counts and texts, got"),
+    ],
+)
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path, field, value, message):
+    folder = numbered(tmp_path, [1, 2])
+    index(folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["train"][0][field] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        open_corpus(folder)
+
+
+def test_files_of_two_dtypes_are_named(tmp_path):
+    np.save(tmp_path / "a_train_1.npy", np.array([1], np.uint16))
+    np.save(tmp_path / "a_train_2.npy", np.array([1], np.int64))
+    with pytest.raises(DataError, match="a_train_2.npy: .*uint16 as in a_train_1.npy, got int64"):
+        open_corpus(tmp_path)
+
+
+def test_many_files_have_together_what_meta_json_says(tmp_path):
+    folder = numbered(tmp_path, [1, 2], [3])
+    meta = {"vocab_size": 100, "train": {"tokens": 4}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="2 files of train: expected 4 .*meta.json says, got 3"):
+        open_corpus(folder)
+
+
+def test_verify_names_all_that_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "SAMPLE_BLOCK", 2)
+    folder = numbered(tmp_path, range(50), range(40), range(30))
+    index(folder)
+    assert verify(folder) == {"files": 3, "tokens": 120, "bytes": 240}
+    for name, place in (("train_00000.bin", 3), ("train_00002.bin", 7)):
+        ids = np.fromfile(folder / name, np.uint16)
+        ids[place] = 98
+        ids.tofile(folder / name)
+    open_corpus(folder)  # which looks at a sample
+    with pytest.raises(DataError) as error:
+        verify(folder)
+    first, second = str(error.value).splitlines()  # and the file between them is in order
+    assert "train_00000.bin: expected, as manifest.json says, max_id 49, got 98; sha256 " in first
+    assert "train_00002.bin: expected, as manifest.json says, max_id 29, got 98; sha256 " in second
+
+
+def test_verify_goes_on_behind_a_file_that_is_gone(tmp_path):
+    folder = numbered(tmp_path, [1, 2], [3, 4], [5, 6])
+    index(folder)
+    (folder / "train_00002.bin").unlink()
+    changed([1, 3])(folder / "train_00000.bin")
+    with pytest.raises(DataError) as error:
+        verify(folder)
+    first, second = str(error.value).splitlines()
+    assert "train_00002.bin: there is no such file" in first
+    assert "train_00000.bin: expected, as manifest.json says, max_id 2, got 3" in second
+
+
+def test_verify_without_a_manifest_looks_at_the_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "WHOLE_BYTES", 1)
+    folder = numbered(tmp_path, [1, 2, 3], [4, 100])
+    assert len(open_corpus(folder).train) == 5
+    with pytest.raises(DataError, match=r"00001.bin: expected ids in \[0, 100\) .*got 100 at 1"):
+        verify(folder)
+    with pytest.raises(DataError, match=r"00001.bin: expected ids in \[0, 100\) .*got 100 at 1"):
+        index(folder)
+    assert not (folder / "manifest.json").exists()
+
+
+def test_files_that_came_after_the_manifest_are_named_under_others_names_too(tmp_path):
+    for number in (1, 2):
+        np.save(tmp_path / f"fineweb_train_{number:06}.npy", np.array([number, 5], np.uint16))
+        if number == 1:
+            index(tmp_path)
+    with pytest.raises(DataError, match="the files of manifest.json, got fineweb_train_000002.npy"):
+        open_corpus(tmp_path)
+    index(tmp_path, overwrite=True)
+    assert ids_of(open_corpus(tmp_path).train) == [1, 5, 2, 5]
+
+
+def test_a_manifest_is_replaced_only_if_told(tmp_path):
+    folder = numbered(tmp_path, [1, 2])
+    (folder / "manifest.json").write_text("damaged")
+    index(folder, overwrite=True)
+    numbered(tmp_path, [1, 2], [3, 4])
+    with pytest.raises(CheckpointError, match="manifest.json exists already"):
+        index(folder)
+    assert index(folder, overwrite=True)["files"] == 2
+    assert ids_of(open_corpus(folder).train) == [1, 2, 3, 4]

@@ -1,207 +1,13 @@
-"""Token files and batches: each id once, never past the end, the same whatever came before."""
-
-import hashlib
-import io
-import json
-import os
-import pickle
+"""Batches: each id once, never past the end of a file, the same whatever came before."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax.training import data
-from gpt2_jax.training.data import Batches, DataError, fingerprint, open_tokens, read_meta, windows
-
-
-def test_nanogpts_files_are_read_as_they_are(tmp_path):
-    ids = np.arange(50_000, 50_257)
-    ids.astype(np.uint16).tofile(tmp_path / "train.bin")
-    tokens = open_tokens(tmp_path / "train.bin", vocab_size=50257)
-    np.testing.assert_array_equal(tokens, ids)
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-
-
-def test_meta_json_says_how_wide_the_ids_are(tmp_path):
-    np.array([1, 70_000], np.uint32).tofile(tmp_path / "train.bin")
-    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32"}))
-    np.testing.assert_array_equal(
-        open_tokens(tmp_path / "train.bin", vocab_size=70_001), [1, 70_000]
-    )
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "expected JSON, got "),
-        ("[]", "expected an object, got list"),
-        ('{"dtype": "int8"}', 'expected the `dtype` "uint16" or "uint32", got \'int8\''),
-    ],
-)
-def test_a_damaged_meta_json_is_named(tmp_path, text, message):
-    (tmp_path / "meta.json").write_text(text)
-    with pytest.raises(DataError, match=f"meta.json: {message}"):
-        read_meta(tmp_path)
-
-
-def test_a_folder_without_meta_says_nothing(tmp_path):
-    assert read_meta(tmp_path) == {}
-
-
-def write_pickle(folder, content):
-    """Writes a `meta.pkl`."""
-    with (folder / "meta.pkl").open("wb") as opened:
-        pickle.dump(content, opened)
-
-
-def test_nanogpts_pickle_is_read(tmp_path):
-    itos = {1: "b", 0: "a"}  # the ids count, not their order in the file
-    write_pickle(tmp_path, {"vocab_size": 2, "itos": itos, "stoi": {"a": 0, "b": 1}})
-    assert read_meta(tmp_path) == {"vocab_size": 2, "itos": ["a", "b"]}
-
-
-class Runs:
-    """What a pickle can hold: a function and what to call it with."""
-
-    def __reduce__(self):
-        return (os.mkdir, ("ran",))
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_runs_nothing(tmp_path, monkeypatch, protocol):
-    monkeypatch.chdir(tmp_path)
-    content = pickle.dumps({"vocab_size": 2, "itos": Runs()}, protocol)
-    (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(DataError, match="meta.pkl: expected a pickle of plain data, but it names"):
-        read_meta(tmp_path)
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(content)  # elsewhere it does run
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([1], "expected a positive `vocab_size`, as nanoGPT writes it, got None"),
-        ({"vocab_size": "65"}, "as nanoGPT writes it, got '65'"),
-        ({"vocab_size": 2, "itos": {0: "a"}}, "a text for each id below 2"),
-        ({"vocab_size": 1, "itos": {0: 7}}, "a text for each id below 1"),
-    ],
-)
-def test_another_pickle_is_named(tmp_path, content, message):
-    write_pickle(tmp_path, content)
-    with pytest.raises(DataError, match=f"meta.pkl: .*{message}"):
-        read_meta(tmp_path)
-    (tmp_path / "meta.pkl").write_bytes(b"no pickle at all")
-    with pytest.raises(DataError, match="meta.pkl: expected a pickle of plain data, but invalid"):
-        read_meta(tmp_path)
-
-
-def llm_c_file(file, magic, version, ids):
-    """Writes tokens as `write_datafile` of llm.c's `dev/data/data_common.py` does."""
-    header = np.zeros(256, np.int32)
-    header[0] = magic
-    header[1] = version
-    header[2] = len(ids)
-    file.write_bytes(header.tobytes() + ids.tobytes())
-    return file
-
-
-@pytest.mark.parametrize(
-    "magic, version, dtype", [(20240520, 1, np.uint16), (20240801, 7, np.uint32)]
-)
-def test_llm_cs_files_are_read(tmp_path, magic, version, dtype):
-    ids = np.array([50256, 1, 2], dtype)
-    file = llm_c_file(tmp_path / "train.bin", magic, version, ids)
-    np.testing.assert_array_equal(open_tokens(file, vocab_size=50257), ids)
-    with pytest.raises(DataError, match=r"in \[0, 256\) .*got 50256 at 0"):
-        open_tokens(file, vocab_size=256)
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
-def test_numpys_files_are_read(tmp_path, dtype):
-    np.save(tmp_path / "train.npy", np.array([5, 0, 3], dtype))
-    tokens = open_tokens(tmp_path / "train.npy", vocab_size=6)
-    assert isinstance(tokens, np.memmap)
-    np.testing.assert_array_equal(tokens, [5, 0, 3])
-
-
-def written(array):
-    """An array as numpy writes it."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def zipped(**arrays):
-    """Arrays as numpy zips them."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.bin", written(np.arange(4)), "expected token ids, got numpy's format: call it .npy"),
-        ("a.bin", zipped(ids=np.arange(4)), "got a zip, such as PyTorch and numpy write"),
-        ("a.bin", np.array([20240326, 3], np.int32).tobytes(), "got a model of llm.c's"),
-        ("a.bin", np.array([20240520, 2, 0], np.int32).tobytes(), "expected llm.c's version 1"),
-        ("a.npy", b"\1\0\2\0", "expected numpy's format, but "),
-        ("a.npy", written(np.ones((2, 2), int)), r"one row of integers, got int64 of shape \[2, 2"),
-        ("a.npy", written(np.ones(2)), r"one row of integers, got float64 of shape \[2\]"),
-        ("a.npy", written(np.array([1, -2])), r"expected ids in \[0, 50257\) .*, got -2 at 1"),
-        ("a.npy", zipped(ids=np.arange(4)), "one row of integers, got npz"),
-    ],
-)
-def test_files_of_another_kind_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: .*{message}"):
-        open_tokens(tmp_path / name, vocab_size=50257)
-
-
-def test_a_header_that_counts_other_ids_is_named(tmp_path):
-    file = llm_c_file(tmp_path / "a.bin", 20240520, 1, np.arange(4, dtype=np.uint16))
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"a header that counts the ids, got \(1, 4\) with 6 bytes"):
-        open_tokens(file, vocab_size=50257)
-
-
-def test_a_file_of_int32_is_found_by_its_number_of_ids_and_not_by_its_zeros(tmp_path):
-    np.array([7, 8, 9], np.int32).tofile(tmp_path / "train.bin")
-    # Nobody can tell: these may be six ids, of which every second is 0.
-    assert open_tokens(tmp_path / "train.bin", vocab_size=10).tolist() == [7, 0, 8, 0, 9, 0]
-    (tmp_path / "meta.json").write_text(json.dumps({"train": {"tokens": 3}}))
-    with pytest.raises(
-        DataError, match="train.bin: expected 3 uint16 ids, as meta.json says, got 6"
-    ):
-        open_tokens(tmp_path / "train.bin", vocab_size=10)
-
-
-def test_bad_ids_are_found_wherever_the_check_divides_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IDS_PER_CHECK", 4)
-    np.array([0, 1, 2, 3, 4, 5, 9, 6, 8], np.uint16).tofile(tmp_path / "train.bin")
-    assert len(open_tokens(tmp_path / "train.bin", vocab_size=10)) == 9
-    with pytest.raises(DataError, match=r"\[0, 8\) \(`vocab_size`\), got 9 at 6"):
-        open_tokens(tmp_path / "train.bin", vocab_size=8)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "there is no such file"),
-        (b"", "at least one, got 0 bytes"),
-        (b"\1\0\2", "whole number of uint16 ids, at least one, got 3 bytes"),
-        (b"\1\0\2\0\7\0\1\0", r"expected ids in \[0, 7\) \(`vocab_size`\), got 7 at 2"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "val.bin").write_bytes(content)
-    with pytest.raises(DataError, match=f"val.bin: .*{message}"):
-        open_tokens(tmp_path / "val.bin", vocab_size=7)
+from gpt2_jax.training import data, order
+from gpt2_jax.training.data import Batches, Place, Tokens, windows
+from gpt2_jax.training.token_files import DataError, TokenFile
 
 
 @settings(max_examples=60, deadline=None)
@@ -253,24 +59,6 @@ def test_a_batch_depends_on_seed_and_cursor_alone():
     assert drawn[0].dtype == np.int32
 
 
-@pytest.mark.parametrize(
-    "meta, message",
-    [
-        ("[1]", "expected an object, got list"),
-        ('{"vocab_size": "many"}', "expected a count as `vocab_size`, got 'many'"),
-        ('{"vocab_size": true}', "expected a count as `vocab_size`, got True"),
-        ('{"val": [1]}', r"expected an object as `val`, got \[1\]"),
-        ('{"val": {"tokens": 3}}', "expected `val.bytes` beside `val.tokens`"),
-        ('{"val": {"tokens": 3, "bytes": null}}', "expected a count as `val.bytes`, got None"),
-        ('{"dtype": {}}', 'expected the `dtype` "uint16" or "uint32", got {}'),
-    ],
-)
-def test_a_meta_json_of_another_program_is_named(tmp_path, meta, message):
-    (tmp_path / "meta.json").write_text(meta)
-    with pytest.raises(DataError, match=f"meta.json: {message}"):
-        read_meta(tmp_path)
-
-
 def test_a_batch_that_cannot_be_is_named():
     first = Batches(np.arange(500), batch_size=3, length=10, seed=7)
     with pytest.raises(ValueError, match="`cursor` must not be negative, got -1"):
@@ -294,9 +82,170 @@ def test_windows_score_each_id_but_the_first_once(count):
     assert scored == tokens[1:].tolist()
 
 
-def test_a_fingerprint_is_size_and_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc" * 1000)
-    assert fingerprint(tmp_path / "a") == {
-        "bytes": 3000,
-        "sha256": hashlib.sha256(b"abc" * 1000).hexdigest(),
-    }
+def test_one_file_has_the_order_that_it_always_had():
+    # Drawn before there were several files: a run that was begun then goes on with it.
+    batches = Batches(np.arange(50), batch_size=4, length=6, seed=3)
+    assert batches(0)[:, 0].tolist() == [40, 4, 16, 10]
+    assert batches(5)[:, 0].tolist() == [23, 7, 37, 31]
+
+
+def ids_in_files(*sizes):
+    """Ids in files, each its own place: the file's number times 1000, and where it stands."""
+    return Tokens([1000 * file + np.arange(size) for file, size in enumerate(sizes)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=6), st.integers(1, 9), st.integers(0, 3))
+def test_no_window_goes_from_one_file_into_the_next(sizes, length, seed):
+    sizes = [*sizes, length + 1]  # one at least is long enough
+    batches = Batches(ids_in_files(*sizes), batch_size=1, length=length, seed=seed)
+    rows = np.concatenate([batches(cursor) for cursor in range(batches.windows_per_epoch)])
+    np.testing.assert_array_equal(
+        rows - rows[:, :1], np.tile(np.arange(length + 1), (len(rows), 1))
+    )
+    targets = rows[:, 1:].ravel()
+    assert len(set(targets)) == len(targets)
+    for file, size in enumerate(sizes):
+        n_predicted = np.sum(targets // 1000 == file)
+        # A file that is shorter than a window is left out; of another, little.
+        left_out = size - 1 - n_predicted
+        assert n_predicted == 0 if size < length + 1 else left_out < 2 * length
+
+
+def test_windows_of_all_files_are_mixed_anew_in_each_epoch():
+    tokens = ids_in_files(400, 7, 800)
+    batches = Batches(tokens, batch_size=148, length=8, seed=0)
+    assert batches.windows_per_epoch == 49 + 99
+    epochs = [batches(epoch)[:, 0] for epoch in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    # A third of each stretch is of the first file, which is a third of all.
+    for epoch in epochs:
+        assert 4 < np.sum(epoch[:37] < 1000) < 22
+        assert len(set(epoch[epoch < 1000] % 8)) == len(set(epoch[epoch > 1000] % 8)) == 1
+    assert len({min(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("sizes", [(500,), (130, 250, 90)])
+def test_each_process_reads_its_rows_of_the_one_batch(sizes, monkeypatch):
+    tokens = ids_in_files(*sizes)
+    batches = Batches(tokens, batch_size=12, length=10, seed=7)
+    whole = [batches(cursor) for cursor in range(9)]
+    read = []
+    read_rows = Tokens.read_rows
+
+    def read_and_count(self, places):
+        read.extend(places)
+        return read_rows(self, places)
+
+    monkeypatch.setattr(Tokens, "read_rows", read_and_count)
+    for n_processes in (1, 2, 3, 12):
+        n_rows = 12 // n_processes
+        for cursor in (8, 0, 3):  # of the third, rows of two epochs
+            own = [batches.rows(cursor, i, i + n_rows) for i in range(0, 12, n_rows)]
+            np.testing.assert_array_equal(np.concatenate(own), whole[cursor])
+    read.clear()
+    batches.rows(4, 3, 5)
+    assert len(read) == 2
+    with pytest.raises(ValueError, match="rows `start` < `stop` of a batch of 12, got 3 and 13"):
+        batches.rows(0, 3, 13)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4096])
+def test_a_computed_order_has_each_number_once(count):
+    keys = np.random.default_rng(count).integers(2**64, size=order.ROUNDS, dtype=np.uint64)
+    permuted = order.permuted(np.arange(count), count=count, keys=keys)
+    assert sorted(permuted) == list(range(count))
+
+
+def test_a_computed_order_is_as_good_as_a_drawn_one():
+    # Where each of twelve numbers goes, and how often two neighbours stay so, over 2,000 orders.
+    counts = np.zeros((12, 12))
+    n_neighbours = 0
+    for seed in range(2000):
+        keys = np.random.default_rng(seed).integers(2**64, size=order.ROUNDS, dtype=np.uint64)
+        permuted = order.permuted(np.arange(12), count=12, keys=keys)
+        counts[np.arange(12), permuted] += 1
+        n_neighbours += np.sum(np.diff(permuted) == 1)
+    chi_squared = np.sum((counts - 2000 / 12) ** 2 / (2000 / 12), axis=1)
+    assert chi_squared.max() < 31.3  # of 11 degrees of freedom, exceeded once in a thousand
+    assert abs(n_neighbours / 2000 - 11 / 12) < 0.08
+
+
+def test_a_computed_order_is_pinned():
+    # Another one is another run: it needs another `order.NAME`.
+    keys = np.arange(1, 9, dtype=np.uint64)
+    assert order.NAME == "feistel-8"
+    permuted = order.permuted(np.array([0, 1, 2, 10**9]), count=2 * 10**9, keys=keys)
+    assert permuted.tolist() == [1589771194, 1141263444, 916954169, 109185317]
+
+
+def files_of(folder, n_files, dtype=np.uint16):
+    """Files of eight ids each."""
+    files = []
+    for number in range(n_files):
+        path = folder / f"train_{number:05}.bin"
+        (number + np.arange(8, dtype=dtype)).tofile(path)
+        files.append(TokenFile(path, np.dtype(dtype), 0, 8))
+    return files
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "OPEN_FILES", 3)
+    mapped = []
+    map_file = TokenFile.map
+
+    def map_and_count(self, *, is_random):
+        mapped.append(self)
+        return map_file(self, is_random=is_random)
+
+    monkeypatch.setattr(TokenFile, "map", map_and_count)
+    tokens = Tokens(files_of(tmp_path, 5))
+    assert len(tokens) == 40 and mapped == []
+    for number in (0, 1, 2, 0, 1, 2, 3, 4, 0):
+        assert tokens.read(Place(number, 2, 5)).tolist() == [number + 2, number + 3, number + 4]
+    assert [file.path.name[10] for file in mapped] == ["0", "1", "2", "3", "4", "0"]
+
+
+def test_what_memory_cannot_keep_is_read_without_its_surroundings(tmp_path, monkeypatch):
+    files = files_of(tmp_path, 2)
+    asked = []
+    map_file = TokenFile.map
+
+    def map_and_note(self, *, is_random):
+        asked.append(is_random)
+        return map_file(self, is_random=is_random)
+
+    monkeypatch.setattr(TokenFile, "map", map_and_note)
+    for kept in (16, 15):
+        monkeypatch.setattr(data, "KEPT_IDS", kept)
+        assert Tokens(files).read(Place(1, 0, 3)).tolist() == [1, 2, 3]
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("bad, dtype", [(11, np.uint16), (-1, np.int32)])
+def test_an_id_outside_the_vocabulary_is_named_when_it_is_read(tmp_path, bad, dtype):
+    files = files_of(tmp_path, 3, dtype)
+    ids = np.arange(8, dtype=dtype)
+    ids[6] = bad
+    ids.tofile(files[1].path)
+    tokens = Tokens(files, vocab_size=11)
+    message = rf"train_00001.bin: expected ids in \[0, 11\) \(`vocab_size`\), got {bad} at 6"
+    with pytest.raises(DataError, match=message):
+        list(windows(tokens, batch_size=2, length=3))
+    batches = Batches(tokens, batch_size=9, length=2, seed=0)
+    with pytest.raises(DataError, match=message):
+        batches(0)  # a whole epoch
+
+
+def test_windows_of_several_files_score_all_ids_but_their_first():
+    tokens = ids_in_files(7, 1, 2, 12)
+    scored = []
+    for ids, weights in windows(tokens, batch_size=2, length=3):
+        scored += ids[weights > 0].tolist()
+        assert np.all((ids[:, 1:] - ids[:, :-1] == 1) | (weights[:, 1:] == 0))
+    assert scored == [*range(1, 7), 2001, *range(3001, 3012)]
+
+
+def test_files_that_are_all_too_short_are_named():
+    with pytest.raises(DataError, match="as many tokens, the longest of 3 files has 8"):
+        Batches(ids_in_files(4, 8, 1), batch_size=1, length=8, seed=0)
