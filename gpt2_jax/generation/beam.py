@@ -28,9 +28,10 @@ from gpt2_jax.generation.request import (
     make_request,
     read_endings,
     read_prompts,
+    remember,
     transform_of,
 )
-from gpt2_jax.generation.sampling import History, init_state, select_state, update_state
+from gpt2_jax.generation.sampling import History, Room, select_state, update_state
 from gpt2_jax.model import decode_step, prefill
 from gpt2_jax.modules import Params, Tap, no_tap
 
@@ -154,7 +155,7 @@ def beam_search(
     transform_of(request.rules.sampler)  # raises where there is none
     found = _search(
         params,
-        request,
+        remember(request, Room(prompts.longest, max_new_tokens)),
         jnp.float32(length_penalty),
         config=config,
         max_new_tokens=max_new_tokens,
@@ -214,8 +215,6 @@ def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int
     """Returns the state before the first token is chosen."""
     n_rows = request.ids.shape[0]
     transform = request.rules.sampler.transform
-    slots = request.ids.shape[1] + max_new_tokens
-    memory = init_state(transform, request.ids, request.lengths, slots)
     shape = (n_rows, num_beams)
     empty = Beams(
         ids=jnp.full((*shape, max_new_tokens), request.rules.pad_id, jnp.int32),
@@ -234,7 +233,7 @@ def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int
         all_ended=jnp.array(False),
         step=jnp.int32(0),
         cache=kv_cache.select(cache, source),
-        memory=select_state(transform, memory, source),
+        memory=select_state(transform, request.memory, source),
     )
 
 

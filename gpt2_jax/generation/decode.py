@@ -24,8 +24,6 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.request import Past, Request, Rules, fold_rows, for_copies
 from gpt2_jax.generation.sampling import (
     History,
-    init_state,
-    is_stateful,
     pick,
     select_state,
     update_state,
@@ -67,7 +65,6 @@ class Start(NamedTuple):
     step: int | Int[Array, ""] = 0  # tokens chosen so far
     # One bool at the start of a text; one for each row where a full one goes on.
     done: Bool[ArrayLike, "..."] = False
-    memory: Any = None  # of the transform: what `remember` returns
 
 
 BEGINNING = Start()
@@ -135,15 +132,6 @@ def _at(x: Array, places: Int[Array, " B"]) -> Array:
 # Programs.
 
 
-@partial(jax.jit, static_argnames="slots")
-def remember(request: Request, *, slots: int) -> Any:
-    """Returns the state of the sampler's transform after the prompts, for texts of `slots` tokens.
-
-    None if it carries none.
-    """
-    return init_state(request.rules.sampler.transform, request.ids, request.lengths, slots)
-
-
 @partial(jax.jit, static_argnames=("cache_len", "num_return_sequences"))
 def begin(
     params: Params,
@@ -160,7 +148,7 @@ def begin(
     tap, acts = _tap_of(request.rules, lambda x: _at(x, lengths - 1))
     logits, cache = prefill(params, ids, lengths, config=config, cache_len=cache_len, tap=tap)
     ids = jnp.pad(ids, ((0, 0), (0, cache_len - ids.shape[1])))
-    read = _Read(ids, logits, cache, acts, start.memory)
+    read = _Read(ids, logits, cache, acts, request.memory)
     return _choose_first(read, request.rules, start, num_return_sequences, config=config)
 
 
@@ -170,7 +158,7 @@ def resume(
     params: Params,
     past: Past,
     rules: Rules,
-    start: Start,
+    memory: Any,
     *,
     config: GPT2Config,
     num_return_sequences: int,
@@ -183,8 +171,8 @@ def resume(
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = _at(hidden, lengths - 1)
     logits = tap("logits", unembed(params, last, config=config))
-    read = _Read(jnp.asarray(past.at_slots), logits, cache, acts, start.memory)
-    return _choose_first(read, rules, start, num_return_sequences, config=config)
+    read = _Read(jnp.asarray(past.at_slots), logits, cache, acts, memory)
+    return _choose_first(read, rules, BEGINNING, num_return_sequences, config=config)
 
 
 class _Read(NamedTuple):
@@ -431,7 +419,7 @@ def in_one(
     state, first = begin(
         params,
         request,
-        Start(memory=remember(request, slots=slots)),
+        BEGINNING,
         config=config,
         cache_len=slots,
         num_return_sequences=n,
@@ -526,10 +514,6 @@ def pieces(
     # No fewer than the columns of the prompts: their padding is read, and so written, as well.
     columns = request.ids.shape[1] if past is None else past.at_slots.shape[1]
     slots = max(columns, cache_slots(used, most))
-    if is_stateful(request.rules.sampler.transform):
-        # For the whole text: what a transform carries does not grow.
-        room = max(request.ids.shape[1], cache_slots(most, most))
-        start = start._replace(memory=remember(request, slots=room))
     if past is None:
         state, made = begin(
             params,
@@ -544,7 +528,7 @@ def pieces(
             params,
             _with_slots(past, slots),
             request.rules,
-            start,
+            request.memory,
             config=config,
             num_return_sequences=plan.num_return_sequences,
         )

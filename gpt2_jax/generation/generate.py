@@ -33,7 +33,9 @@ from gpt2_jax.generation.request import (
     read_outputs,
     read_past,
     read_prompts,
+    remember,
 )
+from gpt2_jax.generation.sampling import Room
 from gpt2_jax.inputs import check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 
@@ -298,10 +300,11 @@ def _read_job(
         tap=wishes.tap,
         outputs=read_outputs(wishes.outputs, wishes.sampler, config=config),
     )
-    traced = is_traced((params, request, wishes.cache))
     slides = overflow == "slide" and prompts.longest + n_new > full
     if slides:
         check_stateless(request.rules.sampler, '`overflow="slide"`, which reads texts anew,')
+    request = remember(request, Room(prompts.longest, n_new))
+    traced = is_traced((params, request, wishes.cache))
     if slides and wishes.cache is not None:
         raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
     if traced and (slides or wishes.cache is not None):

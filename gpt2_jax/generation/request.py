@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
 from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
-from gpt2_jax.generation.sampling import as_sampler, is_stateful
+from gpt2_jax.generation.sampling import Room, as_sampler, init_state, is_stateful
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.model import apply, init
 from gpt2_jax.modules import Tap, repeated
@@ -64,6 +64,7 @@ class Request(NamedTuple):
     ids: Int[Array, "B P"]  # padded on the right
     lengths: Int[Array, " B"]
     rules: Rules
+    memory: Any = None  # the state of the sampler's transform after the prompts, if it carries one
 
 
 class Prompts(NamedTuple):
@@ -305,6 +306,18 @@ def make_request(
         outputs=outputs,
     )
     return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
+
+
+def remember(request: Request, room: Room) -> Request:
+    """Returns the request with the state of its sampler's transform, if that carries one."""
+    if not is_stateful(request.rules.sampler.transform):
+        return request
+    return request._replace(memory=_memory(request, room))
+
+
+@partial(jax.jit, static_argnames="room")
+def _memory(request: Request, room: Room) -> Any:
+    return init_state(request.rules.sampler.transform, request.ids, request.lengths, room)
 
 
 def check_sampler(sampler: Any, key: Keys | None) -> Any:

@@ -76,6 +76,13 @@ class History(NamedTuple):
         return zeros.at[rows, self.ids].add(counted)
 
 
+class Room(NamedTuple):
+    """How long texts may become, for states that are as large as the text."""
+
+    longest: int  # tokens of the longest prompt
+    max_new_tokens: int
+
+
 class Transform:
     """What reshapes logits. Any function `(logits, history) -> logits` may stand beside these."""
 
@@ -98,8 +105,8 @@ class Stateful(Transform):
     of the batch, which follows it through copies and beams, or `select` says how it does.
     """
 
-    def init(self, ids: Int[Array, "B P"], lengths: Ids, slots: int) -> Any:
-        """Returns the state after some prompts, padded on the right, of texts of up to `slots`."""
+    def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Any:
+        """Returns the state after some prompts, padded on the right."""
         raise NotImplementedError
 
     def update(self, state: Any, tokens: Ids) -> Any:
@@ -129,9 +136,9 @@ def is_stateful(transform: Any) -> bool:
     return hasattr(transform, "init") and hasattr(transform, "update")
 
 
-def init_state(transform: Any, ids: Int[Array, "B P"], lengths: Ids, slots: int) -> Any:
+def init_state(transform: Any, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Any:
     """Returns a transform's state after some prompts; None, which costs nothing, if it has none."""
-    return transform.init(ids, lengths, slots) if is_stateful(transform) else None
+    return transform.init(ids, lengths, room) if is_stateful(transform) else None
 
 
 def update_state(transform: Any, state: Any, tokens: Ids) -> Any:
@@ -158,7 +165,7 @@ class Temperature(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return logits / _column(self.temperature, logits)
+        return logits / as_column(self.temperature, logits)
 
 
 @dataclass
@@ -193,7 +200,7 @@ class TopP(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        p = _column(self.p, logits).reshape(-1, 1)  # [1, 1] or [B, 1]
+        p = as_column(self.p, logits).reshape(-1, 1)  # [1, 1] or [B, 1]
         # In a function that is jitted by itself, for those who call a transform outside of `jit`.
         removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
@@ -216,7 +223,7 @@ class MinP(Transform):
         del history
         probabilities = jax.nn.softmax(logits, axis=-1)
         largest = probabilities.max(axis=-1, keepdims=True)
-        threshold = _column(self.min_p, logits) * largest
+        threshold = as_column(self.min_p, logits) * largest
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
 
 
@@ -242,7 +249,7 @@ class Typical(Transform):
         held = jnp.cumsum(jnp.exp(in_order), axis=-1)
 
         # The token that reaches the mass is the last to stay, and with it all at its distance.
-        n_before = (held < _column(self.mass, logits)).sum(axis=-1, keepdims=True)
+        n_before = (held < as_column(self.mass, logits)).sum(axis=-1, keepdims=True)
         # Rounding may leave the sum of all below a mass near 1.
         last = jnp.minimum(n_before, logits.shape[-1] - 1)
         last = jnp.maximum(last, self.min_tokens_to_keep - 1)
@@ -266,7 +273,7 @@ class Epsilon(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return _keep_likely(logits, _column(self.epsilon, logits), self.min_tokens_to_keep)
+        return _keep_likely(logits, as_column(self.epsilon, logits), self.min_tokens_to_keep)
 
 
 @dataclass
@@ -284,7 +291,7 @@ class Eta(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        epsilon = _column(self.epsilon, logits)
+        epsilon = as_column(self.epsilon, logits)
         entropy = _entropy(jax.nn.log_softmax(logits, axis=-1))
         threshold = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy))
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
@@ -308,7 +315,7 @@ class TopH(Transform):
         n_candidates = min(TOP_H_CANDIDATES, logits.shape[-1])
         largest, tokens = jax.lax.top_k(logits, n_candidates)
         parts = -_expected(jax.nn.log_softmax(largest, axis=-1))  # of the entropy, one a token
-        budget = _column(self.top_h, logits) * parts.sum(axis=-1, keepdims=True)
+        budget = as_column(self.top_h, logits) * parts.sum(axis=-1, keepdims=True)
         stays = jnp.cumsum(parts, axis=-1) <= budget
         stays = stays.at[..., 0].set(True)  # even if it alone exceeds the budget
         none = jnp.zeros(logits.shape, bool)
@@ -334,7 +341,7 @@ class RepetitionPenalty(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1])
-        penalty = _column(self.penalty, logits)
+        penalty = as_column(self.penalty, logits)
         # Divided, a negative logit would rise.
         penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalised, logits)
@@ -349,7 +356,7 @@ class FrequencyPenalty(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         # OpenAI counts what was generated, HF's rule above the prompt as well.
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
-        return logits - _column(self.penalty, logits) * counts
+        return logits - as_column(self.penalty, logits) * counts
 
 
 @dataclass
@@ -360,7 +367,7 @@ class PresencePenalty(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
-        return logits - _column(self.penalty, logits) * (counts > 0)
+        return logits - as_column(self.penalty, logits) * (counts > 0)
 
 
 @dataclass
@@ -460,7 +467,7 @@ class Suppress(Transform):
         removed = jnp.zeros(logits.shape[-1], bool).at[ids].set(True)[None]  # [1, V]
         if self.steps is not None:
             early = self.needs(history).step < jnp.asarray(self.steps)
-            removed &= _column(early, logits)
+            removed &= as_column(early, logits)
         if self.length is not None:
             short = self.needs(history).length < jnp.asarray(self.length)
             removed &= short[:, None]
@@ -486,7 +493,7 @@ class Force(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         history = self.needs(history)
         if self.length is None:
-            now = _column(history.step == jnp.asarray(self.step), logits)
+            now = as_column(history.step == jnp.asarray(self.step), logits)
         else:
             now = (history.length == jnp.asarray(self.length))[:, None]
         ids = jnp.asarray(self.ids, jnp.int32)
@@ -506,7 +513,7 @@ class ExponentialDecayLength(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         step = self.needs(history).step
         excess = jnp.maximum(step - jnp.asarray(self.start), 0)
-        lift = _column(jnp.asarray(self.factor, logits.dtype) ** excess - 1, logits)
+        lift = as_column(jnp.asarray(self.factor, logits.dtype) ** excess - 1, logits)
         stop = jnp.asarray(self.stop_ids, jnp.int32)
         stopping = logits[:, stop]
         # By `abs`, as a negative logit is to rise, too.
@@ -546,9 +553,9 @@ class Chain(Transform):
             logits = transform(logits, seen)
         return logits
 
-    def init(self, ids: Int[Array, "B P"], lengths: Ids, slots: int) -> tuple[Any, ...]:
+    def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> tuple[Any, ...]:
         """Returns the state of each transform, None for those that carry none."""
-        return tuple(init_state(part, ids, lengths, slots) for part in self.transforms)
+        return tuple(init_state(part, ids, lengths, room) for part in self.transforms)
 
     def update(self, state: tuple[Any, ...], tokens: Ids) -> tuple[Any, ...]:
         """Returns the states after one more token of each row."""
@@ -738,7 +745,7 @@ def _entropy(logprobs: Float[Array, "B V"]) -> Float[Array, "B 1"]:
     return -_expected(logprobs).sum(axis=-1, keepdims=True)
 
 
-def _column(number: PerRow, logits: Logits) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
+def as_column(number: PerRow, logits: Logits) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
     """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`.
 
     Raises:
