@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_python_blocks_print_what_the_readme_says():
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     scope = {}
     for code, expected in blocks:  # of a block without output, ""
         with contextlib.redirect_stdout(io.StringIO()) as printed:

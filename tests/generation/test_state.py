@@ -1,0 +1,419 @@
+"""Transforms that carry a state, and what stands on them: constraints and second models."""
+
+import itertools
+import json
+import re
+import sys
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import gpt2_jax
+from gpt2_jax import (
+    Categorical,
+    Chain,
+    Greedy,
+    History,
+    Stateful,
+    Tokenizer,
+    TopK,
+    beam_search,
+    from_json_schema,
+    from_regex,
+    generate,
+)
+from gpt2_jax.generation.guided import Contrastive, Guidance, Reading
+from gpt2_jax.pytrees import dataclass
+from tests.reference import TINY, assert_near, hf_model, ours
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def models():
+    model = hf_model(**TINY)
+    return model, *ours(model)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return gpt2_jax.load_pretrained("demo")
+
+
+@pytest.fixture
+def prompts(rng):
+    return rng.integers(1, 61, (2, 6)), np.array([6, 4])
+
+
+# The protocol.
+
+
+@dataclass
+class Sum(Stateful):
+    """Lifts one token, that of the sum of all ids so far: what `BySum` reads from the history."""
+
+    strength: float = 9.0
+
+    def init(self, ids, lengths, room):
+        is_text = jnp.arange(ids.shape[1])[None] < lengths[:, None]
+        return jnp.where(is_text, ids, 0).sum(axis=1)
+
+    def update(self, state, tokens):
+        return state + tokens
+
+    def __call__(self, logits, history=None):
+        return lift(logits, self.state_in(history), self.strength)
+
+
+@dataclass
+class BySum(gpt2_jax.generation.sampling.Transform):
+    """The same without a state."""
+
+    strength: float = 9.0
+
+    def __call__(self, logits, history=None):
+        total = jnp.where(history.valid, history.ids, 0).sum(axis=1)
+        return lift(logits, total, self.strength)
+
+
+def lift(logits, total, strength):
+    lifted = jax.nn.one_hot(total % logits.shape[1], logits.shape[1], dtype=logits.dtype)
+    return logits + strength * lifted
+
+
+def chain(kind):
+    """A chain in which some carry a state, and some do not."""
+    return Chain((TopK(50), kind(7.0), Chain((kind(2.0),))))
+
+
+def assert_same(made, expected):
+    np.testing.assert_array_equal(made.ids, expected.ids)
+    np.testing.assert_array_equal(made.lengths, expected.lengths)
+    np.testing.assert_allclose(made.logprobs, expected.logprobs, atol=1e-6)
+
+
+def test_a_state_follows_its_row_as_the_history_does(models, prompts):
+    _, config, params = models
+    options = {"config": config, "max_new_tokens": 9, "num_return_sequences": 2, "stop_ids": (3,)}
+    key = jax.random.key(1)
+    found, plain = (
+        generate(params, *prompts, key, sampler=Categorical(chain(kind)), **options)
+        for kind in (Sum, BySum)
+    )
+    assert_same(found, plain)
+    # Onto a cache as well, of which the state's prompts are whole all the same.
+    _, past = gpt2_jax.prefill(params, prompts[0][:, :3], config=config)
+    found = generate(params, *prompts, key, sampler=Categorical(chain(Sum)), cache=past, **options)
+    assert_same(found, plain)
+
+
+def test_a_state_follows_its_beam(models, prompts):
+    _, config, params = models
+    options = {"config": config, "max_new_tokens": 9, "num_beams": 4, "num_return_sequences": 3}
+    found, plain = (
+        beam_search(params, *prompts, sampler=Greedy(chain(kind)), **options)
+        for kind in (Sum, BySum)
+    )
+    assert_same(found, plain)
+    np.testing.assert_allclose(found.scores, plain.scores, atol=1e-5)
+
+
+def test_who_cannot_carry_a_state_says_so(models, prompts):
+    _, config, params = models
+    sampler = Greedy(chain(Sum))
+    options = {"config": config, "sampler": sampler}
+    with pytest.raises(ValueError, match="Speculation cannot carry the state of a transform"):
+        gpt2_jax.speculate(params, *prompts, max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match='`overflow="slide"`, .* cannot carry the state'):
+        generate(params, *prompts, max_new_tokens=30, overflow="slide", **options)
+    with pytest.raises(ValueError, match="A conversation cannot carry the state"):
+        gpt2_jax.Conversation(params, Tokenizer.gpt2(), **options)
+    with pytest.raises(ValueError, match="Sum carries a state: `history.state` must be what"):
+        sampler(None, jnp.zeros((1, 61)))
+
+
+# Constraints.
+
+
+@cache
+def library():
+    """Skips where the extra is not installed."""
+    return pytest.importorskip("outlines_core")
+
+
+def texts_of(tokenizer, out):
+    """The texts without their stop ids, of those that have ended."""
+    ids = np.asarray(out.ids).reshape(-1, out.ids.shape[-1])
+    lengths = np.asarray(out.lengths).ravel()
+    rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    assert all(row[-1] == tokenizer.eot_id for row in rows)
+    return [tokenizer.decode(row[:-1]) for row in rows]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["girl", "café"]},
+        "old": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "old"],
+}
+
+
+def test_all_texts_are_of_the_form(demo):
+    library()
+    tokenizer = demo.tokenizer
+    ids = [tokenizer.encode("Once upon a time there was a")]
+    regex = r" (girl|boy) (called|named) [A-Zé][a-zéü]{1,4}[.!]"
+    year = from_regex(regex, tokenizer)
+    schema = from_json_schema(SCHEMA, tokenizer)
+    options = {"config": demo.config, "max_new_tokens": 60}
+    # Drawn from flat distributions, in which all that may come does.
+    drawing = {"key": jax.random.key(0), "num_return_sequences": 12}
+    flat = gpt2_jax.Temperature(3.0)
+    for form, matches in (
+        (year, lambda text: re.fullmatch(regex, text)),
+        (schema, is_of_schema),
+    ):
+        sampler = Categorical(Chain((form, flat)))
+        drawn = generate(demo.params, ids, sampler=sampler, **drawing, **options)
+        greedy = generate(demo.params, ids, sampler=Greedy(form), **options)
+        texts = texts_of(tokenizer, drawn)
+        assert len(set(texts)) > 6
+        texts += texts_of(tokenizer, greedy)
+        assert all(map(matches, texts)), texts
+    options |= {"max_new_tokens": 20, "num_beams": 3, "num_return_sequences": 3}
+    beams = beam_search(demo.params, ids, sampler=Greedy(year), **options)
+    found = texts_of(tokenizer, beams)
+    assert len(set(found)) == 3 and all(re.fullmatch(regex, text) for text in found), found
+
+
+def is_of_schema(text):
+    value = json.loads(text)
+    return (
+        list(value) == ["name", "kind", "old"]
+        and len(value["name"]) <= 6
+        and value["kind"] in ("girl", "café")
+        and isinstance(value["old"], bool)
+    )
+
+
+BYTES = Tokenizer(
+    {"a": 0, "b": 1, "c": 2, "ab": 3, "Ã": 4, "©": 5, "ca": 6},
+    [("a", "b"), ("c", "a")],
+    {"<|endoftext|>": 7},
+)
+
+
+@pytest.mark.parametrize("pattern", ["(ab|c)*", "a?[bc]{2}", "é+a", "abca|abb?"])
+def test_exactly_the_tokens_that_can_lead_to_a_match_are_left(pattern):
+    library()
+    transform = from_regex(pattern, BYTES)
+    vocabulary = [BYTES.decode_bytes([id]) for id in range(7)]
+    size = 9  # more rows of a model's table than there are tokens
+    whole = re.compile(pattern)
+    # All texts that match, of up to six bytes.
+    alphabet = ["a", "b", "c", "é"]
+    lengths = range(7)
+    strings = ("".join(s) for n in lengths for s in itertools.product(alphabet, repeat=n))
+    matching = {s.encode() for s in strings if whole.fullmatch(s)}
+    for ids in itertools.product(range(7), repeat=2):
+        state = transform.init(jnp.zeros((1, 3), int), jnp.array([3]), None)
+        text = b""
+        for token in ids:
+            history = History(None, None, None, state)
+            left = np.isfinite(transform(jnp.zeros((1, size)), history))[0]
+            expected = [any(m.startswith(text + word) for m in matching) for word in vocabulary]
+            assert left.tolist() == [*expected, text in matching, False], (pattern, text)
+            if not expected[token]:
+                break
+            text += vocabulary[token]
+            state = transform.update(state, jnp.array([token]))
+
+
+def test_what_cannot_be_a_constraint_is_named(monkeypatch):
+    library()
+    with pytest.raises(ValueError, match=r"`pattern` must be a regular expression, got '\(a'"):
+        from_regex("(a", BYTES)
+    with pytest.raises(ValueError, match="No text of this vocabulary matches `pattern` 'd'"):
+        from_regex("d", BYTES)
+    with pytest.raises(ValueError, match="`schema` must be a JSON schema"):
+        from_json_schema({"type": "colour"}, BYTES)
+    without_end = Tokenizer({"a": 0}, [])
+    with pytest.raises(ValueError, match="`stop_ids` must hold what ends a text"):
+        from_regex("a", without_end)
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(ImportError, match=r'pip install "gpt2_jax\[constrained\]"'):
+        from_regex("a", BYTES)
+
+
+def allowed_after(prompt, ids):
+    """Some ids that depend on the prompt and on the text."""
+    return sorted({(int(ids[-1]) * step + prompt) % 61 for step in (1, 7, 11, 13, 17)})
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_allowed_prefixes_are_hfs(models, num_beams):
+    model, config, params = models
+    ids = np.random.default_rng(3).integers(1, 61, (2, 6))
+    theirs = model.generate(
+        torch.tensor(ids),
+        attention_mask=torch.ones(ids.shape, dtype=torch.long),
+        max_new_tokens=NEW,
+        do_sample=False,
+        num_beams=num_beams,
+        eos_token_id=None,
+        pad_token_id=0,
+        prefix_allowed_tokens_fn=lambda prompt, ids: allowed_after(prompt, ids.tolist()),
+    )
+    sampler = Greedy(gpt2_jax.PrefixAllowedTokens(allowed_after))
+    options = {"config": config, "max_new_tokens": NEW, "stop_ids": (), "sampler": sampler}
+    if num_beams == 1:
+        made = generate(params, ids, **options).ids
+    else:
+        made = beam_search(params, ids, num_beams=num_beams, **options).ids[:, 0]
+    np.testing.assert_array_equal(made, theirs[:, 6:])
+
+
+# Second models.
+
+
+@pytest.mark.parametrize("has_other", [False, True])
+def test_guidance_is_hfs(models, has_other):
+    model, config, params = models
+    ids = np.random.default_rng(4).integers(1, 61, (2, 6))
+    other = np.random.default_rng(5).integers(1, 61, (2, 3)) if has_other else None
+    theirs = model.generate(
+        torch.tensor(ids),
+        attention_mask=torch.ones(ids.shape, dtype=torch.long),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        guidance_scale=2.5,
+        negative_prompt_ids=None if other is None else torch.tensor(other),
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    out = generate(
+        params,
+        ids,
+        config=config,
+        max_new_tokens=NEW,
+        stop_ids=(),
+        sampler=Greedy(Guidance(params, config, 2.5, other)),
+        outputs="scores",
+    )
+    np.testing.assert_array_equal(out.ids, theirs.sequences[:, 6:])
+    assert_near(out.outputs["scores"], torch.stack(theirs.scores, dim=1), 1e-5)
+
+
+def test_contrast_is_its_definition(models, prompts):
+    _, config, params = models
+    small = config.replace(n_layer=1)
+    amateur = params | {"h": {"0": params["h"]["0"]}}
+    transform = Contrastive(amateur, small, alpha=0.3, temperature=0.5)
+    options = {"config": config, "max_new_tokens": NEW, "stop_ids": ()}
+    key = jax.random.key(2)
+    out = generate(
+        params,
+        *prompts,
+        key,
+        sampler=Categorical(transform),
+        num_return_sequences=2,
+        outputs=("logits", "scores"),
+        **options,
+    )
+    whole, lengths = gpt2_jax.join(*prompts, out)
+    small_logits = gpt2_jax.apply(amateur, whole, config=small)
+    for row, length in enumerate(np.asarray(lengths) - NEW):
+        expert = jax.nn.log_softmax(out.outputs["logits"][row])
+        seen = small_logits[row, length - 1 : length - 1 + NEW]
+        contrast = expert - jax.nn.log_softmax(seen / 0.5)
+        plausible = np.exp(expert) >= 0.3 * np.exp(expert).max(axis=-1, keepdims=True)
+        expected = np.where(plausible, contrast, -np.inf)
+        np.testing.assert_allclose(out.outputs["scores"][row], expected, atol=1e-9)
+
+
+def test_a_second_model_that_does_not_fit_is_named(models, prompts):
+    _, config, params = models
+    options = {"config": config, "max_new_tokens": NEW}
+    short = Contrastive(params, config.replace(n_positions=8))
+    with pytest.raises(ValueError, match="of Contrastive must have 12 positions .* it has 8"):
+        generate(params, *prompts, sampler=Greedy(short), **options)
+    with pytest.raises(ValueError, match=r"`ids` of Guidance must be of shape \[1, P\] or \[2, P"):
+        generate(params, *prompts, sampler=Greedy(Guidance(params, config, 2.0, [3])), **options)
+    other = Reading(jnp.zeros((1, 5)), None)
+    with pytest.raises(ValueError, match="must have the model's 61 tokens, it has 5"):
+        Guidance(params, config, 2.0)(jnp.zeros((1, 61)), History(None, None, None, other))
+
+
+# Taps.
+
+
+@dataclass
+class PerRow:
+    """A tap that adds to the stream of each row its own vector."""
+
+    vectors: jax.Array
+
+    def __call__(self, site, x):
+        return x + self.vectors[:, None] if site == "h.0.resid_post" else x
+
+    def wants(self, site):
+        return site == "h.0.resid_post"
+
+    def repeated(self, n):
+        return PerRow(jnp.repeat(self.vectors, n, axis=0))
+
+
+def without_mlp(site, x):
+    """A plain function as a tap: takes out what the MLP of layer 1 writes."""
+    return 0 * x if site == "h.1.mlp.out" else x
+
+
+def searches(tap, **options):
+    """The texts of beams and of speculation."""
+    speculated = gpt2_jax.speculate(tap=tap, num_draft_tokens=3, **options)
+    beams = beam_search(tap=tap, num_beams=3, num_return_sequences=2, **options)
+    return speculated.ids, beams.ids, beams.logprobs
+
+
+def test_searches_of_a_tapped_model_are_those_of_an_edited_one(models, prompts):
+    _, config, params = models
+    ids, lengths = prompts
+    options = {"ids": ids, "lengths": lengths, "config": config, "max_new_tokens": 9}
+    edited = jax.tree.map(lambda x: x, params)
+    projection = edited["h"]["1"]["mlp"]["c_proj"]
+    edited["h"]["1"]["mlp"]["c_proj"] = jax.tree.map(jnp.zeros_like, projection)
+    tapped = searches(without_mlp, params=params, **options)
+    for found, expected in zip(tapped, searches(None, params=edited, **options), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    plain = searches(None, params=params, **options)
+    assert not np.array_equal(tapped[0], plain[0]) and not np.array_equal(tapped[1], plain[1])
+
+
+def test_a_taps_vectors_follow_their_rows(models, prompts, rng):
+    _, config, params = models
+    ids, _ = prompts
+    vectors = jnp.asarray(3 * rng.normal(size=(2, config.n_embd)))
+    options = {"config": config, "max_new_tokens": NEW, "stop_ids": (), "overflow": "slide"}
+    keys = jax.random.split(jax.random.key(3), 4)
+    ids = np.concatenate([ids] * 3, axis=1)  # 18 of 24 positions, so that texts slide as well
+    options |= {"sampler": Categorical(), "max_new_tokens": 9}
+    tap = PerRow(vectors)
+    drawn = generate(params, ids, None, keys, num_return_sequences=2, tap=tap, **options)
+    rows = np.repeat(np.arange(2), 2)
+    each = generate(params, ids[rows], None, keys, tap=PerRow(vectors[rows]), **options)
+    np.testing.assert_array_equal(drawn.ids, each.ids)
+    options = {"config": config, "max_new_tokens": NEW, "num_beams": 3}
+    beams = beam_search(params, ids, tap=PerRow(vectors), **options)
+    for row in range(2):
+        alone = PerRow(vectors[row : row + 1])
+        expected = beam_search(params, ids[row : row + 1], tap=alone, **options)
+        np.testing.assert_array_equal(beams.ids[row], expected.ids[0])
