@@ -26,6 +26,8 @@ N_BYTES = 256
 # The state that nothing leads out of, and the one before the first byte.
 NOWHERE = 0
 START = 1
+# The byte that stands for the end of a text, and in none.
+END = 0
 
 
 @dataclass
@@ -90,8 +92,9 @@ def from_regex(
     extra `constrained`.
 
     Args:
-      pattern: in the syntax of Rust's `regex`, which has no look-around and no back-references. It
-        matches characters, of which a token may hold a part.
+      pattern: in the syntax of Rust's `regex`, which has no look-around and no back-references, and
+        without `$`, as it matches to the end anyway. It matches characters, of which a token may
+        hold a part; none of them is NUL.
       tokenizer: of the model, of GPT-2's kind.
       stop_ids: what ends a text, the tokenizer's `eot_id` by default; those of `generate`.
 
@@ -235,33 +238,47 @@ def _outlines_core() -> Any:
 
 def _automaton(pattern: str) -> _Automaton:
     """Returns the automaton of a regular expression."""
-    library = _outlines_core()
-    # Over a vocabulary of the bytes alone, and an end: then its index is the automaton itself.
-    end = N_BYTES
-    vocabulary = library.Vocabulary(end, {bytes([byte]): [byte] for byte in range(N_BYTES)})
-    try:
-        index = library.Index(pattern, vocabulary)
-    except Exception as error:  # the library raises several kinds
-        raise ValueError(
-            f"`pattern` must be a regular expression, got {pattern!r}: {error}."
-        ) from (error)
+    index = _index(pattern, f"(?:{pattern})\\x00")
     transitions = index.get_transitions()
+    finals = index.get_final_states()
     first = index.get_initial_state()
-    states = {first} | transitions.keys() | index.get_final_states()
-    for by_byte in transitions.values():
-        states |= set(by_byte.values())
-    # From START on; NOWHERE is none of the library's.
     numbers = {first: START}
-    for state in sorted(states - {first}):
-        numbers[state] = START + len(numbers)
+    waiting = [first]
+    edges = []
+    # What can be reached by the bytes of a text, in the order in which it is.
+    for state in waiting:
+        for byte, target in transitions.get(state, {}).items():
+            if byte in (END, N_BYTES):
+                continue
+            if target not in numbers:
+                numbers[target] = START + len(numbers)
+                waiting.append(target)
+            edges.append((numbers[state], byte, numbers[target]))
     steps = np.full((START + len(numbers), N_BYTES), NOWHERE, np.int32)
-    for state, by_byte in transitions.items():
-        for byte, target in by_byte.items():
-            if byte != end:
-                steps[numbers[state], byte] = numbers[target]
+    for state, byte, target in edges:
+        steps[state, byte] = target
     accepts = np.zeros(len(steps), bool)
-    accepts[[numbers[state] for state in index.get_final_states()]] = True
+    for state, number in numbers.items():
+        accepts[number] = transitions.get(state, {}).get(END) in finals
     return _Automaton(steps, accepts)
+
+
+def _index(pattern: str, ended: str) -> Any:
+    """Returns the library's index of a pattern with an end, over a vocabulary of single bytes.
+
+    It is the automaton itself. The end is there as the library loses transitions behind a state
+    that accepts (0.2.14: in `a(bc)?` the `b`, alone): so none accepts before it.
+    """
+    library = _outlines_core()
+    words = {bytes([byte]): [byte] for byte in range(N_BYTES)}
+    vocabulary = library.Vocabulary(N_BYTES, words)
+    try:
+        # First as it was given, so that a mistake is the user's own, and no bracket closes ours.
+        library.Index(pattern, vocabulary)
+        return library.Index(ended, vocabulary)
+    except Exception as error:  # the library raises several kinds
+        expected = f"`pattern` must be a regular expression, got {pattern!r}"
+        raise ValueError(f"{expected}: {error}.") from error
 
 
 def _spelled(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> _Words:
@@ -301,8 +318,10 @@ def _productive(automaton: _Automaton, reached: Int[np.ndarray, "S V"]) -> Bool[
     productive = automaton.accepts.copy()
     sources: dict[int, list[int]] = {}
     for state, row in enumerate(reached):
-        for target in np.unique(row):
-            sources.setdefault(int(target), []).append(state)
+        is_target = np.zeros(len(reached), bool)
+        is_target[row] = True
+        for target in np.flatnonzero(is_target).tolist():
+            sources.setdefault(target, []).append(state)
     # Backwards from the ends.
     waiting = np.flatnonzero(productive).tolist()
     while waiting:
