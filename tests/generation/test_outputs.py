@@ -95,7 +95,7 @@ def test_outputs_follow_their_rows_and_end_with_them(models, prompts):
 
 def test_a_greedy_choice_is_certain_and_a_functions_unknown(models, prompts):
     _, config, params = models
-    options = {"config": config, "max_new_tokens": 2, "stop_ids": ()}
+    options = {"config": config, "max_new_tokens": 1, "stop_ids": ()}
     out = generate(params, *prompts, **options)
     assert not out.policy_logprobs.any() and (out.logprobs < 0).all()
     own = generate(params, *prompts, jax.random.key(0), sampler=smallest, **options)
