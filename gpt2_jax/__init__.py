@@ -5,10 +5,17 @@ from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.evaluation.score import Likelihood, perplexity, score, score_choices, token_logprobs
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.generation.beam import Beams, beam_search
+from gpt2_jax.generation.constrained import (
+    Constrained,
+    PrefixAllowedTokens,
+    from_json_schema,
+    from_regex,
+)
 from gpt2_jax.generation.conversation import Conversation
 from gpt2_jax.generation.decode import Generation
-from gpt2_jax.generation.generate import generate, stream
+from gpt2_jax.generation.generate import generate, join, stream
 from gpt2_jax.generation.generation_config import load_generation_config
+from gpt2_jax.generation.guided import Contrastive, Guidance
 from gpt2_jax.generation.options import sampler_from_options
 from gpt2_jax.generation.sampling import (
     Categorical,
@@ -16,6 +23,7 @@ from gpt2_jax.generation.sampling import (
     Greedy,
     History,
     MinP,
+    Stateful,
     Temperature,
     TopK,
     TopP,
@@ -85,19 +93,24 @@ __all__ = [
     "Categorical",
     "Chain",
     "CheckpointError",
+    "Constrained",
     "Continuation",
+    "Contrastive",
     "Conversation",
     "Edits",
     "GPT2Config",
     "Generation",
     "Greedy",
+    "Guidance",
     "History",
     "KVCache",
     "Likelihood",
     "LogitAttribution",
     "MinP",
+    "PrefixAllowedTokens",
     "Pretrained",
     "Speculation",
+    "Stateful",
     "Temperature",
     "Tokenizer",
     "TopK",
@@ -120,9 +133,12 @@ __all__ = [
     "find_sites",
     "fold_layer_norm",
     "from_hf",
+    "from_json_schema",
+    "from_regex",
     "generate",
     "init",
     "init_state",
+    "join",
     "load",
     "lengthen",
     "load_generation_config",

@@ -208,7 +208,7 @@ def share(cache: KVCache, n: int) -> KVCache:
 
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     """Returns a cache of some rows of another, in their order; a row may come more than once."""
-    n_rows = len(cache.valid)
+    n_rows = cache.valid.shape[0]  # which may be symbolic
 
     def take(x):  # [BH, ...] -> [RH, ...]
         # By rows: all heads of a row go together.

@@ -51,7 +51,7 @@ def test_every_edge_that_is_allowed_is_there():
 
 def test_nothing_heavy_is_imported_by_the_library_itself():
     heavy = ("torch", "transformers", "orbax", "lm_eval", "datasets", "pyarrow", "matplotlib")
-    heavy += ("tokenizers", "gguf", "h5py")
+    heavy += ("tokenizers", "gguf", "h5py", "outlines_core")
     code = f"import gpt2_jax, sys; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

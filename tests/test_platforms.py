@@ -9,7 +9,7 @@ from jax import export
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.generation.decode import advance, begin
+from gpt2_jax.generation.decode import Start, advance, begin
 from gpt2_jax.generation.request import make_request, read_endings, read_prompts
 
 TINY = GPT2Config(vocab_size=61, n_positions=64, n_embd=24, n_layer=1, n_head=3)
@@ -28,7 +28,7 @@ def programs():
     )
     one = ids[:1]  # whose products are made in parts on one of the platforms
     request = make_request(
-        read_prompts(params, one, None, "right", config=config),
+        read_prompts(one, None, "right", config=config),
         read_endings((3,), 0, config=config),
         jax.random.key(0),
         sampler,
@@ -36,7 +36,7 @@ def programs():
 
     def generate(params, request):
         state, first = begin(
-            params, request, 0, False, config=config, cache_len=64, num_return_sequences=1
+            params, request, Start(), config=config, cache_len=64, num_return_sequences=1
         )
         return first, advance(params, state, request.rules, 7, config=config, chunk=8)
 

@@ -20,7 +20,7 @@ PAGES = [page for page in sorted(ROOT.glob("docs/*.md")) if "```python" in page.
 
 def test_the_python_blocks_print_what_the_readme_says():
     blocks = BLOCK.findall(README)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     scope = {}
     for code, expected in blocks:  # of a block without output, ""
         with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -30,7 +30,7 @@ from gpt2_jax.commands.common import (
     unwinding,
 )
 from gpt2_jax.config import DTYPES
-from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of
+from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of, read_json_object
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
@@ -115,7 +115,9 @@ def parser(program: str) -> argparse.ArgumentParser:
         "prompt", nargs="*", help="one or more prompts; without any, standard input is the prompt"
     )
     _add_model(out.add_argument_group("model"))
-    _add_text(out.add_argument_group("text"))
+    text = out.add_argument_group("text")
+    _add_text(text)
+    _add_form(text)
     search = out.add_argument_group("search and speculation")
     for option in SEARCHES:
         _add_option(search, option)
@@ -198,6 +200,18 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_form(group: argparse._ArgumentGroup) -> None:
+    """Adds what form each text must have."""
+    group.add_argument(
+        "--regex", metavar="PATTERN", help="write what matches this regular expression, and end"
+    )
+    group.add_argument(
+        "--json_schema",
+        metavar="SCHEMA",
+        help="write JSON of this schema, and end: a file, or the schema itself",
+    )
+
+
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     """Adds an option of the table."""
     # A copy: what is added below is for this option, not for all of its kind.
@@ -239,6 +253,7 @@ def check_options(args: argparse.Namespace) -> None:
         _check_option(option, args)
     check_numbers(args, NUMBERS)
     _check_combinations(args)
+    _check_form(args)
     if args.num_samples > 1 and not args.do_sample and args.num_beams == 1:
         advice = "add --do_sample or --num_beams"
         raise ValueError(f"--num_samples would repeat the one likeliest text: {advice}.")
@@ -294,6 +309,23 @@ def _check_combinations(args: argparse.Namespace) -> None:
             raise ValueError("--interactive writes one text: leave out --num_samples.")
     if args.show_probs and args.json:
         raise ValueError("--json has the probabilities already: leave out --show_probs.")
+
+
+def _check_form(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for what cannot be combined with a form of the texts."""
+    forms = [f"--{name}" for name in ("regex", "json_schema") if getattr(args, name) is not None]
+    if not forms:
+        return
+    # A form carries a state, which can neither be taken back nor go on in another text.
+    others = {
+        "--assistant_model": args.assistant_model,
+        "--prompt_lookup_num_tokens": args.prompt_lookup_num_tokens,
+        "--interactive": args.interactive,
+        "--overflow slide": args.overflow == "slide",
+    }
+    given = [*forms, *(name for name, value in others.items() if value)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} cannot be combined.")
 
 
 # The command.
@@ -437,7 +469,7 @@ def make_sampler(args: argparse.Namespace, model: Pretrained) -> Any:
         for bias, *ids in args.sequence_bias:
             biases[tuple(int(token) for token in ids)] = bias
         options["sequence_bias"] = biases
-    return gpt2_jax.sampler_from_options(
+    sampler = gpt2_jax.sampler_from_options(
         options,
         do_sample=args.do_sample,
         stop_ids=model.config.eos_token_ids,
@@ -445,6 +477,29 @@ def make_sampler(args: argparse.Namespace, model: Pretrained) -> Any:
         vocab_size=model.config.vocab_size,
         num_beams=args.num_beams,
     )
+    form = read_form(args, model)
+    if form is None:
+        return sampler
+    # Before the options, so that cuts count what the form allows.
+    return sampler.replace(transform=gpt2_jax.Chain((form, sampler.transform)))
+
+
+def read_form(args: argparse.Namespace, model: Pretrained) -> Any:
+    """Returns the transform of the form that texts must have; None if they may be of any.
+
+    Raises:
+      ImportError, ValueError: as `gpt2_jax.from_regex` and `from_json_schema`.
+      OSError: the schema's file cannot be read.
+    """
+    stop_ids = model.config.eos_token_ids
+    if args.regex is not None:
+        return gpt2_jax.from_regex(args.regex, model.tokenizer, stop_ids=stop_ids)
+    if args.json_schema is None:
+        return None
+    schema = args.json_schema
+    if not schema.lstrip().startswith("{"):
+        schema = read_json_object(Path(schema))
+    return gpt2_jax.from_json_schema(schema, model.tokenizer, stop_ids=stop_ids)
 
 
 def describe(model: Pretrained, args: argparse.Namespace, seed: int, seconds: float) -> str:

@@ -24,14 +24,16 @@ from gpt2_jax.generation.request import (
     check_memory,
     check_room,
     fold_rows,
+    for_copies,
     make_request,
     read_endings,
     read_prompts,
+    remember,
     transform_of,
 )
-from gpt2_jax.generation.sampling import History
+from gpt2_jax.generation.sampling import History, Room, select_state, update_state
 from gpt2_jax.model import decode_step, prefill
-from gpt2_jax.modules import Params
+from gpt2_jax.modules import Params, Tap, no_tap
 
 # HF's score of what must not be chosen; finite, so that such beams still have an order.
 NEVER = -1e9
@@ -76,6 +78,7 @@ class _State(NamedTuple):
     all_ended: Bool[Array, ""]  # whether every candidate of the last step ended
     step: Int[Array, ""]  # tokens chosen so far
     cache: KVCache  # of B * n rows
+    memory: Any  # of as many: the state of a transform that carries one
 
 
 def beam_search(
@@ -94,11 +97,14 @@ def beam_search(
     stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
+    tap: Tap | None = None,
 ) -> Beams:
     """Continues each prompt by the likeliest texts that a search finds. Compiles itself.
 
     Each step extends each beam by every token and keeps the best. What ends is kept aside, as many
     as there are beams, ranked by score. Arguments that are not named here are those of `generate`.
+    Under `jax.jit`, `jax.vmap` and `jax.export` it is a part of the caller's program, as `generate`
+    is, without checks of values.
 
     Args:
       num_beams: `n`, at least 2.
@@ -111,6 +117,7 @@ def beam_search(
       sampler: its transform acts on the log-probabilities of each beam. `Greedy` extends by the
         best tokens, `Categorical` by tokens drawn without replacement, in proportion to the
         probability of the whole beam.
+      tap: as for `generate`: a value for each prompt follows it into all of its beams.
 
     Raises:
       FloatingPointError: as `generate`.
@@ -134,7 +141,7 @@ def beam_search(
         )
     if not np.isfinite(length_penalty):
         raise ValueError(f"`length_penalty` must be finite, got {length_penalty}.")
-    prompts = read_prompts(params, ids, lengths, padding_side, config=config)
+    prompts = read_prompts(ids, lengths, padding_side, config=config)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     check_room(prompts, max_new_tokens, "error", config=config)
     check_memory(prompts, num_beams, "num_beams", config=config)
@@ -144,11 +151,11 @@ def beam_search(
         raise ValueError(
             f"The vocabulary has {config.vocab_size} tokens, too few beside {n_stops} stop ids."
         )
-    request = make_request(prompts, endings, key, sampler)
+    request = make_request(prompts, endings, key, sampler, tap=tap)
     transform_of(request.rules.sampler)  # raises where there is none
     found = _search(
         params,
-        request,
+        remember(request, Room(prompts.longest, max_new_tokens)),
         jnp.float32(length_penalty),
         config=config,
         max_new_tokens=max_new_tokens,
@@ -176,6 +183,10 @@ def _search(
     room = jnp.pad(request.ids, ((0, 0), (0, max_new_tokens)))
     # Beams of one prompt stand together, in all arrays of rows.
     search = _Search(request, jnp.repeat(room, num_beams, axis=0), length_penalty)
+    transform = request.rules.sampler.transform
+    tap = request.rules.tap
+    # Beams change places among those of their prompt alone: the prompt's value serves all.
+    tap_of_beams = for_copies(request.rules, num_beams).tap
 
     def unfinished(state):
         enough = (state.finished.lengths > 0).all() & (early_stopping is True)
@@ -185,11 +196,16 @@ def _search(
         # The best beams may all continue the same one: each takes its own copy of that one's past.
         cache = kv_cache.select(state.cache, state.source)
         token = jnp.take(state.running.ids, state.step - 1, axis=2).ravel()
-        logits, cache = decode_step(params, token, cache, config=config)
-        return _choose(logits, state._replace(cache=cache), search, early_stopping)
+        logits, cache = decode_step(params, token, cache, config=config, tap=tap_of_beams or no_tap)
+        memory = select_state(transform, state.memory, state.source)
+        memory = update_state(transform, memory, token)
+        state = state._replace(cache=cache, memory=memory)
+        return _choose(logits, state, search, early_stopping)
 
     slots = search.prompts.shape[1]
-    logits, cache = prefill(params, request.ids, request.lengths, config=config, cache_len=slots)
+    ids = request.ids
+    lengths = request.lengths
+    logits, cache = prefill(params, ids, lengths, config=config, cache_len=slots, tap=tap or no_tap)
     state = _begin(cache, request, num_beams, max_new_tokens)
     state = _choose(logits[state.source], state, search, early_stopping)
     return jax.lax.while_loop(unfinished, step, state).finished
@@ -197,7 +213,8 @@ def _search(
 
 def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int) -> _State:
     """Returns the state before the first token is chosen."""
-    n_rows = len(request.ids)
+    n_rows = request.ids.shape[0]
+    transform = request.rules.sampler.transform
     shape = (n_rows, num_beams)
     empty = Beams(
         ids=jnp.full((*shape, max_new_tokens), request.rules.pad_id, jnp.int32),
@@ -216,6 +233,7 @@ def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int
         all_ended=jnp.array(False),
         step=jnp.int32(0),
         cache=kv_cache.select(cache, source),
+        memory=select_state(transform, request.memory, source),
     )
 
 
@@ -235,6 +253,7 @@ def _choose(
         all_ended=candidates.ended.all(),
         step=state.step + 1,
         cache=state.cache,
+        memory=state.memory,
     )
 
 
@@ -253,7 +272,8 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     # The slot of the first token after the prompts: all rows write from there, as in the cache.
     first_new = search.request.lengths.max(initial=1)
     seen = kv_cache.put(search.prompts, new, first_new)
-    logprobs = transform_of(rules.sampler)(own, History(seen, state.cache.valid, step))
+    history = History(seen, state.cache.valid, step, state.memory)
+    logprobs = transform_of(rules.sampler)(own, history)
     totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]
     totals = totals.reshape(n_rows, -1)  # [B, n V]: all extensions of a prompt compete
 

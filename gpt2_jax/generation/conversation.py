@@ -21,7 +21,7 @@ from gpt2_jax.generation.decode import (
     choose,
     read,
 )
-from gpt2_jax.generation.request import Rules, check_sampler
+from gpt2_jax.generation.request import Rules, check_sampler, check_stateless
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.modules import Params
 from gpt2_jax.tokenizer import Tokenizer
@@ -57,13 +57,14 @@ class Conversation:
         """Takes what `stream_text` takes; `key` is one key.
 
         Raises:
-          ValueError: a sampler that draws has no key.
+          ValueError: a sampler that draws has no key, or its transform carries a state.
         """
         self.params = params
         self.tokenizer = tokenizer
         self.config = config
         self.key = key
         self.sampler = check_sampler(sampler, key)
+        check_stateless(self.sampler, "A conversation")
         self.stop = stop
         self.add_special_tokens = add_special_tokens
         self.turn = 0
@@ -221,15 +222,15 @@ class Conversation:
             start += count
             if start == n_tokens:
                 break
-        return choose(
-            logits,
-            cache,
-            jnp.asarray(ids),
-            rules,
-            jnp.int32(step),
-            jnp.zeros(1, bool),
-            config=self.config,
+        state = State(
+            token=jnp.zeros(1, jnp.int32),
+            done=jnp.zeros(1, bool),
+            ids=jnp.asarray(ids),
+            step=jnp.int32(step),
+            cache=cache,
+            memory=None,
         )
+        return choose(logits, state, rules, {}, config=self.config)
 
     def _lend(self) -> KVCache:
         """Returns the cache, which a program is about to consume.

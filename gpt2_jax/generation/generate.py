@@ -1,35 +1,73 @@
 """Text generation in batches: whole texts, streams, and texts that outgrow the context.
 
 An eager shell: it checks its arguments, then drives the programs of `decode.py`. Knows no cache and
-no sampler.
+no sampler. Where JAX traces a caller, `generate` becomes a single program without host or checks.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
+from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, bucket
 from gpt2_jax.config import GPT2Config, as_count
-from gpt2_jax.generation.decode import Generation, Plan, pieces
+from gpt2_jax.generation.decode import Generation, Plan, Start, each_token, in_one, pieces
 from gpt2_jax.generation.request import (
     Keys,
+    Past,
+    Prompts,
     Request,
     check_memory,
     check_room,
+    check_stateless,
+    for_copies,
+    is_traced,
     make_request,
+    on_the_right,
     read_endings,
+    read_outputs,
     read_past,
     read_prompts,
+    remember,
 )
-from gpt2_jax.inputs import pad_rows
+from gpt2_jax.generation.sampling import Room
+from gpt2_jax.inputs import check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 
 CHUNK = 128  # tokens that `generate` makes before it looks whether every row has ended
+
+
+class _Wishes(NamedTuple):
+    """The arguments of `generate` and `stream` beside the prompts, as they came."""
+
+    max_new_tokens: int
+    chunk: int
+    num_return_sequences: int
+    sampler: Any
+    stop_ids: Sequence[int] | None
+    pad_id: int | None
+    padding_side: str
+    overflow: str
+    keep: int | None
+    tap: Tap | None
+    cache: KVCache | None
+    outputs: str | Sequence[str]
+
+
+class _Job(NamedTuple):
+    """What is to be done, checked."""
+
+    request: Request
+    plan: Plan
+    prompts: Prompts
+    past: Past | None
+    slides: bool  # whether texts outgrow the context and go on
+    is_traced: bool
 
 
 def generate(
@@ -49,13 +87,23 @@ def generate(
     keep: int | None = None,
     tap: Tap | None = None,
     cache: KVCache | None = None,
+    outputs: str | Sequence[str] = (),
 ) -> Generation:
     """Continues each prompt of a batch by up to `max_new_tokens` tokens. Compiles itself.
+
+    Returns the tokens with two log-probabilities of each: the model's own, and that of the
+    distribution which the token was drawn from, as importance ratios need it (`Generation`).
 
     Prompts are padded to a bucket of 32, 64, 128, ... columns and the cache grows with the text:
     few sizes mean few compilations, and a larger cache's program is compiled while the smaller one
     is filled. The rest of what a program depends on are `config`, the sampler's structure and the
     number of stop ids. Work ends as soon as every row has.
+
+    Under `jax.jit`, `jax.vmap` and `jax.export` it gives the same tokens, by one program with room
+    for `max_new_tokens` from the start. Values are not checked there: an id outside the vocabulary,
+    a length that is none, logits that are NaN. `overflow="error"` counts the columns of `ids` for
+    the longest prompt, and `"slide"` and `cache` are refused, as the host does their work. Many
+    keys or many models: `jax.vmap(lambda key: generate(params, ids, None, key, ...))(keys)`.
 
     Args:
       params: the parameters.
@@ -74,6 +122,11 @@ def generate(
       pad_id: what follows a row's end; by default the config's `pad_token_id`, or else the first
         stop id, or 0.
       padding_side: "right" or "left", where the padding of `ids` is.
+      outputs: what to keep of each token besides, for `Generation.outputs`: "logits", the model's,
+        [R, N, V]; "scores", what the sampler's transform made of them; and sites of activations, or
+        patterns of such, "h.3.resid_post", as they were where the token was chosen: those of the
+        last token that the model had read. None by default, which costs nothing; each takes its
+        size for every token, on the host as well.
       overflow: what happens when a prompt and its new tokens exceed `n_positions`. "error": an
         error, beforehand. "stop": the row ends with its last position. "slide": a full row goes on
         from its last tokens, which are read anew from position 0 on; rules that look back see them
@@ -82,7 +135,8 @@ def generate(
         nanoGPT's cropping, which reads the whole context for each token.
       tap: changes activations, of the prompts and of each new token: see `apply`. It is a pytree,
         as those of `gpt2_jax.make_tap` are: new arrays in it compile nothing. A plain function
-        compiles once for each object.
+        compiles once for each object. A value for each prompt follows it into all of its sequences
+        by the tap's method `repeated(n)`.
       cache: what `prefill`, `extend` or `share` returned for the beginnings of the prompts: they
         are not read again. `ids` are the whole prompts all the same, each at least one token longer
         (HF's `past_key_values`). It stays as it is, for other calls.
@@ -90,16 +144,10 @@ def generate(
     Raises:
       FloatingPointError: the logits are NaN.
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
-        `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or a call
-        inside `jax.jit` or `jax.vmap`.
+        `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or, where
+        JAX traces, one that the host would have to read.
     """
-    # `generate` is the stream, collected: the two cannot differ.
-    parts = stream(
-        params,
-        ids,
-        lengths,
-        key,
-        config=config,
+    wishes = _Wishes(
         max_new_tokens=max_new_tokens,
         chunk=CHUNK,
         num_return_sequences=num_return_sequences,
@@ -111,21 +159,20 @@ def generate(
         keep=keep,
         tap=tap,
         cache=cache,
+        outputs=outputs,
     )
-    # To the host in one go, and back as whole arrays: the pieces' sizes would compile a program
-    # each.
-    made = jax.device_get(list(parts))
-    all_ids = np.concatenate([part.ids for part in made], axis=1)
-    all_logprobs = np.concatenate([part.logprobs for part in made], axis=1)
-    n_missing = int(max_new_tokens) - all_ids.shape[1]  # where every row has ended before
-    behind = ((0, 0), (0, n_missing))
-    # The same as in the pieces, which do not carry it.
-    pad = read_endings(stop_ids, pad_id, config=config).pad_id
-    return Generation(
-        ids=jnp.asarray(np.pad(all_ids, behind, constant_values=pad)),
-        lengths=jnp.asarray(sum(part.lengths for part in made)),
-        logprobs=jnp.asarray(np.pad(all_logprobs, behind)),
+    job = _read_job(params, ids, lengths, key, wishes, config=config)
+    if job.is_traced:
+        made = in_one(params, job.request, job.plan, config=config, longest=job.prompts.longest)
+        return _filled(made, max_new_tokens, job.request.rules.pad_id, jnp)
+    # `generate` is the stream, collected: the two cannot differ. To the host in one go, and back as
+    # whole arrays: the pieces' sizes would compile a program each.
+    parts = jax.device_get(list(_made(params, job, config=config)))
+    made = each_token(
+        lambda *xs: np.concatenate(xs, axis=1), *parts, lengths=sum(part.lengths for part in parts)
     )
+    whole = _filled(made, max_new_tokens, np.asarray(job.request.rules.pad_id), np)
+    return jax.tree.map(jnp.asarray, whole)
 
 
 def stream(
@@ -146,47 +193,159 @@ def stream(
     keep: int | None = None,
     tap: Tap | None = None,
     cache: KVCache | None = None,
+    outputs: str | Sequence[str] = (),
 ) -> Iterator[Generation]:
     """Yields what `generate` would return, in pieces. Compiles itself.
 
     The first token comes alone, then at most `chunk` tokens at a time.
 
-    Takes and checks `generate`'s arguments, and ends as soon as every row has.
+    Takes and checks `generate`'s arguments, and ends as soon as every row has. It is of the host:
+    inside `jax.jit` or `jax.vmap` it raises `ValueError`, and `generate` serves.
     """
     # Not a generator itself, which would check nothing before its first piece is asked for.
-    prompts = read_prompts(params, ids, lengths, padding_side, config=config)
-    max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-    check_room(prompts, max_new_tokens, overflow, config=config)
-    check_memory(prompts, num_return_sequences, "num_return_sequences", config=config)
+    wishes = _Wishes(
+        max_new_tokens=max_new_tokens,
+        chunk=chunk,
+        num_return_sequences=num_return_sequences,
+        sampler=sampler,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        padding_side=padding_side,
+        overflow=overflow,
+        keep=keep,
+        tap=tap,
+        cache=cache,
+        outputs=outputs,
+    )
+    job = _read_job(params, ids, lengths, key, wishes, config=config)
+    if job.is_traced:
+        raise ValueError(
+            "`stream` hands out its pieces on the host, so it cannot run inside `jax.jit` or"
+            " `jax.vmap`: `generate` can, and so can a loop of `prefill` and `decode_step`."
+        )
+    return _made(params, job, config=config)
+
+
+def join(
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None,
+    out: Any,
+    *,
+    padding_side: str = "right",
+) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
+    """Returns prompts with what followed them, as one batch padded on the right with 0.
+
+    It is what `apply`, `capture` or `token_logprobs` take: `apply(params, *join(ids, None, out))`.
+    Runs op by op; wrap it in `jax.jit` where that counts.
+
+    Args:
+      ids, lengths, padding_side: the prompts, as `generate` took them.
+      out: what `generate`, `beam_search` or `speculate` returned for them. Several texts of a
+        prompt stand together.
+
+    Raises:
+      ValueError: there are not as many texts of each prompt.
+    """
+    check_side(padding_side)
+    ids = jnp.asarray(ids, jnp.int32)
+    n_prompts, width = ids.shape
+    if lengths is None:
+        lengths = jnp.full(n_prompts, width)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    # Beams have an axis of their own for the texts of a prompt.
+    n_new = out.ids.shape[-1]
+    new_ids = jnp.reshape(out.ids, (-1, n_new))
+    new_lengths = jnp.reshape(out.lengths, -1)
+    n_texts = new_ids.shape[0]
+    if n_texts % max(1, n_prompts):
+        raise ValueError(
+            f"`out` must hold as many texts of each of {n_prompts} prompts, got {n_texts} texts."
+        )
+    if padding_side == "left":
+        ids = on_the_right(ids, lengths)
+    sources = jnp.arange(n_texts) * n_prompts // max(1, n_texts)
+    starts = lengths[sources]
+    room = jnp.pad(ids[sources], ((0, 0), (0, n_new)))
+    whole = kv_cache.put(room, new_ids.astype(jnp.int32), starts)
+    totals = starts + new_lengths
+    is_text = jnp.arange(width + n_new)[None] < totals[:, None]
+    return jnp.where(is_text, whole, 0), totals
+
+
+def _read_job(
+    params: Params,
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None,
+    key: Keys | None,
+    wishes: _Wishes,
+    *,
+    config: GPT2Config,
+) -> _Job:
+    """Checks what is asked for."""
+    prompts = read_prompts(ids, lengths, wishes.padding_side, config=config)
+    n_new = as_count("max_new_tokens", wishes.max_new_tokens)
+    overflow = wishes.overflow
+    check_room(prompts, n_new, overflow, config=config)
+    check_memory(prompts, wishes.num_return_sequences, "num_return_sequences", config=config)
     full = config.n_positions
+    keep = wishes.keep
     if keep is not None and not (overflow == "slide" and 1 <= keep <= full):
         raise ValueError(f'`keep` must be in 1 to {full}, with `overflow="slide"`; got {keep}.')
-    endings = read_endings(stop_ids, pad_id, config=config)
     request = make_request(
         prompts,
-        endings,
+        read_endings(wishes.stop_ids, wishes.pad_id, config=config),
         key,
-        sampler,
-        num_return_sequences=num_return_sequences,
-        tap=tap,
+        wishes.sampler,
+        num_return_sequences=wishes.num_return_sequences,
+        tap=wishes.tap,
+        outputs=read_outputs(wishes.outputs, wishes.sampler, config=config),
     )
+    slides = overflow == "slide" and prompts.longest + n_new > full
+    if slides:
+        check_stateless(request.rules.sampler, '`overflow="slide"`, which reads texts anew,')
+    request = remember(request, Room(prompts.longest, n_new))
+    traced = is_traced((params, request, wishes.cache))
+    if slides and wishes.cache is not None:
+        raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
+    if traced and (slides or wishes.cache is not None):
+        what = '`overflow="slide"`' if slides else "`cache`"
+        raise ValueError(f"{what} is read on the host, so not inside `jax.jit` or `jax.vmap`.")
+    # The shortest prompt ends its text last; one more token is chosen at the last position than can
+    # be read.
+    room = n_new if slides else min(n_new, full - prompts.shortest)
     plan = Plan(
-        max_new_tokens=max_new_tokens,
-        chunk=as_count("chunk", chunk),
-        num_return_sequences=int(num_return_sequences),
+        max_new_tokens=room,
+        chunk=as_count("chunk", wishes.chunk),
+        num_return_sequences=int(wishes.num_return_sequences),
         # `keep` is at least 1 by now, so that `or` means None alone.
         keep=keep or full // 2,
     )
-    if overflow == "slide" and prompts.longest + max_new_tokens > full:
-        if cache is not None:
-            raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
-        return _slide(params, request, plan, config=config)
-    # The shortest prompt ends its text last; one more token is chosen at the last position than can
-    # be read.
-    room = full - int(prompts.lengths.min(initial=full))
-    plan = plan._replace(max_new_tokens=min(max_new_tokens, room))
-    past = None if cache is None else read_past(prompts, cache, config=config)
-    return pieces(params, request, plan, config=config, past=past)
+    past = None
+    if wishes.cache is not None:
+        past = read_past(prompts, wishes.cache, config=config)
+    return _Job(request, plan, prompts, past, slides, traced)
+
+
+def _made(params: Params, job: _Job, *, config: GPT2Config) -> Iterator[Generation]:
+    """Returns the pieces of the texts."""
+    if job.slides:
+        return _slide(params, job.request, job.plan, config=config)
+    return pieces(params, job.request, job.plan, config=config, past=job.past)
+
+
+def _filled(made: Generation, n_tokens: int, pad_id: Any, xp: Any) -> Generation:
+    """Returns texts of `n_tokens` columns, of which the last may be padding, as arrays of `xp`."""
+    n_made = made.ids.shape[1]
+    n_missing = int(n_tokens) - n_made  # where every row has ended before
+
+    def fill(x):
+        axes = [(0, 0)] * x.ndim
+        axes[1] = (0, n_missing)
+        return xp.pad(x, axes)
+
+    filled = each_token(fill, made, lengths=made.lengths)
+    is_made = xp.arange(n_tokens)[None] < n_made
+    return filled._replace(ids=xp.where(is_made, filled.ids, pad_id))
 
 
 def _slide(
@@ -214,11 +373,14 @@ def _slide(
         room = max(1, full - longest)
         n_missing = plan.max_new_tokens - n_generated
         part = plan._replace(max_new_tokens=min(n_missing, room))  # until the longest row is full
+        start = Start(n_generated, done)
         # Steps go on counting, as keys are folded with them: no window repeats another's draws.
-        made = pieces(params, window, part, config=config, step=n_generated, done=done)
+        made = pieces(params, window, part, config=config, start=start)
         # The first window was read once for all sequences of a prompt. From here on each has a text
         # of its own, and is a row.
         texts = [text for text in texts for _ in range(plan.num_return_sequences)]
+        rules = for_copies(request.rules, plan.num_return_sequences)
+        request = request._replace(rules=rules)
         plan = plan._replace(num_return_sequences=1)
         for piece in made:
             texts = _appended(texts, piece)

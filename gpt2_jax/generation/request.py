@@ -4,7 +4,11 @@
 each reads them here.
 """
 
+import dataclasses
+import difflib
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +20,10 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
 from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
-from gpt2_jax.generation.sampling import as_sampler
+from gpt2_jax.generation.sampling import Room, as_sampler, init_state, is_stateful
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
-from gpt2_jax.modules import Params, Tap
+from gpt2_jax.model import apply, init
+from gpt2_jax.modules import Tap, repeated
 from gpt2_jax.pytrees import classes_of, dataclass, static
 from gpt2_jax.rebuilt import Watch
 
@@ -42,6 +47,7 @@ class Rules:
     stop_ids: Int[Array, " K"]
     pad_id: Int[Array, ""]
     tap: Any  # None, or a pytree that is called as a tap
+    outputs: tuple[str, ...] = static(default=())  # sites, and "scores"
     classes: tuple[Any, ...] = static(init=False)  # of the nodes of `sampler` and `tap`
 
     def __post_init__(self) -> None:
@@ -58,18 +64,16 @@ class Request(NamedTuple):
     ids: Int[Array, "B P"]  # padded on the right
     lengths: Int[Array, " B"]
     rules: Rules
+    memory: Any = None  # the state of the sampler's transform after the prompts, if it carries one
 
 
 class Prompts(NamedTuple):
-    """Checked prompts on the host."""
+    """Checked prompts, on the host where they have values, traced where JAX traces."""
 
-    ids: Int[np.ndarray, "B P"]  # padded on the right; `P` is a bucket
-    lengths: Int[np.ndarray, " B"]
-
-    @property
-    def longest(self) -> int:
-        """The length of the longest prompt, 1 if there is none."""
-        return int(self.lengths.max(initial=1))
+    ids: Int[np.ndarray, "B P"] | Int[Array, "B P"]  # padded on the right; `P` is a bucket
+    lengths: Int[np.ndarray, " B"] | Int[Array, " B"]
+    longest: int  # the length of the longest, at least 1; of traced ones, the most it can be
+    shortest: int  # of traced ones, the least it can be
 
 
 class Past(NamedTuple):
@@ -98,7 +102,6 @@ class Endings(NamedTuple):
 
 
 def read_prompts(
-    params: Params,
     ids: Int[ArrayLike, "B P"],
     lengths: Int[ArrayLike, " B"] | None,
     padding_side: str,
@@ -107,14 +110,18 @@ def read_prompts(
 ) -> Prompts:
     """Returns prompts, padded on the right to a bucket of columns.
 
+    Where JAX traces, values are not checked, and what shapes the program is the width of `ids`.
+
     Raises:
-      ValueError: see `generate`; or it is called while JAX traces, when no value can be checked.
+      ValueError: see `generate`.
     """
-    check_not_traced(params, ids, lengths)
-    given = np.asarray(check_ids(ids, config))
+    checked = check_ids(ids, config)
     check_side(padding_side)
-    n_rows, width = given.shape
+    n_rows, width = checked.shape
     real = _check_lengths(lengths, n_rows, width)
+    if is_traced((checked, real)):
+        return _traced_prompts(checked, jnp.asarray(real), padding_side, config=config)
+    given = np.asarray(checked)
     if padding_side == "left":
         # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
         shifted = [np.roll(row, length - width) for row, length in zip(given, real, strict=True)]
@@ -127,7 +134,20 @@ def read_prompts(
     padded = np.zeros((n_rows, columns), np.int32)
     # What is padding in every row is dropped: the width of what was given compiles nothing.
     padded[:, :longest] = given[:, :longest]
-    return Prompts(padded, real.astype(np.int32))
+    shortest = int(real.min(initial=longest))
+    return Prompts(padded, real.astype(np.int32), longest, shortest)
+
+
+def _traced_prompts(
+    ids: Int[Array, "B P"], lengths: Int[Array, " B"], padding_side: str, *, config: GPT2Config
+) -> Prompts:
+    """Returns prompts of which the shape alone is known, padded as those on the host are."""
+    width = ids.shape[1]
+    if padding_side == "left":
+        ids = on_the_right(ids, lengths)
+    n_more = max(0, bucket(width, config.n_positions) - width)
+    padded = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, n_more)))
+    return Prompts(padded, lengths.astype(jnp.int32), longest=width, shortest=1)
 
 
 def read_past(prompts: Prompts, cache: KVCache, *, config: GPT2Config) -> Past:
@@ -171,17 +191,14 @@ def read_past(prompts: Prompts, cache: KVCache, *, config: GPT2Config) -> Past:
     return Past(cache, ids, lengths, at_slots)
 
 
-def check_not_traced(params: Params, *arrays: Any) -> None:
-    """Raises `ValueError` inside `jax.jit`, `jax.vmap` and the like.
+def on_the_right(ids: Int[Array, "B P"], lengths: Int[Array, " B"]) -> Int[Array, "B P"]:
+    """Returns rows that are padded on the left with their padding on the right."""
+    return jax.vmap(jnp.roll)(ids, lengths - ids.shape[1])
 
-    There no value can be checked, and a loop on the host cannot look whether rows have ended.
-    """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, arrays))):
-        raise ValueError(
-            "Generation checks its arguments and compiles itself, so it cannot run inside `jax.jit`"
-            " or `jax.vmap`: call it outside, or write the loop with `prefill` and `decode_step`,"
-            " which can."
-        )
+
+def is_traced(tree: Any) -> bool:
+    """Returns whether JAX traces any array of a pytree: inside `jax.jit`, `jax.vmap` and others."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def check_room(prompts: Prompts, max_new_tokens: int, overflow: str, *, config: GPT2Config) -> None:
@@ -209,7 +226,10 @@ def check_memory(prompts: Prompts, n_each: Any, name: str, *, config: GPT2Config
 
     `name` is the argument that says how many.
     """
-    n_rows = len(prompts.lengths) * as_count(name, n_each)
+    n_each = as_count(name, n_each)
+    if is_traced(prompts):
+        return
+    n_rows = len(prompts.lengths) * n_each
     needed = n_rows * row_bytes(config, prompts.longest)
     there = device_memory()
     if needed > there:
@@ -259,6 +279,7 @@ def make_request(
     *,
     num_return_sequences: int = 1,
     tap: Tap | None = None,
+    outputs: tuple[str, ...] = (),
 ) -> Request:
     """Returns the arrays of a request.
 
@@ -274,7 +295,7 @@ def make_request(
             f"Greedy would write the same text {n_sequences} times: use a sampler that draws."
         )
     # Before the prompts are repeated, which is done on the device: a key for each text.
-    n_rows = len(prompts.lengths) * n_sequences
+    n_rows = prompts.ids.shape[0] * n_sequences
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
@@ -282,8 +303,21 @@ def make_request(
         stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
         pad_id=jnp.int32(endings.pad_id),
         tap=as_pytree(tap),
+        outputs=outputs,
     )
     return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
+
+
+def remember(request: Request, room: Room) -> Request:
+    """Returns the request with the state of its sampler's transform, if that carries one."""
+    if not is_stateful(request.rules.sampler.transform):
+        return request
+    return request._replace(memory=_memory(request, room))
+
+
+@partial(jax.jit, static_argnames="room")
+def _memory(request: Request, room: Room) -> Any:
+    return init_state(request.rules.sampler.transform, request.ids, request.lengths, room)
 
 
 def check_sampler(sampler: Any, key: Keys | None) -> Any:
@@ -306,6 +340,68 @@ def transform_of(sampler: Any) -> Any:
     return sampler.transform
 
 
+def check_stateless(sampler: Any, who: str) -> None:
+    """Raises `ValueError` for a sampler whose transform carries a state, which `who` cannot."""
+    if is_stateful(sampler.transform):
+        raise ValueError(
+            f"{who} cannot carry the state of a transform such as a constraint or a second model:"
+            " use `generate`, `stream` or `beam_search`."
+        )
+
+
+def read_outputs(
+    outputs: str | Sequence[str], sampler: Any, *, config: GPT2Config
+) -> tuple[str, ...]:
+    """Returns the names of what is kept of each token: sites, and "scores".
+
+    Raises:
+      ValueError: a pattern matches no site, or one whose shape grows with the text; or "scores" are
+        asked of a function.
+    """
+    patterns = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    names: list[str] = []
+    for pattern in patterns:
+        if pattern in ("logits", "scores"):
+            names.append(pattern)
+            continue
+        sites = _site_names(config)
+        matched = [site for site in sites if fnmatchcase(site, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern, ["scores", *sites], n=4, cutoff=0.5)
+            raise ValueError(
+                f'`outputs` must be "logits", "scores" or sites, got {pattern!r}. Near ones:'
+                f" {', '.join(near) or 'none'}."
+            )
+        names += matched
+    growing = [name for name in names if name.endswith((".attn.scores", ".attn.pattern"))]
+    if growing:
+        raise ValueError(
+            f"`outputs` cannot keep {growing[0]}, which has a column for each token before: use"
+            " `capture` on the whole text, which `join` makes."
+        )
+    if "scores" in names and as_sampler(sampler).transform is None:
+        raise ValueError(
+            '`outputs` cannot keep "scores" of a function, whose transform is unknown.'
+        )
+    return tuple(dict.fromkeys(names))
+
+
+@cache
+def _site_names(config: GPT2Config) -> tuple[str, ...]:
+    """Returns the names of the sites that a tap sees, in their order."""
+    # By a pass over shapes: who knows the sites is the model, and no table here.
+    names = []
+
+    def note(site, x):
+        names.append(site)
+        return x
+
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    jax.eval_shape(partial(apply, config=config, tap=note), params, ids)
+    return tuple(names)
+
+
 def as_pytree(tap: Tap | None) -> Any:
     """Returns the tap as an argument of a compiled program.
 
@@ -321,6 +417,13 @@ def as_pytree(tap: Tap | None) -> Any:
     if is_plain:
         _TAPS.see(tap)
     return jax.tree_util.Partial(tap) if is_plain else tap
+
+
+def for_copies(rules: Rules, n: int) -> Rules:
+    """Returns the rules for `n` rows in the place of each: a tap's values follow their rows."""
+    if rules.tap is None or n == 1:
+        return rules
+    return dataclasses.replace(rules, tap=repeated(rules.tap, n))
 
 
 def row_keys(key: Keys, n_rows: int) -> Key[Array, " R"]:
@@ -350,17 +453,20 @@ def fold_rows(
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def _check_lengths(lengths: Any, n_rows: int, width: int) -> Int[np.ndarray, " B"]:
+def _check_lengths(lengths: Any, n_rows: Any, width: int) -> Any:
     """Returns how many ids of each row are real."""
     if lengths is None:
-        return np.full(n_rows, width)
+        # Of a symbolic number of rows there is no array on the host.
+        return np.full(n_rows, width) if isinstance(n_rows, int) else jnp.full(n_rows, width)
     expected = f"`lengths` must be integers of shape [{n_rows}]"
     # In the place of `lengths`: what comes of leaving them out and going on with the key.
     if isinstance(lengths, jax.Array) and jnp.issubdtype(lengths.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{expected}, got a key: pass it as `key=`.")
-    lengths = np.asarray(lengths)
-    if lengths.shape != (n_rows,) or not np.issubdtype(lengths.dtype, np.integer):
+    lengths = lengths if isinstance(lengths, Tracer) else np.asarray(lengths)
+    if lengths.shape != (n_rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"{expected}, got {lengths.dtype} of shape {list(lengths.shape)}.")
+    if isinstance(lengths, Tracer):
+        return lengths
     if n_rows and not (lengths.min() >= 1 and lengths.max() <= width):
         outside = lengths.min() if lengths.min() < 1 else lengths.max()
         raise ValueError(f"`lengths` must be in 1 to {width}, the columns of `ids`; got {outside}.")

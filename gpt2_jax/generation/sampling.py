@@ -1,9 +1,10 @@
 """From next-token logits to token ids: transforms reshape logits, samplers choose from them.
 
 Knows nothing of models. A transform maps `(logits, history)` to logits, with -inf for the tokens
-that it removes. A sampler maps `(keys, logits, history)` to ids: see `Sampler`. All are pytrees:
-their numbers are leaves, so that new values recompile nothing, and each may be a scalar or hold one
-value per row, `[B]`. None compiles itself.
+that it removes; one that carries a state of its own from token to token is `Stateful`. A sampler
+maps `(keys, logits, history)` to ids: see `Sampler`. All are pytrees: their numbers are leaves, so
+that new values recompile nothing, and each may be a scalar or hold one value per row, `[B]`. None
+compiles itself.
 
 The definitions are HF transformers' (generation/logits_process.py), ties included; where rules look
 back, padding does not count. Cuts by probability leave the largest logit; rules that forbid ids may
@@ -44,6 +45,7 @@ class History(NamedTuple):
     ids: Int[Array, "B S"]  # the prompt and what was generated, with gaps
     valid: Bool[Array, "B S"]  # which of them are real
     step: Int[Array, ""] | Int[Array, " B"]  # how many tokens were generated so far
+    state: Any = None  # what a `Stateful` transform carries, of these tokens
 
     @property
     def length(self) -> Int[Array, " B"]:
@@ -74,6 +76,13 @@ class History(NamedTuple):
         return zeros.at[rows, self.ids].add(counted)
 
 
+class Room(NamedTuple):
+    """How long texts may become, for states that are as large as the text."""
+
+    longest: int  # tokens of the longest prompt
+    max_new_tokens: int
+
+
 class Transform:
     """What reshapes logits. Any function `(logits, history) -> logits` may stand beside these."""
 
@@ -86,6 +95,60 @@ class Transform:
             name = type(self).__name__
             raise ValueError(f"{name} looks back: `history` must be a `History`, got None.")
         return history
+
+
+class Stateful(Transform):
+    """A transform that carries a state from token to token, in the place of reading all again.
+
+    `init` makes it of the prompts, `update` reads a token into it, and `history.state` is what they
+    returned, when the transform is called. A state is a pytree; its leaves have a row for each row
+    of the batch, which follows it through copies and beams, or `select` says how it does.
+    """
+
+    def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Any:
+        """Returns the state after some prompts, padded on the right."""
+        raise NotImplementedError
+
+    def update(self, state: Any, tokens: Ids) -> Any:
+        """Returns the state after one more token of each row; of rows that have ended, any."""
+        raise NotImplementedError
+
+    def select(self, state: Any, rows: Int[Array, " R"]) -> Any:
+        """Returns the state of some rows, of which one may come more than once."""
+        return jax.tree.map(lambda x: x[rows], state)
+
+    def state_in(self, history: History | None) -> Any:
+        """Returns the state, and raises `ValueError` where there is none."""
+        state = None if history is None else history.state
+        if state is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} carries a state: `history.state` must be what its `init` or `update`"
+                " returned, got None."
+            )
+        return state
+
+
+def is_stateful(transform: Any) -> bool:
+    """Returns whether a transform carries a state: whether it has `init` and `update`."""
+    if isinstance(transform, Chain):
+        return any(is_stateful(part) for part in transform.transforms)
+    return hasattr(transform, "init") and hasattr(transform, "update")
+
+
+def init_state(transform: Any, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Any:
+    """Returns a transform's state after some prompts; None, which costs nothing, if it has none."""
+    return transform.init(ids, lengths, room) if is_stateful(transform) else None
+
+
+def update_state(transform: Any, state: Any, tokens: Ids) -> Any:
+    """Returns a transform's state, if it has one, after one more token of each row."""
+    return transform.update(state, tokens) if is_stateful(transform) else None
+
+
+def select_state(transform: Any, state: Any, rows: Int[Array, " R"]) -> Any:
+    """Returns a transform's state, if it has one, of some rows."""
+    return transform.select(state, rows) if is_stateful(transform) else None
 
 
 # Cuts: fewer tokens to draw from.
@@ -102,7 +165,7 @@ class Temperature(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return logits / _column(self.temperature)
+        return logits / as_column(self.temperature, logits)
 
 
 @dataclass
@@ -137,7 +200,7 @@ class TopP(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        p = jnp.asarray(self.p).reshape(-1, 1)  # [1, 1] or [B, 1]
+        p = as_column(self.p, logits).reshape(-1, 1)  # [1, 1] or [B, 1]
         # In a function that is jitted by itself, for those who call a transform outside of `jit`.
         removed = outside_nucleus(logits, p, self.min_tokens_to_keep)
         return jnp.where(removed, -jnp.inf, logits)
@@ -160,7 +223,7 @@ class MinP(Transform):
         del history
         probabilities = jax.nn.softmax(logits, axis=-1)
         largest = probabilities.max(axis=-1, keepdims=True)
-        threshold = _column(self.min_p) * largest
+        threshold = as_column(self.min_p, logits) * largest
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
 
 
@@ -186,7 +249,7 @@ class Typical(Transform):
         held = jnp.cumsum(jnp.exp(in_order), axis=-1)
 
         # The token that reaches the mass is the last to stay, and with it all at its distance.
-        n_before = (held < _column(self.mass)).sum(axis=-1, keepdims=True)
+        n_before = (held < as_column(self.mass, logits)).sum(axis=-1, keepdims=True)
         # Rounding may leave the sum of all below a mass near 1.
         last = jnp.minimum(n_before, logits.shape[-1] - 1)
         last = jnp.maximum(last, self.min_tokens_to_keep - 1)
@@ -210,7 +273,7 @@ class Epsilon(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        return _keep_likely(logits, _column(self.epsilon), self.min_tokens_to_keep)
+        return _keep_likely(logits, as_column(self.epsilon, logits), self.min_tokens_to_keep)
 
 
 @dataclass
@@ -228,7 +291,7 @@ class Eta(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         del history
-        epsilon = _column(self.epsilon)
+        epsilon = as_column(self.epsilon, logits)
         entropy = _entropy(jax.nn.log_softmax(logits, axis=-1))
         threshold = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy))
         return _keep_likely(logits, threshold, self.min_tokens_to_keep)
@@ -252,7 +315,7 @@ class TopH(Transform):
         n_candidates = min(TOP_H_CANDIDATES, logits.shape[-1])
         largest, tokens = jax.lax.top_k(logits, n_candidates)
         parts = -_expected(jax.nn.log_softmax(largest, axis=-1))  # of the entropy, one a token
-        budget = _column(self.top_h) * parts.sum(axis=-1, keepdims=True)
+        budget = as_column(self.top_h, logits) * parts.sum(axis=-1, keepdims=True)
         stays = jnp.cumsum(parts, axis=-1) <= budget
         stays = stays.at[..., 0].set(True)  # even if it alone exceeds the budget
         none = jnp.zeros(logits.shape, bool)
@@ -278,7 +341,7 @@ class RepetitionPenalty(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1])
-        penalty = _column(self.penalty)
+        penalty = as_column(self.penalty, logits)
         # Divided, a negative logit would rise.
         penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
         return jnp.where(counts > 0, penalised, logits)
@@ -293,7 +356,7 @@ class FrequencyPenalty(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         # OpenAI counts what was generated, HF's rule above the prompt as well.
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
-        return logits - _column(self.penalty) * counts
+        return logits - as_column(self.penalty, logits) * counts
 
 
 @dataclass
@@ -304,7 +367,7 @@ class PresencePenalty(Transform):
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         counts = self.needs(history).counts(logits.shape[-1], generated=True)
-        return logits - _column(self.penalty) * (counts > 0)
+        return logits - as_column(self.penalty, logits) * (counts > 0)
 
 
 @dataclass
@@ -404,7 +467,7 @@ class Suppress(Transform):
         removed = jnp.zeros(logits.shape[-1], bool).at[ids].set(True)[None]  # [1, V]
         if self.steps is not None:
             early = self.needs(history).step < jnp.asarray(self.steps)
-            removed &= _column(early)
+            removed &= as_column(early, logits)
         if self.length is not None:
             short = self.needs(history).length < jnp.asarray(self.length)
             removed &= short[:, None]
@@ -430,7 +493,7 @@ class Force(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         history = self.needs(history)
         if self.length is None:
-            now = _column(history.step == jnp.asarray(self.step))
+            now = as_column(history.step == jnp.asarray(self.step), logits)
         else:
             now = (history.length == jnp.asarray(self.length))[:, None]
         ids = jnp.asarray(self.ids, jnp.int32)
@@ -450,7 +513,7 @@ class ExponentialDecayLength(Transform):
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         step = self.needs(history).step
         excess = jnp.maximum(step - jnp.asarray(self.start), 0)
-        lift = _column(jnp.asarray(self.factor, logits.dtype) ** excess - 1)
+        lift = as_column(jnp.asarray(self.factor, logits.dtype) ** excess - 1, logits)
         stop = jnp.asarray(self.stop_ids, jnp.int32)
         stopping = logits[:, stop]
         # By `abs`, as a negative logit is to rise, too.
@@ -481,9 +544,28 @@ class Chain(Transform):
     transforms: tuple[Any, ...] = ()  # of transforms
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
-        for transform in self.transforms:
-            logits = transform(logits, history)
+        states = None if history is None else history.state
+        for number, transform in enumerate(self.transforms):
+            seen = history
+            # Each sees its own; without any, all see the history as it came.
+            if history is not None and states is not None:
+                seen = history._replace(state=states[number])
+            logits = transform(logits, seen)
         return logits
+
+    def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> tuple[Any, ...]:
+        """Returns the state of each transform, None for those that carry none."""
+        return tuple(init_state(part, ids, lengths, room) for part in self.transforms)
+
+    def update(self, state: tuple[Any, ...], tokens: Ids) -> tuple[Any, ...]:
+        """Returns the states after one more token of each row."""
+        pairs = zip(self.transforms, state, strict=True)
+        return tuple(update_state(part, of_part, tokens) for part, of_part in pairs)
+
+    def select(self, state: tuple[Any, ...], rows: Int[Array, " R"]) -> tuple[Any, ...]:
+        """Returns the states of some rows."""
+        pairs = zip(self.transforms, state, strict=True)
+        return tuple(select_state(part, of_part, rows) for part, of_part in pairs)
 
 
 # Samplers.
@@ -515,8 +597,12 @@ class Greedy:
     draws: ClassVar[bool] = False
 
     def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
+        return self.pick(keys, self.transform(logits, history))
+
+    def pick(self, keys: Keys | None, scores: Logits) -> Ids:
+        """Returns the ids chosen from logits that are transformed already."""
         del keys
-        return argmax(self.transform(logits, history))
+        return argmax(scores)
 
 
 @dataclass
@@ -527,16 +613,19 @@ class Categorical:
     draws: ClassVar[bool] = True
 
     def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
+        return self.pick(keys, self.transform(logits, history))
+
+    def pick(self, keys: Keys | None, scores: Logits) -> Ids:
+        """Returns the ids drawn from logits that are transformed already."""
         if keys is None:
             raise ValueError("Categorical draws: `keys` must hold a key for each row, got None.")
-        logits = self.transform(logits, history)
 
         # Row by row, so that a row draws the same in any batch.
         def gumbel(key: Array) -> Float[Array, " V"]:
-            return jax.random.gumbel(key, logits.shape[1:], logits.dtype)
+            return jax.random.gumbel(key, scores.shape[1:], scores.dtype)
 
         # As `jax.random.categorical` draws, but with the faster argmax.
-        return argmax(logits + jax.vmap(gumbel)(keys))
+        return argmax(scores + jax.vmap(gumbel)(keys))
 
 
 @dataclass
@@ -557,6 +646,20 @@ class FunctionSampler:
             got = f"{ids.dtype} of shape {list(ids.shape)}"
             raise ValueError(f"`sampler` must return integers of shape [{n_rows}], got {got}.")
         return ids.astype(jnp.int32)  # with `jax_enable_x64` a user's argmax is int64
+
+
+def pick(
+    sampler: Any, keys: Keys | None, logits: Logits, history: History
+) -> tuple[Ids, Logits | None]:
+    """Returns what a sampler chooses, and the transformed logits that it chose from, if known."""
+    if sampler.transform is None:
+        return sampler(keys, logits, history), None
+    scores = sampler.transform(logits, history)
+    # Of its very class: who inherits ours with another `__call__` chooses by that.
+    pick_from = vars(type(sampler)).get("pick")
+    if pick_from is None:
+        return sampler(keys, logits, history), scores
+    return pick_from(sampler, keys, scores), scores
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -642,8 +745,17 @@ def _entropy(logprobs: Float[Array, "B V"]) -> Float[Array, "B 1"]:
     return -_expected(logprobs).sum(axis=-1, keepdims=True)
 
 
-def _column(number: PerRow) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
-    """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`."""
+def as_column(number: PerRow, logits: Logits) -> Shaped[Array, ""] | Shaped[Array, "B 1"]:
+    """Returns a scalar as it is, and values `[B]` as `[B, 1]`: either fits `logits[B, V]`.
+
+    Raises:
+      ValueError: the values are not one for each row; broadcast, they might fit another axis.
+    """
     number = jnp.asarray(number)
     # Not `[1, 1]`: a division by that rounds otherwise.
-    return number[:, None] if number.ndim else number
+    if number.ndim == 0:
+        return number
+    if logits.ndim != 2 or number.shape != logits.shape[:1]:
+        shapes = f"numbers {list(number.shape)} and logits {list(logits.shape)}"
+        raise ValueError(f"A transform takes one number, or `[B]` for logits [B, V]; got {shapes}.")
+    return number[:, None]

@@ -23,6 +23,7 @@ from gpt2_jax.generation.request import (
     Keys,
     Request,
     check_room,
+    check_stateless,
     fold_rows,
     make_request,
     read_endings,
@@ -32,7 +33,7 @@ from gpt2_jax.generation.request import (
 from gpt2_jax.generation.sampling import Categorical, History
 from gpt2_jax.kernels import argmax
 from gpt2_jax.model import extend, prefill
-from gpt2_jax.modules import Params
+from gpt2_jax.modules import Params, Tap, no_tap
 
 # What each of the draws of a round folds into a row's key.
 DRAW_ACCEPT = 0
@@ -120,12 +121,14 @@ def speculate(
     stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     padding_side: str = "right",
+    tap: Tap | None = None,
 ) -> Speculation:
     """Continues prompts as `generate` does, several tokens to a pass. Compiles itself.
 
     Greedy texts equal `generate`'s up to the rounding of differently shaped products, which can
     decide between equal logits. Drawn texts have the same distribution, but differ for the same
-    key. Arguments that are not named here are those of `generate`.
+    key. Arguments that are not named here are those of `generate`. Under `jax.jit`, `jax.vmap` and
+    `jax.export` it is a part of the caller's program, as `generate` is, without checks of values.
 
     Args:
       draft_params: the parameters of a smaller model of the same vocabulary; without one, guesses
@@ -134,11 +137,14 @@ def speculate(
       num_draft_tokens: `D`, guesses to a pass.
       max_matching_ngram_size: without a draft model, how many of the last tokens are looked up,
         from the start of the text, at first; then one less, down to 1.
+      tap: as for `generate`, of the model alone: what guesses goes on as it is, and what the tap
+        makes of the model decides.
 
     Raises:
       FloatingPointError: as `generate`.
       ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the
-        sampler has no transform.
+        sampler has no transform, or one that carries a state, of which a refused guess would have
+        to be taken back.
     """
     if (draft_params is None) != (draft_config is None):
         raise ValueError(
@@ -154,7 +160,7 @@ def speculate(
             f"The draft model must have the model's {config.n_positions} positions,"
             f" it has {draft_config.n_positions}."
         )
-    prompts = read_prompts(params, ids, lengths, padding_side, config=config)
+    prompts = read_prompts(ids, lengths, padding_side, config=config)
     sizes = _Sizes(
         max_new_tokens=as_count("max_new_tokens", max_new_tokens),
         num_draft_tokens=as_count("num_draft_tokens", num_draft_tokens),
@@ -166,8 +172,9 @@ def speculate(
         raise ValueError(f"`num_draft_tokens` must be at most {most}, got {got}.")
     check_room(prompts, sizes.max_new_tokens, "error", config=config)
     endings = read_endings(stop_ids, pad_id, config=config)
-    request = make_request(prompts, endings, key, sampler)
+    request = make_request(prompts, endings, key, sampler, tap=tap)
     transform_of(request.rules.sampler)  # raises where there is none
+    check_stateless(request.rules.sampler, "Speculation")
     draft = None
     if draft_params is not None and draft_config is not None:
         draft = _Draft(draft_params, draft_config)
@@ -215,7 +222,8 @@ def _begin(
     # The last pass may guess beyond the end.
     room = sizes.max_new_tokens + sizes.num_draft_tokens
     slots = width + room
-    logits, cache = prefill(params, request.ids, lengths, config=config, cache_len=slots)
+    tap = request.rules.tap or no_tap
+    logits, cache = prefill(params, request.ids, lengths, config=config, cache_len=slots, tap=tap)
     draft_cache = None
     if draft is not None:
         _, draft_cache = prefill(
@@ -317,7 +325,8 @@ def _verify(
     positions = state.count[:, None] - 1 + jnp.arange(n_guesses + 1)[None]  # [B, D + 1]
     tokens = jnp.take_along_axis(guess.ids, positions, axis=1)
     cache = kv_cache.keep_first(state.cache, state.count - 1)
-    logits, cache = extend(params, tokens, cache, config=config)  # [B, D + 1, V]
+    tap = request.rules.tap or no_tap
+    logits, cache = extend(params, tokens, cache, config=config, tap=tap)  # [B, D + 1, V]
 
     # Each guess is judged as if it were the last token of a text of its own.
     wanted = _distribution(
@@ -442,7 +451,7 @@ def _distribution(
     """
     sampler = request.rules.sampler
     n_rows, slots = ids.shape
-    copies = n_rows // len(request.lengths)
+    copies = n_rows // request.lengths.shape[0]
     n_generated = count - jnp.repeat(request.lengths, copies)
     valid = jnp.arange(slots)[None] < count[:, None]
     logits = transform_of(sampler)(logits, History(ids, valid, n_generated))

@@ -192,6 +192,23 @@ def test_a_bias_is_given_before_the_run_that_it_completes(command):
     assert lifted["ids"] == [12, 12, 12, 12]
 
 
+def test_texts_have_the_form_that_is_asked_for(command, tmp_path):
+    pytest.importorskip("outlines_core")
+    schema = {"type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    drawn = ["--do_sample", "--top_k", "3", "--seed", "1", "--num_samples", "2", "--json"]
+    for given in (json.dumps(schema), str(file)):
+        records = records_of(command("The king", "--json_schema", given, *drawn))
+        assert [record["finish_reason"] for record in records] == ["stop", "stop"]
+        assert all(isinstance(json.loads(record["text"])["old"], bool) for record in records)
+    # One form alone can follow, so that the prompt and the form are all that there is.
+    done = command("The king", "--regex", " of [F]rance", "--quiet")
+    assert done.out == "The king of France\n", done.err
+    refused = command("The king", "--regex", "(")
+    assert refused.code == 2 and "`pattern` must be a regular expression, got '('" in refused.err
+
+
 def test_beams_are_those_of_the_library(command, demo):
     beams = ["--num_beams", "3", "--num_samples", "2", "--length_penalty", "0.5"]
     options = [*beams, "--early_stopping", "true", "--max_tokens", "9", "--json", "--quiet"]
@@ -405,6 +422,10 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
         (["--num_beams", "3000000000"], "--num_beams must be at most 2147483647"),
         (["--min_length", "3000000000"], "--min_length must be at most 2147483647"),
         (["--interactive", "--json"], "--interactive and --json cannot be combined"),
+        (
+            ["--regex", "a", "--json_schema", "{}", "--overflow", "slide"],
+            "--regex and --json_schema and --overflow slide cannot be combined",
+        ),
         (
             ["--interactive", "--overflow", "stop"],
             "--interactive and --overflow cannot be combined",

@@ -17,7 +17,7 @@ from gpt2_jax import (
     stream,
 )
 from gpt2_jax.cache import bucket, cache_slots
-from gpt2_jax.generation.decode import advance, begin
+from gpt2_jax.generation.decode import Start, advance, begin
 from gpt2_jax.generation.request import make_request, read_endings, read_prompts
 
 TINY = GPT2Config(
@@ -259,12 +259,12 @@ def test_work_ends_when_every_row_has(params, prompts):
     free = generate(params, *prompts, config=TINY, max_new_tokens=20)
     stops = tuple(np.unique(free.ids[:, 3]).tolist())
     request = make_request(
-        read_prompts(params, *prompts, "right", config=TINY),
+        read_prompts(*prompts, "right", config=TINY),
         read_endings(stops, 0, config=TINY),
         key=None,
         sampler=None,
     )
-    state, _ = begin(params, request, 0, False, config=TINY, cache_len=32, num_return_sequences=1)
+    state, _ = begin(params, request, Start(), config=TINY, cache_len=32, num_return_sequences=1)
     state, out = advance(params, state, request.rules, 15, config=TINY, chunk=20)
     assert state.step <= 4
     np.testing.assert_array_equal(out.ids[:, 3:], 0)
