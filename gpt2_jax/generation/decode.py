@@ -23,7 +23,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.request import Past, Request, Rules, fold_rows
 from gpt2_jax.generation.sampling import History
 from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
-from gpt2_jax.modules import Params, no_tap
+from gpt2_jax.modules import Params, no_tap, placed
 
 AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
 
@@ -102,6 +102,7 @@ def resume(
     hidden, cache = read_on(params, unread, past.cache, lengths, config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    tap = placed(tap, (past.cache.lengths + lengths - 1)[:, None])
     logits = tap("logits", unembed(params, last, config=config))
     ids = jnp.asarray(past.at_slots)
     if num_return_sequences > 1:

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.model import apply
-from gpt2_jax.modules import Params, wide_dtype
+from gpt2_jax.modules import Params, Tap, no_tap, wide_dtype
 from gpt2_jax.rebuilt import Watch
 
 _OPTIMIZERS = Watch(
@@ -178,6 +178,7 @@ def next_token_loss(
     mask: Shaped[ArrayLike, "..."] | None = None,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
+    tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -198,6 +199,7 @@ def next_token_loss(
       segment_ids: several texts to a row: see `apply`. The first token of each is not predicted,
         whatever its weight.
       inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
+      tap: see `apply`; of the first `T - 1` columns.
       dropout_key: turns dropout on.
       remat: recomputes each layer's activations in the backward pass instead of keeping them.
 
@@ -212,7 +214,7 @@ def next_token_loss(
     batch = _make_batch(ids, weights, layout, inputs_embeds, config)
     weight = _predicted_weight(batch)
     loss = _share_of_loss(
-        params, batch, dropout_key, whole_weight=weight, config=config, remat=remat
+        params, batch, dropout_key, whole_weight=weight, config=config, remat=remat, tap=tap
     )
     return loss, {"loss": loss, "weight": weight}
 
@@ -409,6 +411,7 @@ def _share_of_loss(
     whole_weight: Float[Array, ""],
     config: GPT2Config,
     remat: bool,
+    tap: Tap = no_tap,
 ) -> Float[Array, ""]:
     """Returns what a part of a batch adds to the loss of the whole.
 
@@ -428,6 +431,7 @@ def _share_of_loss(
         mask=layout.mask,
         segment_ids=layout.segment_ids,
         inputs_embeds=embeds,
+        tap=tap,
         dropout_key=dropout_key,
         remat=remat,
     )
