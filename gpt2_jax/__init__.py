@@ -23,12 +23,17 @@ from gpt2_jax.generation.sampling import (
 from gpt2_jax.generation.speculate import Speculation, speculate
 from gpt2_jax.generation.text import Continuation, complete, encode_batch, stream_text
 from gpt2_jax.interpretability.circuits import (
+    CircuitSVD,
+    CompositionScores,
     center_unembed,
     center_writing_weights,
+    circuit_svd,
+    composition_scores,
     fold_layer_norm,
     ov_circuit,
     qk_circuit,
 )
+from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
     patch_each,
@@ -38,16 +43,23 @@ from gpt2_jax.interpretability.patching import (
     zero_ablation,
 )
 from gpt2_jax.interpretability.reading import (
+    HeadScores,
     LogitAttribution,
+    SiteGradients,
     attention_patterns,
     attribution,
     direct_logit_attribution,
+    head_scores,
     logit_lens,
+    site_gradients,
     steering_vector,
     stream_logits,
 )
+from gpt2_jax.interpretability.residual import ResidStack, resid_stack
+from gpt2_jax.interpretability.stream import Captured, capture_stream
 from gpt2_jax.interpretability.taps import (
     SITES,
+    ChainedTaps,
     Edits,
     add,
     axis_masks,
@@ -58,7 +70,7 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_names,
 )
-from gpt2_jax.model import apply, decode_step, extend, init, prefill, unembed
+from gpt2_jax.model import apply, decode_step, extend, init, prefill, run_layers, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.peft import load_lora, save_lora
@@ -78,24 +90,34 @@ from gpt2_jax.training.step import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EDGE_SITES",
     "PRESETS",
     "SITES",
     "Beams",
+    "Captured",
     "Categorical",
     "Chain",
+    "ChainedTaps",
     "CheckpointError",
+    "CircuitSVD",
+    "CompositionScores",
     "Continuation",
     "Conversation",
+    "Edge",
+    "EdgeScores",
     "Edits",
     "GPT2Config",
     "Generation",
     "Greedy",
+    "HeadScores",
     "History",
     "KVCache",
     "Likelihood",
     "LogitAttribution",
     "MinP",
     "Pretrained",
+    "ResidStack",
+    "SiteGradients",
     "Speculation",
     "Temperature",
     "Tokenizer",
@@ -109,21 +131,26 @@ __all__ = [
     "axis_masks",
     "beam_search",
     "capture",
+    "capture_stream",
     "center_unembed",
     "center_writing_weights",
+    "circuit_svd",
     "complete",
+    "composition_scores",
     "decode_step",
     "direct_logit_attribution",
+    "edge_attribution",
     "encode_batch",
     "extend",
     "find_sites",
     "fold_layer_norm",
     "from_hf",
     "generate",
+    "head_scores",
     "init",
     "init_state",
-    "load",
     "lengthen",
+    "load",
     "load_generation_config",
     "load_lora",
     "load_pretrained",
@@ -145,14 +172,17 @@ __all__ = [
     "qk_circuit",
     "replace",
     "resample_ablation",
+    "resid_stack",
     "resize_vocab",
     "resolve",
+    "run_layers",
     "sampler_from_options",
     "save",
     "save_lora",
     "score",
     "score_choices",
     "share",
+    "site_gradients",
     "site_names",
     "speculate",
     "steering_vector",

@@ -167,7 +167,7 @@ def token_logprobs(
     layout = Layout(positions, mask, segment_ids).without_last()
     sees_logits = wants(tap, "logits")
     run = apply if sees_logits else hidden_states
-    hidden = run(
+    out = run(
         params,
         ids[:, :-1],
         config=config,
@@ -175,10 +175,10 @@ def token_logprobs(
         mask=layout.mask,
         segment_ids=layout.segment_ids,
         tap=tap,
-    )  # [B, T - 1, D]
+    )  # [B, T - 1, D], or [B, T - 1, V]
     if sees_logits:
-        return token_logprobs_of(hidden, ids[:, 1:])
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+        return token_logprobs_of(out, ids[:, 1:])
+    flat_hidden = out.reshape(-1, out.shape[-1])
     flat_targets = ids[:, 1:].reshape(-1)
 
     def logprob_of(pair: tuple[Float[Array, " D"], Int[Array, ""]]) -> Float[Array, ""]:
@@ -475,17 +475,16 @@ def score_batch(
     # A tap sees the logits of all tokens, as in `apply`, or else they are never there at once.
     sees_logits = wants(tap, "logits")
     run = apply if sees_logits else hidden_states
-    hidden = run(params, batch.ids, config=config, tap=tap)
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [BT, D]
+    out = run(params, batch.ids, config=config, tap=tap)
+    flat_out = out.reshape(-1, out.shape[-1])  # [BT, D], or [BT, V]
 
     def score_chunk(index: Int[Array, ""], scored: Scored) -> Scored:
         start = index * TOKENS_PER_CHUNK
         offsets = lax.dynamic_slice_in_dim(batch.offsets, start, TOKENS_PER_CHUNK)
         targets = lax.dynamic_slice_in_dim(batch.targets, start, TOKENS_PER_CHUNK)
         # The hidden states are gathered here, not before the loop: a copy of a chunk, not of all.
-        logits = flat_hidden[offsets]
-        if not sees_logits:
-            logits = unembed(params, logits, config=config)  # [C, V]
+        chosen = flat_out[offsets]
+        logits = chosen if sees_logits else unembed(params, chosen, config=config)  # [C, V]
         logprobs = token_logprobs_of(logits, targets)
         greedy = argmax(logits) == targets
         return Scored(

@@ -12,9 +12,9 @@ Axes are those of `modules.py`, and L, layers; `...` are the axes of a site that
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, apply
+from gpt2_jax.modules import Tap, placed, repeated, wants
 from gpt2_jax.pytrees import dataclass, static
 
 AnyArray = Array | np.ndarray
@@ -41,8 +42,8 @@ SITES: dict[str, tuple[str, str]] = {
     "wpe.out": ("B T D", "hook_pos_embed"),
     "embed": ("B T D", "blocks.0.hook_resid_pre"),
     "h.i.resid_pre": ("B T D", "blocks.i.hook_resid_pre"),
-    # The stream as each head reads it, with `use_attn_in`: what is changed here reaches its queries,
-    # keys and values, and nothing else.
+    # The stream as each head reads it, with `use_attn_in`: what is changed here reaches its
+    # queries, keys and values, and nothing else.
     "h.i.attn.in": ("B T H D", "blocks.i.hook_attn_in"),
     # Likewise its queries, keys or values alone, with `use_split_qkv_input`.
     "h.i.attn.q_in": ("B T H D", "blocks.i.hook_q_input"),
@@ -285,7 +286,7 @@ class Edits:
         return new[:, 0] if lacks_tokens else new
 
 
-def _has_positions(edit: Any) -> bool:
+def _has_positions(edit: Any) -> TypeGuard[Change]:
     return isinstance(edit, Change) and edit.at is not None
 
 
@@ -318,40 +319,61 @@ def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
     return Edits(by_site)
 
 
+@dataclass
+class ChainedTaps:
+    """A tap that passes each activation through several, one after the other. A pytree."""
+
+    taps: tuple[Any, ...]
+
+    def __call__(self, site: str, x: Array) -> Array:
+        for tap in self.taps:
+            x = tap(site, x)
+        return x
+
+    def wants(self, site: str) -> bool:
+        """Returns whether any of them wants the site."""
+        return any(wants(tap, site) for tap in self.taps)
+
+    def placed(self, positions: Int[Array, "#B T"]) -> "ChainedTaps":
+        """Returns the taps of a pass over tokens at these positions."""
+        return ChainedTaps(tuple(placed(tap, positions) for tap in self.taps))
+
+    def repeated(self, n: int) -> "ChainedTaps":
+        """Returns the taps of a batch with each row `n` times."""
+        return ChainedTaps(tuple(repeated(tap, n) for tap in self.taps))
+
+
 class Recorder:
     """A tap that keeps what it sees at some sites, after another tap has changed it.
 
     Its dict grows while the model is traced: it serves one call, inside the caller's own function.
     """
 
-    def __init__(self, sites: Sequence[str], edits: Edits):
+    def __init__(self, sites: Iterable[str], tap: Tap, acts: Acts | None = None):
         self.sites = frozenset(sites)
-        self.edits = edits
-        self.acts: Acts = {}
+        self.tap = tap
+        self.acts: Acts = {} if acts is None else acts
 
     def __call__(self, site: str, x: Array) -> Array:
         # The edit first: what is kept is what the model goes on with.
-        x = self.edits(site, x)
+        x = self.tap(site, x)
         if site in self.sites:
             self.acts[site] = x
         return x
 
     def wants(self, site: str) -> bool:
         """Returns whether the site is kept or edited."""
-        return site in self.sites or self.edits.wants(site)
+        return site in self.sites or wants(self.tap, site)
+
+    # Others of their kind keep in the same dict.
 
     def placed(self, positions: Int[Array, "#B T"]) -> "Recorder":
-        """Returns the tap of a pass over tokens at these positions; it keeps in the same dict."""
-        return self._with(self.edits.placed(positions))
+        """Returns the tap of a pass over tokens at these positions."""
+        return Recorder(self.sites, placed(self.tap, positions), self.acts)
 
     def repeated(self, n: int) -> "Recorder":
-        """Returns the tap of a batch with each row `n` times; it keeps in the same dict."""
-        return self._with(self.edits.repeated(n))
-
-    def _with(self, edits: Edits) -> "Recorder":
-        other = Recorder(tuple(self.sites), edits)
-        other.acts = self.acts
-        return other
+        """Returns the tap of a batch with each row `n` times."""
+        return Recorder(self.sites, repeated(self.tap, n), self.acts)
 
 
 def capture(
@@ -369,6 +391,8 @@ def capture(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T V"], Acts]:
     """Returns `apply`'s logits, and the activations of some sites by their names.
+
+    Does not compile itself.
 
     Args:
       params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
@@ -412,7 +436,8 @@ def patch(
 ) -> Float[Array, "B T V"]:
     """Returns `apply`'s logits of a model whose activations are edited.
 
-    `edits={"h.3.attn.out": lambda x: 0 * x}` takes out what the attention of layer 3 writes.
+    `edits={"h.3.attn.out": lambda x: 0 * x}` takes out what the attention of layer 3 writes. Does
+    not compile itself.
 
     Args:
       params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
@@ -448,10 +473,10 @@ def replace(value: ArrayLike, where: ArrayLike = True, *, at: ArrayLike | None =
     Args:
       value: what broadcasts to the activation.
       where: a mask that does.
-      at: at which positions of the text, all by default: whole numbers from 0 on, `[N]`, or `[B, N]`
-        for each row its own, of which none comes twice. They are found wherever the token is read,
-        in a prompt, on a cache or while decoding. For `scores` and `pattern` they are those of the
-        queries. `value` and `where` may then have N entries along that axis: one for each.
+      at: at which positions of the text, all by default: whole numbers from 0 on, `[N]`, or for
+        each row its own, `[B, N]`, of which none comes twice. They are found wherever the token is
+        read, in a prompt, on a cache or while decoding. For `scores` and `pattern` they are those
+        of the queries. `value` and `where` may then have N entries along that axis: one for each.
 
     Raises:
       ValueError: `at` is none of these.
