@@ -20,6 +20,7 @@ from gpt2_jax.interpretability.reading import Metric
 from gpt2_jax.interpretability.taps import (
     AnyArray,
     Edit,
+    Positions,
     at_last_token,
     axis_masks,
     capture,
@@ -313,7 +314,7 @@ def path_patch(
 # Ablations: edits that take something out.
 
 
-def zero_ablation(where: ArrayLike = True, *, at: ArrayLike | None = None) -> Edit:
+def zero_ablation(where: ArrayLike = True, *, at: Positions | None = None) -> Edit:
     """Returns the edit that puts zeros where a mask is true, at some positions: see `replace`."""
     return replace(0.0, where, at=at)
 
@@ -323,7 +324,7 @@ def mean_ablation(
     where: ArrayLike = True,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
-    at: ArrayLike | None = None,
+    at: Positions | None = None,
 ) -> Edit:
     """Returns the edit that puts the mean of other activations over rows and tokens.
 
@@ -346,7 +347,7 @@ def resample_ablation(
     where: ArrayLike = True,
     lengths: Int[ArrayLike, " B"] | None = None,
     *,
-    at: ArrayLike | None = None,
+    at: Positions | None = None,
 ) -> Edit:
     """Returns the edit that puts another row's activation in the place of each row's.
 

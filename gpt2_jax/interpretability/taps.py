@@ -33,6 +33,8 @@ AnyArray = Array | np.ndarray
 # What becomes of an activation: a function of it, or a value that broadcasts to it.
 Edit = Callable[[Array], Array] | ArrayLike
 Acts = dict[str, Array]  # activations by their sites
+# `[N]`, `[B, N]`, or one.
+Positions = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
 
 # In the order of the forward pass: site -> its axes (S is T, or the cache's slots), and the name of
 # TransformerLens' hook, whose values are the same but for what the comments say. `i` stands for
@@ -467,7 +469,7 @@ def patch(
 # Edits, and masks for them.
 
 
-def replace(value: ArrayLike, where: ArrayLike = True, *, at: ArrayLike | None = None) -> Edit:
+def replace(value: ArrayLike, where: ArrayLike = True, *, at: Positions | None = None) -> Edit:
     """Returns the edit that puts `value` in an activation's place where a mask is true.
 
     Args:
@@ -484,7 +486,7 @@ def replace(value: ArrayLike, where: ArrayLike = True, *, at: ArrayLike | None =
     return Change((value, where), _checked_at(at), _replace)
 
 
-def add(vector: ArrayLike, strength: ArrayLike = 1.0, *, at: ArrayLike | None = None) -> Edit:
+def add(vector: ArrayLike, strength: ArrayLike = 1.0, *, at: Positions | None = None) -> Edit:
     """Returns the edit that adds `strength * vector`, which broadcasts to the activation.
 
     With `at`, at these positions of the text: see `replace`.
