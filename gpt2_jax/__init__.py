@@ -31,12 +31,17 @@ from gpt2_jax.generation.sampling import (
 from gpt2_jax.generation.speculate import Speculation, speculate
 from gpt2_jax.generation.text import Continuation, complete, encode_batch, stream_text
 from gpt2_jax.interpretability.circuits import (
+    CircuitSVD,
+    CompositionScores,
     center_unembed,
     center_writing_weights,
+    circuit_svd,
+    composition_scores,
     fold_layer_norm,
     ov_circuit,
     qk_circuit,
 )
+from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
     patch_each,
@@ -46,16 +51,23 @@ from gpt2_jax.interpretability.patching import (
     zero_ablation,
 )
 from gpt2_jax.interpretability.reading import (
+    HeadScores,
     LogitAttribution,
+    SiteGradients,
     attention_patterns,
     attribution,
     direct_logit_attribution,
+    head_scores,
     logit_lens,
+    site_gradients,
     steering_vector,
     stream_logits,
 )
+from gpt2_jax.interpretability.residual import ResidStack, resid_stack
+from gpt2_jax.interpretability.stream import Captured, capture_stream
 from gpt2_jax.interpretability.taps import (
     SITES,
+    ChainedTaps,
     Edits,
     add,
     axis_masks,
@@ -66,7 +78,7 @@ from gpt2_jax.interpretability.taps import (
     replace,
     site_names,
 )
-from gpt2_jax.model import apply, decode_step, extend, init, prefill, unembed
+from gpt2_jax.model import apply, decode_step, extend, init, prefill, run_layers, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.peft import load_lora, save_lora
@@ -87,21 +99,29 @@ from gpt2_jax.training.step import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EDGE_SITES",
     "PRESETS",
     "SITES",
     "Beams",
+    "Captured",
     "Categorical",
     "Chain",
+    "ChainedTaps",
     "CheckpointError",
     "Constrained",
+    "CircuitSVD",
+    "CompositionScores",
     "Continuation",
     "Contrastive",
     "Conversation",
+    "Edge",
+    "EdgeScores",
     "Edits",
     "GPT2Config",
     "Generation",
     "Greedy",
     "Guidance",
+    "HeadScores",
     "History",
     "KVCache",
     "Likelihood",
@@ -109,6 +129,8 @@ __all__ = [
     "MinP",
     "PrefixAllowedTokens",
     "Pretrained",
+    "ResidStack",
+    "SiteGradients",
     "Speculation",
     "Stateful",
     "Temperature",
@@ -123,11 +145,15 @@ __all__ = [
     "axis_masks",
     "beam_search",
     "capture",
+    "capture_stream",
     "center_unembed",
     "center_writing_weights",
+    "circuit_svd",
     "complete",
+    "composition_scores",
     "decode_step",
     "direct_logit_attribution",
+    "edge_attribution",
     "encode_batch",
     "extend",
     "find_sites",
@@ -136,11 +162,12 @@ __all__ = [
     "from_json_schema",
     "from_regex",
     "generate",
+    "head_scores",
     "init",
     "init_state",
     "join",
-    "load",
     "lengthen",
+    "load",
     "load_generation_config",
     "load_lora",
     "load_pretrained",
@@ -162,14 +189,17 @@ __all__ = [
     "qk_circuit",
     "replace",
     "resample_ablation",
+    "resid_stack",
     "resize_vocab",
     "resolve",
+    "run_layers",
     "sampler_from_options",
     "save",
     "save_lora",
     "score",
     "score_choices",
     "share",
+    "site_gradients",
     "site_names",
     "speculate",
     "stack_layers",

@@ -68,17 +68,7 @@ def read_tokens(
         return check_ids(ids, config, longest=longest)
     if ids is not None:
         raise ValueError("`inputs_embeds` stand in the place of `ids`, which must be None then.")
-    embeds = jnp.asarray(inputs_embeds)
-    width = config.n_embd
-    if (
-        embeds.ndim != 3
-        or embeds.shape[2] != width
-        or not jnp.issubdtype(embeds.dtype, jnp.floating)
-    ):
-        got = f"{embeds.dtype} of shape {list(embeds.shape)}"
-        raise ValueError(f"`inputs_embeds` must be floats of shape [B, T, {width}], got {got}.")
-    _check_length("inputs_embeds", embeds.shape[1], config, longest)
-    return embeds
+    return check_stream("inputs_embeds", inputs_embeds, config, longest=longest)
 
 
 def read_layout(layout: Layout, shape: tuple[int, ...], *, config: GPT2Config) -> Pass:
@@ -191,6 +181,20 @@ def check_ids(
     _check_length("ids", ids.shape[1], config, longest)
     _check_values("ids", ids, config.vocab_size, "vocab_size")
     return jnp.asarray(ids)
+
+
+def check_stream(
+    name: str, given: Float[ArrayLike, "B T D"], config: GPT2Config, *, longest: int
+) -> Float[Array, "B T D"]:
+    """Returns vectors of the model's width as an array; raises `ValueError` for anything else."""
+    stream = jnp.asarray(given)
+    width = config.n_embd
+    fits = stream.ndim == 3 and stream.shape[2] == width
+    if not fits or not jnp.issubdtype(stream.dtype, jnp.floating):
+        got = f"{stream.dtype} of shape {list(stream.shape)}"
+        raise ValueError(f"`{name}` must be floats of shape [B, T, {width}], got {got}.")
+    _check_length(name, stream.shape[1], config, longest)
+    return stream
 
 
 def check_side(padding_side: str) -> None:

@@ -19,6 +19,7 @@ from gpt2_jax.inputs import (
     Tokens,
     check_ids,
     check_side,
+    check_stream,
     last_token,
     left_padded,
     read_layout,
@@ -26,12 +27,14 @@ from gpt2_jax.inputs import (
 )
 from gpt2_jax.modules import (
     GPT2,
+    Blocks,
     Params,
     Pass,
     Tap,
     checked_remat,
     no_tap,
     placed,
+    prefixed,
     wide_dtype,
 )
 from gpt2_jax.stack import is_stacked
@@ -112,21 +115,14 @@ def apply(
         an id gives NaN. Or rows are left-padded and `lengths` are missing, or what says where
         tokens lie has another shape or kind or contradicts the rest.
     """
-    hidden = hidden_states(
-        params,
-        ids,
-        lengths,
-        config=config,
-        padding_side=padding_side,
-        positions=positions,
-        mask=mask,
-        segment_ids=segment_ids,
-        inputs_embeds=inputs_embeds,
-        tap=tap,
-        dropout_key=dropout_key,
-        remat=remat,
+    tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
+    layout = Layout(positions, mask, segment_ids)
+    shared = _read_rows(tokens, lengths, padding_side, layout, config)
+    hidden, _ = forward(
+        params, tokens, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
     )
     # Tapped here, not in the modules, whose last site is the final LayerNorm's.
+    tap = placed(tap, shared.positions)
     return tap("logits", unembed(params, hidden, config=config))
 
 
@@ -150,18 +146,77 @@ def hidden_states(
     There are as many rows as in `ids`, unless a tap makes the batch grow.
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
-    check_side(padding_side)
-    remat = checked_remat(remat)
     layout = Layout(positions, mask, segment_ids)
-    # Padding on the right needs nothing: no real token sees what comes after it.
-    if padding_side == "left":
-        shared = left_padded(lengths, tokens.shape[1], layout)
-    else:
-        shared = read_layout(layout, tokens.shape[:2], config=config)
+    shared = _read_rows(tokens, lengths, padding_side, layout, config)
     hidden, _ = forward(
         params, tokens, shared, config=config, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return hidden
+
+
+def _read_rows(
+    tokens: Tokens,
+    lengths: Int[ArrayLike, " B"] | None,
+    padding_side: str,
+    layout: Layout,
+    config: GPT2Config,
+) -> Pass:
+    """Returns positions and mask of rows that are read from their start."""
+    check_side(padding_side)
+    # Padding on the right needs nothing: no real token sees what comes after it.
+    if padding_side == "left":
+        return left_padded(lengths, tokens.shape[1], layout)
+    return read_layout(layout, tokens.shape[:2], config=config)
+
+
+def run_layers(
+    params: Params,
+    stream: Float[ArrayLike, "B T D"],
+    *,
+    config: GPT2Config,
+    start: int = 0,
+    stop: int | None = None,
+    positions: Int[ArrayLike, "#B T"] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    tap: Tap = no_tap,
+) -> Float[Array, "rows T D"]:
+    """Returns the residual stream after layers `start` to `stop - 1`, from that before the first.
+
+    It goes on from what `capture` found at `h.{start}.resid_pre`, or `embed`. With `stream_logits`
+    behind the last layer it is the rest of `apply`. Does not compile itself.
+
+    Args:
+      params: the parameters; those of other layers are not read.
+      stream: the residual stream of right-padded texts.
+      config: the model's configuration.
+      start: the first layer to run.
+      stop: the layer to stop before; by default all layers are run.
+      positions, mask, segment_ids: see `apply`. Positions are in the stream already: they say here
+        where edits at positions belong.
+      tap: see `apply`.
+
+    Raises:
+      ValueError: `stream` is not `[B, T, D]`, there are no such layers, or as `apply`.
+    """
+    if is_stacked(params):
+        raise ValueError(_STACK)
+    stream = check_stream("stream", stream, config, longest=config.n_positions)
+    end = config.n_layer if stop is None else stop
+    if not 0 <= start <= end <= config.n_layer:
+        expected = f"0 <= `start` <= `stop` <= {config.n_layer} (`n_layer`)"
+        raise ValueError(f"Layers must be {expected}, got {start} and {end}.")
+    layout = Layout(positions, mask, segment_ids)
+    shared = read_layout(layout, stream.shape[:2], config=config)
+    tap = prefixed(placed(tap, shared.positions), "h")
+    layers = range(start, end)
+    # Linen refuses params that no module takes.
+    taken = {str(layer): params["h"][str(layer)] for layer in layers}
+    blocks = Blocks(config, layers)
+    out: Any = blocks.apply(
+        {"params": taken}, stream.astype(config.dtype), shared, tap, key=None, remat="none"
+    )
+    return out[0]
 
 
 def prefill(
@@ -208,6 +263,9 @@ def prefill(
     hidden, layers = forward(params, tokens, shared, config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
+    if tap is not no_tap:
+        # Not without a tap: the gather would be a part of every program.
+        tap = placed(tap, _last_positions(shared.positions, lengths))
     logits = tap("logits", unembed(params, last, config=config))
     cache = kv_cache.of_prompts(layers, lengths, slots)
     if not layout.is_plain:
@@ -244,8 +302,10 @@ def extend(
     ids = check_ids(ids, config, longest=config.n_positions)
     count = ids.shape[1] if lengths is None else jnp.asarray(lengths, jnp.int32)
     kv_cache.check_room(cache, ids.shape[1], count, config=config)
-    hidden, cache = read_on(params, ids, cache, count, config=config, tap=tap)
-    return tap("logits", unembed(params, hidden, config=config)), cache
+    hidden, longer = read_on(params, ids, cache, count, config=config, tap=tap)
+    if tap is not no_tap:
+        tap = placed(tap, _next_positions(cache, ids.shape[1], config))
+    return tap("logits", unembed(params, hidden, config=config)), longer
 
 
 def read_on(
@@ -259,17 +319,28 @@ def read_on(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Returns the hidden states of more tokens, of which `count` are real, and the longer cache."""
     n_tokens = ids.shape[1]
-    positions = cache.lengths[:, None] + jnp.arange(n_tokens)[None]  # [B, T]
     shared = Pass(
-        # What stands beyond the context is looked up all the same, and must not read NaN into the
-        # cache.
-        positions=jnp.minimum(positions, config.n_positions - 1),
+        positions=_next_positions(cache, n_tokens, config),
         mask=kv_cache.visible(cache, n_tokens),
         past=cache.layers,
         slot=cache.slot,
     )
     hidden, layers = forward(params, ids, shared, config=config, tap=tap)
     return hidden, kv_cache.n_written(cache, layers, count)
+
+
+def _next_positions(cache: KVCache, n_tokens: int, config: GPT2Config) -> Int[Array, "B T"]:
+    """Returns the positions of the next tokens of each row."""
+    positions = cache.lengths[:, None] + jnp.arange(n_tokens)[None]
+    # What stands beyond the context is looked up all the same, and must not read NaN into the
+    # cache.
+    return jnp.minimum(positions, config.n_positions - 1)
+
+
+def _last_positions(positions: Int[Array, "#B T"], lengths: Int[Array, " B"]) -> Int[Array, "B 1"]:
+    """Returns the position of each row's last token."""
+    of_rows = jnp.broadcast_to(positions, (len(lengths), positions.shape[1]))
+    return jnp.take_along_axis(of_rows, lengths[:, None] - 1, axis=1)
 
 
 def decode_step(
@@ -292,6 +363,7 @@ def decode_step(
         slot=cache.slot,
     )
     hidden, layers = forward(params, tokens[:, None], shared, config=config, tap=tap)
+    tap = placed(tap, shared.positions)
     logits = tap("logits", unembed(params, hidden[:, 0], config=config))
     return logits, kv_cache.n_written(cache, layers, 1)
 
@@ -335,7 +407,7 @@ def forward(
     config: GPT2Config,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: str = "none",
+    remat: str | bool = "none",
 ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
@@ -347,7 +419,12 @@ def forward(
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
     out: Any = model.apply(
-        {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
+        {"params": body},
+        tokens,
+        shared,
+        tap=tap,
+        dropout_key=dropout_key,
+        remat=checked_remat(remat),
     )
     return out
 

@@ -14,7 +14,7 @@ used.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -243,6 +243,34 @@ class LayerNorm(nn.Module):
         return tap("out", normed.astype(self.config.dtype))
 
 
+class InputChanges(NamedTuple):
+    """By how much a tap has changed what each head reads, behind `ln_1`; None where not at all."""
+
+    q: Float[Array, "B T H D"] | None = None
+    k: Float[Array, "B T H D"] | None = None
+    v: Float[Array, "B T H D"] | None = None
+
+
+def input_changes(norm: LayerNorm, x: Float[Array, "B T D"], n_head: int, tap: Tap) -> InputChanges:
+    """Shows a tap the stream before `ln_1` as each head reads it, and returns what it changed.
+
+    A head's queries, keys and values each have a copy, which passes `ln_1` on its own.
+    """
+    # Only for those who ask: each copy is H times the stream.
+    if not any(wants(tap, site) for site in ("in", "q_in", "k_in", "v_in")):
+        return InputChanges()
+    n_rows, length, width = x.shape
+    stream = jnp.broadcast_to(x[:, :, None], (n_rows, length, n_head, width))
+    forked = tap("in", stream)
+    changes = []
+    for site in ("q_in", "k_in", "v_in"):
+        read = tap(site, forked)
+        # A tap that only looks returns what it got, and nothing is computed; for one that returns
+        # the same numbers the difference is exactly 0.
+        changes.append(None if read is stream else norm(read) - norm(stream))
+    return InputChanges(*changes)
+
+
 class Attention(nn.Module):
     """Causal self-attention, `[B, T, D] -> [B, T, D]`, over its own keys or a cache's."""
 
@@ -256,6 +284,7 @@ class Attention(nn.Module):
         shared: Pass,
         tap: Tap,
         key: Array | None,
+        changes: InputChanges,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         config = self.config
         pattern_key, out_key = split_key(key, 2)
@@ -265,9 +294,9 @@ class Attention(nn.Module):
         qkv = qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim)  # [B, T, 3H, K]
         q, k, v = jnp.split(qkv, 3, axis=2)  # [B, T, H, K] each
         # Before anything is written: a key or value that a tap has changed is what the cache keeps.
-        q = tap("q", q)
-        k = tap("k", k)
-        v = tap("v", v)
+        q = tap("q", self.read_anew(q, changes.q, 0))
+        k = tap("k", self.read_anew(k, changes.k, 1))
+        v = tap("v", self.read_anew(v, changes.v, 2))
         if shared.past is None:
             present = kv_cache.layer_of(k, v)
         else:
@@ -289,6 +318,18 @@ class Attention(nn.Module):
             out += (tap("result", result) - result).sum(axis=2)
         out = dropout(out_key, out, config.resid_pdrop)
         return tap("out", out), present
+
+    def read_anew(
+        self, heads: Float[Array, "B T H K"], change: Float[Array, "B T H D"] | None, kind: int
+    ) -> Float[Array, "B T H K"]:
+        """Returns queries (0), keys (1) or values (2) of heads whose inputs have changed."""
+        if change is None:
+            return heads
+        # By way of the scope, as in `result`: `c_attn` reads one input for all heads.
+        kernel = dense_kernel(self.variables["params"]["c_attn"]).astype(change.dtype)
+        by_head = kernel.reshape(-1, 3, *heads.shape[2:])[:, kind]  # [D, H, K]
+        precision = self.config.precision
+        return heads + jnp.einsum("bthd,dhk->bthk", change, by_head, precision=precision)
 
     def attend_in_parts(
         self,
@@ -382,22 +423,28 @@ class Block(nn.Module):
         config = self.config
         attn_key, mlp_key = split_key(key, 2)
         x = tap("resid_pre", x)
-        normed = LayerNorm(config, name="ln_1")(x, prefixed(tap, "ln_1"))
+        attn_tap = prefixed(tap, "attn")
+        ln_1 = LayerNorm(config, name="ln_1")
+        changes = input_changes(ln_1, x, config.n_head, attn_tap)
+        normed = ln_1(x, prefixed(tap, "ln_1"))
         attn = Attention(config, self.layer, name="attn")
-        attended, present = attn(normed, shared, prefixed(tap, "attn"), attn_key)
+        attended, present = attn(normed, shared, attn_tap, attn_key, changes)
         x = tap("resid_mid", x + attended)
-        normed = LayerNorm(config, name="ln_2")(x, prefixed(tap, "ln_2"))
-        x = x + MLP(config, name="mlp")(normed, prefixed(tap, "mlp"), mlp_key)
+        mlp_tap = prefixed(tap, "mlp")
+        # What the MLP reads alone: the stream goes on as it is.
+        normed = LayerNorm(config, name="ln_2")(mlp_tap("in", x), prefixed(tap, "ln_2"))
+        x = x + MLP(config, name="mlp")(normed, mlp_tap, mlp_key)
         return tap("resid_post", x), present
 
 
 class Blocks(nn.Module):
-    """The layers, in a Python loop.
+    """The layers, or those of a range, in a Python loop.
 
     A scan, as in `scan_blocks`, would copy each layer's weights out of a stack on every step.
     """
 
     config: GPT2Config
+    layers: range | None = None  # all of them by default
 
     @nn.compact
     def __call__(
@@ -409,7 +456,11 @@ class Blocks(nn.Module):
         remat: str,
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         presents = []
-        for i, block_key in enumerate(split_key(key, self.config.n_layer)):
+        n_layer = self.config.n_layer
+        block_keys = split_key(key, n_layer)
+        # Not `or`: a range may be empty.
+        layers = range(n_layer) if self.layers is None else self.layers
+        for i in layers:
             layer_tap = prefixed(tap, str(i))
 
             # The tap is bound here: what `remat` passes on must be arrays.
@@ -419,7 +470,7 @@ class Blocks(nn.Module):
             if remat != "none":
                 run = nn.remat(run, policy=REMAT[remat])
             block = Block(self.config, i, name=str(i))
-            x, present = run(block, x, shared, block_key)
+            x, present = run(block, x, shared, block_keys[i])
             presents.append(present)
         return x, tuple(presents)
 

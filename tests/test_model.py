@@ -130,6 +130,7 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
     np.testing.assert_array_equal(gpt2_jax.apply(params, ids, config=TINY, tap=tap), plain)
     block = [
         ("resid_pre", (2, 6, 24)),
+        *((f"attn.{site}", (2, 6, 3, 24)) for site in ("in", "q_in", "k_in", "v_in")),
         ("ln_1.scale", (2, 6, 1)),
         ("ln_1.out", (2, 6, 24)),
         ("attn.q", (2, 6, 3, 8)),
@@ -141,6 +142,7 @@ def test_an_identity_tap_sees_every_site_and_changes_nothing(params, rng):
         ("attn.result", (2, 6, 3, 24)),
         ("attn.out", (2, 6, 24)),
         ("resid_mid", (2, 6, 24)),
+        ("mlp.in", (2, 6, 24)),
         ("ln_2.scale", (2, 6, 1)),
         ("ln_2.out", (2, 6, 24)),
         ("mlp.pre", (2, 6, 96)),

@@ -8,8 +8,7 @@ import optax
 import pytest
 
 import gpt2_jax
-from gpt2_jax import GPT2Config
-from gpt2_jax.generation import request
+from gpt2_jax import GPT2Config, rebuilt
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.training import step
 
@@ -23,7 +22,7 @@ def params():
 
 
 def test_a_tap_made_anew_for_each_call_is_named_once(params, monkeypatch):
-    monkeypatch.setattr(request, "_TAPS", Watch(request._TAPS.advice))
+    monkeypatch.setattr(rebuilt, "_TAPS", Watch(rebuilt._TAPS.advice))
     options = {"config": CONFIG, "max_new_tokens": 1}
 
     def calls(count, make):

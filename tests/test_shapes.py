@@ -32,9 +32,10 @@ options |= {"top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "min_new_tokens": 2}
 sampler = gpt2_jax.sampler_from_options(options, do_sample=True, stop_ids=(0,))
 gpt2_jax.generate(params, ids, lengths, key, config=config, max_new_tokens=5, sampler=sampler)
 gpt2_jax.generate(params, ids, config=config, max_new_tokens=30, overflow="slide")
+guided = gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5))
 made = gpt2_jax.generate(
     params, ids, None, key, config=config, max_new_tokens=3, num_return_sequences=2,
-    sampler=gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5)), outputs=("scores", "embed")
+    sampler=guided, outputs=("scores", "embed")
 )
 gpt2_jax.join(ids, lengths, made)
 jax.jit(lambda ids: gpt2_jax.generate(params, ids, config=config, max_new_tokens=3))(ids)
@@ -59,6 +60,23 @@ gpt2_jax.patching_sweep(params, ids, acts, metric, lengths, config=config, site=
 total = lambda logits: metric(logits).sum()
 gpt2_jax.attribution(params, ids, total, lengths, config=config, sites="h.*.mlp.out")
 gpt2_jax.qk_circuit(params, 0, 1, config=config)
+tap = gpt2_jax.make_tap({"h.*.resid_pre": gpt2_jax.add(np.ones(24), at=[1, 3])}, config=config)
+gpt2_jax.score(params, [([1, 2, 3], 2)], config=config, tap=tap)
+next(gpt2_jax.capture_stream(params, ids.ravel(), config=config, sites="embed", length=5))
+
+
+def traced():  # no need to compile
+    gpt2_jax.apply(params, ids, config=config, tap=tap)
+    gpt2_jax.edge_attribution(params, ids, acts, total, lengths, config=config, steps=2)
+    gpt2_jax.resid_stack(params, ids, lengths, config=config, by="neuron", last_only=True)
+    gpt2_jax.head_scores(params, key, config=config)
+    gpt2_jax.run_layers(params, acts["h.1.resid_pre"], config=config, start=1)
+    gpt2_jax.composition_scores(params, config=config)
+    gpt2_jax.circuit_svd(params, 0, 1, config=config)
+    gpt2_jax.mean_ablation(acts["embed"], True, lengths)
+
+
+jax.eval_shape(traced)
 gpt2_jax.fold_layer_norm(params, config=config)
 gpt2_jax.from_hf(gpt2_jax.to_hf(params), config)
 print("walked")

@@ -24,8 +24,9 @@ from gpt2_jax.cache import bucket
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids, pad_rows
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import Params, hidden_states, token_logprobs_of, unembed
-from gpt2_jax.modules import Tap, no_tap, wide_dtype
+from gpt2_jax.model import Params, apply, hidden_states, token_logprobs_of, unembed
+from gpt2_jax.modules import Tap, no_tap, wants, wide_dtype
+from gpt2_jax.rebuilt import TapArgument, tap_argument
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
 # float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
@@ -153,7 +154,8 @@ def token_logprobs(
         `n_positions + 1`.
       config: the model's configuration.
       positions, mask, segment_ids, tap: see `apply`. The first token of a segment is scored after
-        the segment before it: ignore that, too.
+        the segment before it: ignore that, too. Where the tap wants `logits`, as a plain function
+        seems to, all of them are held at once.
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns.
@@ -163,7 +165,9 @@ def token_logprobs(
         raise ValueError("`ids` must have at least 2 columns: one to read and one to score, got 1.")
     # The last token is scored, and not read; what is said of it is dropped.
     layout = Layout(positions, mask, segment_ids).without_last()
-    hidden = hidden_states(
+    sees_logits = wants(tap, "logits")
+    run = apply if sees_logits else hidden_states
+    out = run(
         params,
         ids[:, :-1],
         config=config,
@@ -171,8 +175,10 @@ def token_logprobs(
         mask=layout.mask,
         segment_ids=layout.segment_ids,
         tap=tap,
-    )  # [B, T - 1, D]
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    )  # [B, T - 1, D], or [B, T - 1, V]
+    if sees_logits:
+        return token_logprobs_of(out, ids[:, 1:])
+    flat_hidden = out.reshape(-1, out.shape[-1])
     flat_targets = ids[:, 1:].reshape(-1)
 
     def logprob_of(pair: tuple[Float[Array, " D"], Int[Array, ""]]) -> Float[Array, ""]:
@@ -197,6 +203,7 @@ def score(
     batch_size: int = 8,
     progress: Progress | None = None,
     share: bool = True,
+    tap: Tap | None = None,
 ) -> list[Scored]:
     """Scores the last tokens of many texts, each after all that stands before it.
 
@@ -212,16 +219,22 @@ def score(
       batch_size: texts that pass through the model at once.
       progress: called after each batch with the number of requests in it.
       share: whether texts share a pass.
+      tap: changes activations: see `apply`. As in `generate`, other arrays in it compile nothing,
+        and a plain function compiles once for each object. Texts share batches in an order of their
+        own: values of a tap must be the same for all rows. Where it wants `logits`, as a plain
+        function seems to, those of a batch are all held at once.
 
     Returns:
       What the model thinks of each request's tokens, in the order of the requests.
 
     Raises:
       ValueError: an id is outside the vocabulary, or a request asks for less than 1 token, for more
-        than the text has after its first, or for more than `n_positions`; the request is named.
+        than the text has after its first, or for more than `n_positions`; the request is named. Or
+        `tap` cannot be called.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    argument = tap_argument(tap)
     checked = [
         _checked_request(index, ids, n_scored, config)
         for index, (ids, n_scored) in enumerate(requests)
@@ -232,7 +245,7 @@ def score(
         part = rows[start : start + batch_size]
         together = [[checked[index] for index in row] for row in part]
         batch = _batch_of(together, batch_size, config)
-        batch_scores = jax.device_get(score_batch(params, batch, config=config))
+        batch_scores = jax.device_get(score_batch(params, batch, argument, config=config))
         indices = list(chain.from_iterable(part))
         requests_of_batch = chain.from_iterable(together)
         scored.update(zip(indices, _by_request(batch_scores, requests_of_batch), strict=True))
@@ -248,14 +261,25 @@ def score_groups(
     config: GPT2Config,
     batch_size: int = 8,
     progress: Progress | None = None,
+    tap: Tap | None = None,
 ) -> list[list[Scored]]:
     """Scores requests that belong together, such as a text's windows or a question's choices.
 
-    Arguments and errors are those of `score`; the result is grouped as the requests are.
+    Arguments and errors are those of `score`; the result is grouped as the requests are. Compiles
+    itself.
     """
     requests = list(chain.from_iterable(groups))
     # One after the other, so that a batch may hold parts of several groups.
-    scored = iter(score(params, requests, config=config, batch_size=batch_size, progress=progress))
+    scored = iter(
+        score(
+            params,
+            requests,
+            config=config,
+            batch_size=batch_size,
+            progress=progress,
+            tap=tap,
+        )
+    )
     return [list(islice(scored, len(group))) for group in groups]
 
 
@@ -271,8 +295,11 @@ def score_choices(
     *,
     config: GPT2Config,
     bytes: Sequence[int] | None = None,
+    tap: Tap | None = None,
 ) -> list[Choice]:
     """Returns the scores of each continuation of a context; both are ids, none empty.
+
+    Compiles itself, as `score` does.
 
     Args:
       params: the parameters.
@@ -280,6 +307,7 @@ def score_choices(
       choices: the continuations.
       config: the model's configuration.
       bytes: how many UTF-8 bytes each continuation has.
+      tap: see `score`.
 
     Raises:
       ValueError: as `score`; or `bytes` has another length than `choices`.
@@ -291,7 +319,8 @@ def score_choices(
         )
     requests = [after(context, choice) for choice in choices]
     # All in one batch: they share a context, so they are of like length.
-    scored = score(params, requests, config=config, batch_size=max(1, len(choices)))
+    n_choices = max(1, len(choices))
+    scored = score(params, requests, config=config, batch_size=n_choices, tap=tap)
     results = []
     for choice, size, choice_scores in zip(choices, sizes, scored, strict=True):
         total = choice_scores.total
@@ -359,6 +388,7 @@ def perplexity(
     bytes: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
+    tap: Tap | None = None,
 ) -> Likelihood:
     """Returns how well a model predicts a text of any length, by sliding windows.
 
@@ -374,6 +404,7 @@ def perplexity(
       bytes: of the text, for `byte_perplexity` and `bits_per_byte`.
       batch_size: windows that pass through the model at once.
       progress: called after each batch with the number of windows in it.
+      tap: see `score`. Positions are those within a window.
 
     Raises:
       ValueError: the text has less than 2 ids or one outside the vocabulary, or `window` and
@@ -393,7 +424,9 @@ def perplexity(
         ScoreRequest(ids[start:end], n_scored)
         for start, end, n_scored in sliding_windows(len(ids), window=window, stride=stride)
     ]
-    scored = score(params, requests, config=config, batch_size=batch_size, progress=progress)
+    scored = score(
+        params, requests, config=config, batch_size=batch_size, progress=progress, tap=tap
+    )
     logprobs = np.concatenate([window_scores.logprobs for window_scores in scored])
     losses = -logprobs.astype(np.float64)  # a book's sum would lose digits in float32
     return Likelihood(
@@ -431,17 +464,27 @@ class Batch(NamedTuple):
 
 
 @jax.jit
-def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
-    """Returns the scores of a batch's targets, `[M]`. Compiled once for each shape of `ids`."""
-    hidden = hidden_states(params, batch.ids, config=config)
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [BT, D]
+def score_batch(
+    params: Params, batch: Batch, argument: TapArgument, *, config: GPT2Config
+) -> Scored:
+    """Returns the scores of a batch's targets, `[M]`.
+
+    Compiled once for each shape of `ids` and structure of the tap.
+    """
+    tap = argument.tap
+    # A tap sees the logits of all tokens, as in `apply`, or else they are never there at once.
+    sees_logits = wants(tap, "logits")
+    run = apply if sees_logits else hidden_states
+    out = run(params, batch.ids, config=config, tap=tap)
+    flat_out = out.reshape(-1, out.shape[-1])  # [BT, D], or [BT, V]
 
     def score_chunk(index: Int[Array, ""], scored: Scored) -> Scored:
         start = index * TOKENS_PER_CHUNK
         offsets = lax.dynamic_slice_in_dim(batch.offsets, start, TOKENS_PER_CHUNK)
         targets = lax.dynamic_slice_in_dim(batch.targets, start, TOKENS_PER_CHUNK)
         # The hidden states are gathered here, not before the loop: a copy of a chunk, not of all.
-        logits = unembed(params, flat_hidden[offsets], config=config)  # [C, V]
+        chosen = flat_out[offsets]
+        logits = chosen if sees_logits else unembed(params, chosen, config=config)  # [C, V]
         logprobs = token_logprobs_of(logits, targets)
         greedy = argmax(logits) == targets
         return Scored(

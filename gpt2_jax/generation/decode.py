@@ -170,6 +170,7 @@ def resume(
     hidden, cache = read_on(params, unread, past.cache, lengths, config=config, tap=tap)
     # The head is the largest product of all: it is computed for the last tokens alone.
     last = _at(hidden, lengths - 1)
+    tap = placed(tap, (past.cache.lengths + lengths - 1)[:, None])
     logits = tap("logits", unembed(params, last, config=config))
     read = _Read(jnp.asarray(past.at_slots), logits, cache, acts, memory)
     return _choose_first(read, rules, BEGINNING, num_return_sequences, config=config)

@@ -25,17 +25,12 @@ from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.model import apply, init
 from gpt2_jax.modules import Tap, repeated
 from gpt2_jax.pytrees import classes_of, dataclass, static
-from gpt2_jax.rebuilt import Watch
+from gpt2_jax.rebuilt import as_pytree
 
 # One key, or one for each row; typed, or the raw data of one.
 Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
 
 OVERFLOWS = ("error", "stop", "slide")
-
-_TAPS = Watch(
-    "`tap` is a new function at each call, and each compiles its own programs: define it once, or"
-    " use `make_tap`, whose arrays may change without compiling."
-)
 
 
 @dataclass
@@ -400,23 +395,6 @@ def _site_names(config: GPT2Config) -> tuple[str, ...]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     jax.eval_shape(partial(apply, config=config, tap=note), params, ids)
     return tuple(names)
-
-
-def as_pytree(tap: Tap | None) -> Any:
-    """Returns the tap as an argument of a compiled program.
-
-    A plain function becomes a pytree without leaves: it compiles once for each object.
-    """
-    if tap is None:
-        return None
-    if not callable(tap):
-        kind = type(tap).__name__
-        raise ValueError(f"`tap` must be callable, such as `make_tap` returns, got {kind}.")
-    # A function is its own only leaf, and no array; a tap that is a pytree has arrays, or none.
-    is_plain = jax.tree_util.all_leaves([tap])
-    if is_plain:
-        _TAPS.see(tap)
-    return jax.tree_util.Partial(tap) if is_plain else tap
 
 
 def for_copies(rules: Rules, n: int) -> Rules:

@@ -2,7 +2,8 @@
 
 The names and the simplifications are those of Elhage et al.,
 https://transformer-circuits.pub/2021/framework, and of TransformerLens. Functions that simplify
-take params and return the config and the params of an equal model. Knows no text.
+take params and return the config and the params of an equal model. Nothing is jitted, everything
+can be. Knows no text.
 """
 
 from typing import Any, NamedTuple
@@ -60,6 +61,95 @@ def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
     value = weights.v[head]
     out = weights.o[head]
     return value @ out
+
+
+class CircuitSVD(NamedTuple):
+    """The singular vectors of a head's circuit, which has no more than K: `(u * s) @ vh`."""
+
+    u: Float[Array, "D K"]  # in the columns, what is read; the query's side of "qk"
+    s: Float[Array, " K"]  # the greatest first
+    vh: Float[Array, "K D"]  # in the rows, what is written; the key's side
+
+
+def circuit_svd(
+    params: Params, layer: int, head: int, *, config: GPT2Config, circuit: str = "ov"
+) -> CircuitSVD:
+    """Returns the singular value decomposition of `ov_circuit` or `qk_circuit`.
+
+    `unembed` of a row of `vh` is what a head that has read a column of `u` says (Millidge and
+    Black, https://www.lesswrong.com/posts/mkbGjzxD8d8XqKHzA, 2022). Does not compile itself.
+
+    Raises:
+      ValueError: `circuit` is neither "ov" nor "qk".
+    """
+    if circuit not in ("ov", "qk"):
+        raise ValueError(f'`circuit` must be "ov" or "qk", got {circuit!r}.')
+    weights = head_weights(params, layer, config=config)
+    left = weights.v[head] if circuit == "ov" else weights.q[head]  # [D, K]
+    right = weights.o[head] if circuit == "ov" else weights.k[head].T  # [K, D]
+    # By way of the factors: the product is K numbers in the place of D, and the rest are zeros.
+    left_basis, left_part = jnp.linalg.qr(left)
+    right_basis, right_part = jnp.linalg.qr(right.T)
+    u, s, vh = jnp.linalg.svd(left_part @ right_part.T)
+    return CircuitSVD(left_basis @ u, s, vh @ right_basis.T)
+
+
+class CompositionScores(NamedTuple):
+    """How much each head reads what each other wrote: `[L, H, L, H]`, the writer first.
+
+    0 where the writer's layer does not come before the reader's.
+    """
+
+    q: Float[Array, "L H L H"]  # in its queries
+    k: Float[Array, "L H L H"]
+    v: Float[Array, "L H L H"]
+
+
+def composition_scores(params: Params, *, config: GPT2Config) -> CompositionScores:
+    """Returns Q-, K- and V-composition of every two heads, from 0 to 1.
+
+    Frobenius norms of products of two circuits over the products of their norms (Elhage et al.,
+    "Two-layer attention-only transformers"), of the weights as they are: `fold_layer_norm` first
+    puts the LayerNorms into them, as TransformerLens does. Does not compile itself.
+    """
+    layers = [head_weights(params, layer, config=config) for layer in range(config.n_layer)]
+    stacked = jax.tree.map(lambda *kernels: jnp.concatenate(kernels), *layers)  # [LH, ...]
+    n_heads = len(stacked.q)
+    flipped = stacked.o.swapaxes(1, 2)  # [LH, D, K]
+    grams = {
+        name: jnp.einsum("ndk,ndj->nkj", kernel, kernel)
+        for name, kernel in (("q", stacked.q), ("k", stacked.k), ("v", stacked.v), ("o", flipped))
+    }
+    ov_norms = _product_norms(grams["v"], grams["o"])
+
+    def scores(reads: str, other: str) -> Float[Array, "LH LH"]:
+        """Returns the scores of readers whose circuit is `reads @ other.T`."""
+        kernels = getattr(stacked, reads)
+        norms = _product_norms(grams[reads], grams[other])
+
+        # A writer at a time: all pairs at once would be a billion numbers in GPT-2 XL.
+        def of_writer(writer: tuple[Array, Array]) -> Float[Array, " LH"]:
+            out, gram = writer  # [K, D], [K, K]
+            # `v @ (out @ reads) @ other.T`, by its K x K middle and the squares of its sides.
+            middle = jnp.einsum("kd,ndj->nkj", out, kernels)
+            squares = jnp.einsum("kl,nlj,nji,nki->n", gram, middle, grams[other], middle)
+            return jnp.sqrt(jnp.maximum(squares, 0))
+
+        product_norms = jax.lax.map(of_writer, (stacked.o, grams["v"]))
+        return product_norms / (ov_norms[:, None] * norms[None])
+
+    layer = jnp.arange(n_heads) // config.n_head
+    is_before = layer[:, None] < layer[None]
+    shape = (config.n_layer, config.n_head) * 2
+    found = [scores("q", "k"), scores("k", "q"), scores("v", "o")]
+    return CompositionScores(*(jnp.where(is_before, x, 0).reshape(shape) for x in found))
+
+
+def _product_norms(
+    left: Float[Array, "LH K K"], right: Float[Array, "LH K K"]
+) -> Float[Array, " LH"]:
+    """Returns the Frobenius norm of `a @ b.T` from `a.T @ a` and `b.T @ b`, of each head."""
+    return jnp.sqrt((left * right).sum(axis=(1, 2)))
 
 
 # Equal models.

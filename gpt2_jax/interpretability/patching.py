@@ -6,6 +6,7 @@ jits, vmaps and differentiates. Texts are right-padded. Donors are activations b
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from gpt2_jax.interpretability.reading import Metric
 from gpt2_jax.interpretability.taps import (
     AnyArray,
     Edit,
+    Positions,
     at_last_token,
     axis_masks,
     capture,
@@ -30,6 +32,7 @@ from gpt2_jax.interpretability.taps import (
     site_axes,
 )
 from gpt2_jax.model import Params, hidden_states, unembed
+from gpt2_jax.modules import Tap, placed, wants
 
 # Patching in every layer.
 
@@ -45,8 +48,11 @@ def patching_sweep(
     site: str,
     over: str = "T",
     batch_size: int | None = None,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Shaped[Array, "L ..."]:
     """Patches each layer at each index of some axes, one at a time: the metric of each.
+
+    Does not compile itself.
 
     Args:
       params, config: as for `apply`.
@@ -61,6 +67,7 @@ def patching_sweep(
       over: the axes to go over, in their order: "T" for positions, "H" for heads, "TH" for both, ""
         for whole layers.
       batch_size: how many indices go into one pass, which bounds the memory; by default all.
+      edits: what is changed in every run, before it is patched: see `make_tap`.
 
     Returns:
       `[L, *over, ...]`, the layers, the axes in `over`, and those of the metric's result.
@@ -77,7 +84,9 @@ def patching_sweep(
     batch_size = min(batch_size or n_masks, n_masks)
 
     def measure(batch: Bool[Array, "N ..."]) -> Shaped[Array, "L N ..."]:
-        return patch_each(params, ids, donors, batch, metric, lengths, config=config, site=site)
+        return patch_each(
+            params, ids, donors, batch, metric, lengths, config=config, site=site, edits=edits
+        )
 
     # Not `lax.map(..., batch_size=)`, which would vmap over single masks: each would then carry an
     # unpatched batch of its own through the layers (see `GrowingBatch`), a seventh more in GPT-2.
@@ -119,6 +128,7 @@ def patch_each(
     *,
     config: GPT2Config,
     site: str,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Shaped[Array, "L N ..."]:
     """Patches each layer where each of `masks` is true: the metric of each, `[L, N, ...]`.
 
@@ -133,10 +143,10 @@ def patch_each(
 
     which takes L * N runs of all L layers. Here it is one pass whose batch grows (`GrowingBatch`):
     no run computes the layers before its patch, which halves the work, and only last tokens are
-    unembedded.
+    unembedded. Does not compile itself.
 
     Args:
-      params, ids, donors, metric, lengths, config, site: see `patching_sweep`.
+      params, ids, donors, metric, lengths, config, site, edits: see `patching_sweep`.
       masks: each broadcasts to the site's activation without its B: see `axis_masks`.
 
     Raises:
@@ -149,18 +159,21 @@ def patch_each(
         if name not in donors:
             raise ValueError(f"`donors` must hold {site} of every layer, got none for {name}.")
 
-    n_texts = len(ids)
+    n_texts, length = ids.shape
     n_masks = len(masks)
-    tap = GrowingBatch(site, donors, masks, n_texts)
+    edited = make_tap(edits or {}, config=config)
+    tap = GrowingBatch(site, donors, masks, n_texts, edited)
     # Not `apply`, which would unembed every token: [B + L * N * B, T, V].
     hidden = hidden_states(params, ids, config=config, tap=tap)  # [B + L * N * B, T, D]
-    if lengths is not None:
-        n_copies = len(hidden) // n_texts
-        lengths = jnp.tile(lengths, n_copies)
-    ends = at_last_token(hidden, lengths)
+    n_copies = len(hidden) // n_texts
+    if lengths is None:
+        lengths = jnp.full(n_texts, length)
+    ends = at_last_token(hidden, jnp.tile(jnp.asarray(lengths), n_copies))
     ends = ends.reshape(-1, n_texts, config.n_embd)  # [1 + L * N, B, D]
     patched = ends[1:]  # the first are the unpatched texts
     logits = unembed(params, patched, config=config)  # [L * N, B, V]
+    last = jnp.asarray(lengths)[:, None] - 1  # [B, 1], these are the logits of
+    logits = jax.vmap(partial(edited.placed(last), "logits"))(logits)
     measured = jax.vmap(metric)(logits)  # [L * N, ...]
     result_shape = measured.shape[1:]
     return measured.reshape(config.n_layer, n_masks, *result_shape)
@@ -195,14 +208,18 @@ class GrowingBatch:
         donors: Mapping[str, ArrayLike],
         masks: Bool[AnyArray, "N ..."],
         n_texts: int,
+        tap: Tap,
     ):
         self.site = site  # its name within a layer
         self.donors = donors
         self.masks = masks
         self.n_texts = n_texts
+        self.tap = tap  # of every run alike
 
     def __call__(self, site: str, x: Array) -> Array:
-        # In this order, and both where `resid_pre` is what is patched.
+        # In this order, and all where `resid_pre` is what is edited and patched.
+        if wants(self.tap, site):
+            x = self.edit_each_run(site, x)
         if site.endswith(".resid_pre"):
             x = self.grow(x)
         if site.endswith(f".{self.site}"):
@@ -210,8 +227,18 @@ class GrowingBatch:
         return x
 
     def wants(self, site: str) -> bool:
-        """Returns whether the site is where the batch grows, or is patched."""
-        return site.endswith((".resid_pre", f".{self.site}"))
+        """Returns whether the site is where the batch grows, or is patched or edited."""
+        return site.endswith((".resid_pre", f".{self.site}")) or wants(self.tap, site)
+
+    def placed(self, positions: Int[Array, "#B T"]) -> "GrowingBatch":
+        """Returns the tap of a pass over tokens at these positions."""
+        tap = placed(self.tap, positions)
+        return GrowingBatch(self.site, self.donors, self.masks, self.n_texts, tap)
+
+    def edit_each_run(self, site: str, x: Float[Array, "rows ..."]) -> Float[Array, "rows ..."]:
+        """Returns the batch after the tap, which sees the texts of one run at a time."""
+        runs = x.reshape(-1, self.n_texts, *x.shape[1:])
+        return jax.vmap(partial(self.tap, site))(runs).reshape(x.shape)
 
     def grow(self, x: Float[Array, "rows T D"]) -> Float[Array, "more T D"]:
         """Returns the batch with a copy of the texts for each mask at its end."""
@@ -253,7 +280,7 @@ def path_patch(
 
     Three passes (Wang et al., https://arxiv.org/abs/2211.00593, appendix B): one as it is; one with
     the edits, and all that could carry them on held at its values from the first; one in which the
-    receivers get theirs from the second.
+    receivers get theirs from the second. Does not compile itself.
 
     Args:
       params, ids, config: as for `apply`.
@@ -287,23 +314,51 @@ def path_patch(
 # Ablations: edits that take something out.
 
 
-def zero_ablation(where: ArrayLike = True) -> Edit:
-    """Returns the edit that puts zeros where a mask is true."""
-    return replace(0.0, where)
+def zero_ablation(where: ArrayLike = True, *, at: Positions | None = None) -> Edit:
+    """Returns the edit that puts zeros where a mask is true, at some positions: see `replace`."""
+    return replace(0.0, where, at=at)
 
 
-def mean_ablation(reference: Float[AnyArray, "B T ..."], where: ArrayLike = True) -> Edit:
-    """Returns the edit that puts the mean of other activations over rows and positions."""
-    mean = reference.mean(axis=(0, 1), keepdims=True)
-    return replace(mean, where)
+def mean_ablation(
+    reference: Float[AnyArray, "B T ..."],
+    where: ArrayLike = True,
+    lengths: Int[ArrayLike, " B"] | None = None,
+    *,
+    at: Positions | None = None,
+) -> Edit:
+    """Returns the edit that puts the mean of other activations over rows and tokens.
+
+    Args:
+      reference: the other activations. A site whose second axis is none of tokens, as that of
+        `scores` and `pattern`, has no such mean.
+      where, at: see `replace`.
+      lengths: how many tokens of each row are real: padding is left out. All by default.
+    """
+    if lengths is None:
+        return replace(reference.mean(axis=(0, 1), keepdims=True), where, at=at)
+    is_real = _real_tokens(reference, lengths)
+    total = jnp.where(is_real, reference, 0).sum(axis=(0, 1), keepdims=True)
+    return replace(total / is_real.sum(), where, at=at)
 
 
 def resample_ablation(
-    key: PRNGKeyArray, reference: Shaped[AnyArray, "B ..."], where: ArrayLike = True
+    key: PRNGKeyArray,
+    reference: Shaped[AnyArray, "B ..."],
+    where: ArrayLike = True,
+    lengths: Int[ArrayLike, " B"] | None = None,
+    *,
+    at: Positions | None = None,
 ) -> Edit:
     """Returns the edit that puts another row's activation in the place of each row's.
 
     Rows are rotated by a random number from 1 to B - 1, so that none gets its own.
+
+    Args:
+      key: of the random number.
+      reference: the activations to choose among.
+      where, at: see `replace`.
+      lengths: how many tokens of each row of `reference`, `[B, T, ...]` then, are real: behind the
+        last its tokens begin anew, so that none gets what stands at padding. All by default.
 
     Raises:
       ValueError: `reference` has one row.
@@ -311,5 +366,17 @@ def resample_ablation(
     n_rows = len(reference)
     if n_rows < 2:
         raise ValueError(f"`reference` must have at least 2 rows to choose among, got {n_rows}.")
+    if lengths is not None:
+        tokens = jnp.arange(reference.shape[1])[None] % jnp.asarray(lengths)[:, None]
+        tokens = tokens.reshape(*tokens.shape, *(1,) * (reference.ndim - 2))
+        reference = jnp.take_along_axis(jnp.asarray(reference), tokens, axis=1)
     shift = jax.random.randint(key, (), 1, n_rows)
-    return replace(jnp.roll(reference, shift, axis=0), where)
+    return replace(jnp.roll(reference, shift, axis=0), where, at=at)
+
+
+def _real_tokens(
+    reference: Shaped[AnyArray, "B T ..."], lengths: Int[ArrayLike, " B"]
+) -> Bool[Array, "B T ..."]:
+    """Returns which tokens are no padding, with axes of 1 behind."""
+    is_real = jnp.arange(reference.shape[1])[None] < jnp.asarray(lengths)[:, None]
+    return is_real.reshape(*is_real.shape, *(1,) * (reference.ndim - 2))

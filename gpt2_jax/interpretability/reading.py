@@ -5,41 +5,111 @@ jits, vmaps and differentiates. Texts are right-padded. Knows nothing of patchin
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.circuits import head_weights
 from gpt2_jax.interpretability.taps import (
     Acts,
     AnyArray,
+    ChainedTaps,
+    Edit,
+    Edits,
+    Recorder,
     add,
     at_last_token,
     by_layer,
     capture,
     find_sites,
+    make_tap,
 )
-from gpt2_jax.model import Params, head_matrix, unembed
-from gpt2_jax.modules import LayerNorm, wide_dtype
+from gpt2_jax.model import Params, apply, head_matrix, unembed
+from gpt2_jax.modules import LayerNorm, Tap, wide_dtype
 
 # A function of the logits after each row's last token, `[B, V]`, such as a difference of two.
 Metric = Callable[[Array], Array]
 
 
+# Heads by their patterns.
+
+
 def attention_patterns(
-    params: Params, ids: Int[ArrayLike, "B T"], *, config: GPT2Config
+    params: Params,
+    ids: Int[ArrayLike, "B T"],
+    *,
+    config: GPT2Config,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Float[Array, "L B H T T"]:
-    """Returns how much each token attends to each; rows sum to 1.
+    """Returns how much each token attends to each; rows sum to 1. Does not compile itself.
+
+    With `edits` it is that of the edited model, as in `capture`.
 
     Raises:
-      ValueError: as `apply`.
+      ValueError: as `capture`.
     """
-    _, acts = capture(params, ids, config=config, sites="h.*.attn.pattern")
+    _, acts = capture(params, ids, config=config, sites="h.*.attn.pattern", edits=edits)
     return by_layer(acts, "attn.pattern")
+
+
+class HeadScores(NamedTuple):
+    """How much each head attends to certain tokens, on the average, where random ones repeat."""
+
+    previous: Float[Array, "L H"]  # the token before
+    duplicate: Float[Array, "L H"]  # the same token, where it stood first
+    induction: Float[Array, "L H"]  # the token that followed it there
+
+
+def head_scores(
+    params: Params,
+    key: PRNGKeyArray,
+    *,
+    config: GPT2Config,
+    length: int | None = None,
+    n_texts: int = 4,
+    edits: Mapping[str, Edit] | None = None,
+) -> HeadScores:
+    """Returns which heads are previous-token heads and induction heads, from 0 to 1.
+
+    Texts are random tokens that come twice, so that nothing but their order helps to predict the
+    second half (Olsson et al., https://arxiv.org/abs/2209.11895). The scores are means along
+    diagonals of the patterns, as in TransformerLens' demos. Does not compile itself.
+
+    Args:
+      params, config: as for `apply`.
+      key: of the random tokens.
+      length: how many tokens come twice, at least 2; by default 50, or as many as the context has
+        room for.
+      n_texts: how many texts.
+      edits: see `capture`.
+
+    Raises:
+      ValueError: `length` is less than 2, or the context has no room for two of it.
+    """
+    half = config.n_positions // 2
+    length = min(50, half) if length is None else length
+    if not 2 <= length <= half:
+        expected = f"2 to {half}, half of `n_positions`"
+        raise ValueError(f"`length` must be {expected}, got {length}.")
+    tokens = jax.random.randint(key, (n_texts, length), 0, config.vocab_size)
+    ids = jnp.concatenate([tokens, tokens], axis=1)
+    patterns = attention_patterns(params, ids, config=config, edits=edits)
+
+    def mean_at(distance: int) -> Float[Array, "L H"]:
+        diagonals = jnp.diagonal(patterns, offset=-distance, axis1=-2, axis2=-1)
+        return diagonals.mean(axis=(1, 3))
+
+    return HeadScores(
+        previous=mean_at(1),
+        duplicate=mean_at(length),
+        # As far back as the token itself, less the one step to what followed.
+        induction=mean_at(length - 1),
+    )
 
 
 # Lenses: what a residual stream says of the next token.
@@ -51,23 +121,26 @@ def logit_lens(
     *,
     config: GPT2Config,
     translators: tuple[Float[AnyArray, "_ D D"], Float[AnyArray, "_ D"]] | None = None,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Float[Array, "N B T V"]:
     """Returns the logits that each residual stream would give if it were the last, `N = L + 1`.
 
     The streams are those before each layer, and the one after the last, whose logits are the
-    model's own (nostalgebraist, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru, 2020).
+    model's own (nostalgebraist, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru, 2020). Does not
+    compile itself.
 
     Args:
       params, ids, config: as for `apply`.
       translators: a tuned lens (Belrose et al., https://arxiv.org/abs/2303.08112), kernels
         `[L, D, D]` and biases `[L, D]`: the stream `x` before layer `i` is read as
         `x + x @ kernels[i] + biases[i]`.
+      edits: see `capture`. Those of the last LayerNorm and of the logits do not reach the lens.
 
     Raises:
-      ValueError: as `apply`, or `translators` are not of these shapes.
+      ValueError: as `capture`, or `translators` are not of these shapes.
     """
     sites = ("h.*.resid_pre", f"h.{config.n_layer - 1}.resid_post")
-    _, acts = capture(params, ids, config=config, sites=sites)
+    _, acts = capture(params, ids, config=config, sites=sites, edits=edits)
     # Each layer's `resid_post` is the next one's `resid_pre`: only the last adds a stream.
     streams = by_layer(acts, "resid_pre")  # [L, B, T, D]
     final = by_layer(acts, "resid_post")  # [1, B, T, D]
@@ -93,7 +166,10 @@ def _check_translators(kernels: AnyArray, biases: AnyArray, config: GPT2Config) 
 def stream_logits(
     params: Params, x: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
-    """Returns the logits of residual streams: the last LayerNorm, and the head."""
+    """Returns the logits of residual streams: the last LayerNorm, and the head.
+
+    Does not compile itself.
+    """
     final_norm = LayerNorm(config)
     # The layer by itself: linen asks only for the params of the module that is applied.
     normed: Any = final_norm.apply({"params": params["ln_f"]}, x)
@@ -120,18 +196,23 @@ def direct_logit_attribution(
     targets: Int[ArrayLike, "B T"],
     *,
     config: GPT2Config,
+    edits: Mapping[str, Edit] | None = None,
 ) -> LogitAttribution:
     """Divides the logits of `targets` among what was written to the residual stream.
 
     The last LayerNorm is linear once its scale is held: a part `c` of the stream adds
     `(c - mean(c)) / scale * weight @ head` to a logit. A difference of two logits is divided by the
-    difference of two results.
+    difference of two results. Does not compile itself.
+
+    With `edits`, as in `capture`, the parts are those of the edited model. They sum to its logit
+    where only `wte.out`, `wpe.out`, `z` and `mlp.out`, and what these are made of, are edited: what
+    is written to the stream elsewhere is no part's.
 
     Raises:
-      ValueError: as `apply`.
+      ValueError: as `capture`.
     """
     sites = ("wte.out", "wpe.out", "h.*.attn.z", "h.*.mlp.out", "ln_f.scale")
-    _, acts = capture(params, ids, config=config, sites=sites)
+    _, acts = capture(params, ids, config=config, sites=sites, edits=edits)
     scale = acts["ln_f.scale"]  # [B, T, 1]
     head = head_matrix(params, config=config)[targets].astype(scale.dtype)  # [B, T, D]
     # The mean is taken off the direction instead of off each part: the product is the same.
@@ -166,6 +247,75 @@ def _bias_or_zeros(layer: Params, config: GPT2Config) -> Float[Array, " D"]:
     return layer["bias"] if config.bias else jnp.zeros(config.n_embd, wide_dtype(config))
 
 
+class SiteGradients(NamedTuple):
+    """A metric, activations, and the derivatives of the one with respect to the others."""
+
+    value: Float[Array, ""]
+    gradients: Acts
+    acts: Acts
+
+
+def site_gradients(
+    params: Params,
+    ids: Int[ArrayLike, "B T"],
+    metric: Metric,
+    lengths: Int[ArrayLike, " B"] | None = None,
+    *,
+    config: GPT2Config,
+    sites: str | Sequence[str],
+    edits: Mapping[str, Edit] | None = None,
+) -> SiteGradients:
+    """Returns the gradient of a metric at some sites, beside the activations there.
+
+    It is the gradient with respect to a zero that is added to each, so that `jax.grad` over
+    `add(offset)` does the same for any other function of a pass. Does not compile itself.
+
+    Args:
+      params, ids, config: as for `apply`.
+      metric: a function of the logits after each row's last token, `[B, V]`, to one number.
+      lengths: how many ids of each row are real; all of them by default.
+      sites: see `find_sites`.
+      edits: see `capture`; the zeros are added behind them.
+
+    Raises:
+      ValueError: as `capture`.
+    """
+    tap = make_tap(edits or {}, config=config)
+    return gradients_under(params, ids, metric, lengths, config=config, sites=sites, tap=tap)
+
+
+def gradients_under(
+    params: Params,
+    ids: Int[ArrayLike, "B T"],
+    metric: Metric,
+    lengths: Int[ArrayLike, " B"] | None,
+    *,
+    config: GPT2Config,
+    sites: str | Sequence[str],
+    tap: Tap,
+) -> SiteGradients:
+    """Returns what `site_gradients` does, of a model that a tap has changed."""
+    names = find_sites(sites, config)
+
+    def activations() -> Acts:
+        recorder = Recorder(names, tap)
+        apply(params, ids, config=config, tap=recorder)
+        return recorder.acts
+
+    def measured(offsets: Acts) -> tuple[Array, Acts]:
+        added = Edits({site: add(offset) for site, offset in offsets.items()})
+        recorder = Recorder(names, ChainedTaps((tap, added)))
+        logits = apply(params, ids, config=config, tap=recorder)
+        ends = at_last_token(logits, lengths)
+        return metric(ends), recorder.acts
+
+    # Their shapes, which tracing alone tells.
+    shapes = jax.eval_shape(activations)
+    offsets = {site: jnp.zeros(leaf.shape, leaf.dtype) for site, leaf in shapes.items()}
+    (value, acts), gradients = jax.value_and_grad(measured, has_aux=True)(offsets)
+    return SiteGradients(value, gradients, acts)
+
+
 def attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -175,18 +325,16 @@ def attribution(
     config: GPT2Config,
     sites: str | Sequence[str],
     donors: Mapping[str, ArrayLike] | None = None,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Acts:
     """Returns gradient times activation for every number at some sites.
 
     With `donors`, other activations at these sites, it is the gradient times what would change: the
     first-order estimate of patching each of them in, for two passes in all (attribution patching,
-    Syed et al., https://arxiv.org/abs/2310.10348).
+    Syed et al., https://arxiv.org/abs/2310.10348). Does not compile itself.
 
     Args:
-      params, ids, config: as for `apply`.
-      metric: a function of the logits after each row's last token, `[B, V]`, to one number.
-      lengths: how many ids of each row are real; all of them by default.
-      sites: see `find_sites`.
+      params, ids, metric, lengths, config, sites, edits: see `site_gradients`.
       donors: activations by their sites, as `capture` returns them.
 
     Raises:
@@ -194,34 +342,22 @@ def attribution(
     """
     names = find_sites(sites, config)
     if donors is not None:
-        missing = [site for site in names if site not in donors]
-        if missing:
-            lacking = ", ".join(missing)
-            raise ValueError(f"`donors` must have every site, they lack {lacking}.")
-
-    def measured(offsets: Acts) -> tuple[Array, Acts]:
-        edits = {site: add(offset) for site, offset in offsets.items()}
-        logits, acts = capture(params, ids, config=config, sites=names, edits=edits)
-        ends = at_last_token(logits, lengths)
-        return metric(ends), acts
-
-    def activations() -> Acts:
-        _, acts = capture(params, ids, config=config, sites=names)
-        return acts
-
-    # The gradient with respect to an activation is that with respect to a zero added to it, whose
-    # shape tracing alone tells.
-    shapes = jax.eval_shape(activations)
-    offsets = {site: jnp.zeros(leaf.shape, leaf.dtype) for site, leaf in shapes.items()}
-    gradients, acts = jax.grad(measured, has_aux=True)(offsets)
-
+        check_donors(donors, names)
+    found = site_gradients(params, ids, metric, lengths, config=config, sites=names, edits=edits)
     products = {}
-    for site, gradient in gradients.items():
-        change = acts[site]
+    for site, gradient in found.gradients.items():
+        change = found.acts[site]
         if donors is not None:
-            change = donors[site] - acts[site]
+            change = donors[site] - change
         products[site] = gradient * change
     return products
+
+
+def check_donors(donors: Mapping[str, ArrayLike], sites: Sequence[str]) -> None:
+    """Raises `ValueError` unless there are activations of all sites."""
+    missing = [site for site in sites if site not in donors]
+    if missing:
+        raise ValueError(f"`donors` must have every site, they lack {', '.join(missing)}.")
 
 
 # Directions.
@@ -236,18 +372,21 @@ def steering_vector(
     *,
     config: GPT2Config,
     site: str,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Float[Array, "..."]:
     """Returns the direction from `other_ids` to `ids` at a site, for `add`.
 
+    Does not compile itself.
+
     It is the difference of the mean activations at the texts' last tokens (Turner et al.,
-    https://arxiv.org/abs/2308.10248), and has the site's shape without B and T.
+    https://arxiv.org/abs/2308.10248), and has the site's shape without B and T. With `edits`, as in
+    `capture`, it is that of the edited model.
 
     Raises:
       ValueError: as `capture`.
     """
-    mean = _mean_at_last_token(params, ids, lengths, config=config, site=site)
-    other_mean = _mean_at_last_token(params, other_ids, other_lengths, config=config, site=site)
-    return mean - other_mean
+    mean_of = partial(_mean_at_last_token, params, config=config, site=site, edits=edits)
+    return mean_of(ids, lengths) - mean_of(other_ids, other_lengths)
 
 
 def _mean_at_last_token(
@@ -257,7 +396,8 @@ def _mean_at_last_token(
     *,
     config: GPT2Config,
     site: str,
+    edits: Mapping[str, Edit] | None,
 ) -> Float[Array, "..."]:
-    _, acts = capture(params, ids, config=config, sites=site)
+    _, acts = capture(params, ids, config=config, sites=site, edits=edits)
     ends = at_last_token(acts[site], lengths)
     return ends.mean(axis=0)

@@ -2,7 +2,9 @@
 
 A tap is a function `tap(site, x) -> x` that the forward pass calls at each of its sites; what it
 returns takes the activation's place. A tap with a method `wants(site)` is called only where that is
-true, and costs nothing elsewhere. This file knows no method of research: those stand on it.
+true, and costs nothing elsewhere; one with `placed(positions)` is told where in their texts the
+tokens of a pass stand, and one with `repeated(n)` that each row comes n times. This file knows no
+method of research: those stand on it.
 
 Axes are those of `modules.py`, and L, layers; `...` are the axes of a site that its name decides.
 """
@@ -10,25 +12,29 @@ Axes are those of `modules.py`, and L, layers; `...` are the axes of a site that
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, apply
-from gpt2_jax.pytrees import dataclass
+from gpt2_jax.modules import Tap, placed, repeated, wants
+from gpt2_jax.pytrees import dataclass, static
 
 AnyArray = Array | np.ndarray
 # What becomes of an activation: a function of it, or a value that broadcasts to it.
 Edit = Callable[[Array], Array] | ArrayLike
 Acts = dict[str, Array]  # activations by their sites
+# `[N]`, `[B, N]`, or one.
+Positions = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
 
 # In the order of the forward pass: site -> its axes (S is T, or the cache's slots), and the name of
 # TransformerLens' hook, whose values are the same but for what the comments say. `i` stands for
@@ -38,6 +44,13 @@ SITES: dict[str, tuple[str, str]] = {
     "wpe.out": ("B T D", "hook_pos_embed"),
     "embed": ("B T D", "blocks.0.hook_resid_pre"),
     "h.i.resid_pre": ("B T D", "blocks.i.hook_resid_pre"),
+    # The stream as each head reads it, with `use_attn_in`: what is changed here reaches its
+    # queries, keys and values, and nothing else.
+    "h.i.attn.in": ("B T H D", "blocks.i.hook_attn_in"),
+    # Likewise its queries, keys or values alone, with `use_split_qkv_input`.
+    "h.i.attn.q_in": ("B T H D", "blocks.i.hook_q_input"),
+    "h.i.attn.k_in": ("B T H D", "blocks.i.hook_k_input"),
+    "h.i.attn.v_in": ("B T H D", "blocks.i.hook_v_input"),
     "h.i.ln_1.scale": ("B T 1", "blocks.i.ln1.hook_scale"),
     "h.i.ln_1.out": ("B T D", "blocks.i.ln1.hook_out"),
     "h.i.attn.q": ("B T H K", "blocks.i.attn.hook_q"),
@@ -51,6 +64,8 @@ SITES: dict[str, tuple[str, str]] = {
     "h.i.attn.result": ("B T H D", "blocks.i.attn.hook_result"),
     "h.i.attn.out": ("B T D", "blocks.i.hook_attn_out"),
     "h.i.resid_mid": ("B T D", "blocks.i.hook_resid_mid"),
+    # The stream as the MLP reads it, with `use_hook_mlp_in`.
+    "h.i.mlp.in": ("B T D", "blocks.i.hook_mlp_in"),
     "h.i.ln_2.scale": ("B T 1", "blocks.i.ln2.hook_scale"),
     "h.i.ln_2.out": ("B T D", "blocks.i.ln2.hook_out"),
     "h.i.mlp.pre": ("B T F", "blocks.i.mlp.hook_pre"),
@@ -128,13 +143,80 @@ def site_axes(site: str, config: GPT2Config) -> tuple[str, ...]:
     Raises:
       ValueError: as `find_site`.
     """
-    name = find_site(site, config)
-    in_table = re.sub(r"^h\.\d+", "h.i", name)
+    return _axes(find_site(site, config))
+
+
+def _axes(site: str) -> tuple[str, ...]:
+    """Returns the axes of a site that exists."""
+    in_table = re.sub(r"^h\.\d+", "h.i", site)
     axes, _ = SITES[in_table]
     return tuple(axes.split())
 
 
 # Reading and changing.
+
+
+@dataclass
+class Change:
+    """An edit by arrays, as `replace` and `add` make it.
+
+    A pytree whose arrays are leaves: a jitted caller compiles once for all values.
+    """
+
+    values: tuple[Any, ...]  # the arrays
+    at: Any  # positions `[N]` or `[B, N]`, or None for all
+    function: Any = static()  # `(*values, x) -> x`
+
+    def __call__(self, x: Array) -> Array:
+        if self.at is not None:
+            raise ValueError(
+                "An edit `at` positions must be told those of the tokens: it is one for `patch`,"
+                " `capture` and `make_tap`, which see to that."
+            )
+        return self.function(*self.values, x)
+
+    def of_tokens(self, x: Array, positions: Int[Array, "#B T"], axis: int) -> Array:
+        """Returns the activation of tokens at some positions, which lie along an axis."""
+        at = jnp.atleast_2d(jnp.asarray(self.at))  # [1 or B, N]
+        n_rows = len(x)
+        if len(at) not in (1, n_rows):
+            raise ValueError(f"`at` must have 1 row, or {n_rows} as the batch, got {len(at)}.")
+        is_at = positions[:, :, None] == at[:, None]  # [1 or B, T, N]
+        # By tokens, with the other axes of the activation.
+        shape = [1] * x.ndim
+        shape[0] = len(is_at)
+        shape[axis] = x.shape[axis]
+        index = is_at.argmax(axis=-1).reshape(shape)
+        is_any = is_at.any(axis=-1).reshape(shape)
+        count = at.shape[1]
+        values = [_of_tokens(value, index, axis - x.ndim, count) for value in self.values]
+        return jnp.where(is_any, self.function(*values, x), x)
+
+    def repeated(self, n: int, ranks: tuple[int, ...]) -> "Change":
+        """Returns the edit of a batch with each row `n` times, of an activation of such a rank."""
+        values = tuple(_repeated(value, n, ranks) for value in self.values)
+        at = None if self.at is None else _repeated(self.at, n, (2,))
+        return Change(values, at, self.function)
+
+
+def _of_tokens(value: ArrayLike, index: Int[Array, "..."], axis: int, count: int) -> ArrayLike:
+    """Returns of `count` entries along an axis, which counts from the end, each token's own."""
+    shape = jnp.shape(value)
+    # One for all, or none: it is broadcast.
+    if len(shape) < -axis or shape[axis] == 1:
+        return value
+    if shape[axis] != count:
+        expected = f"1 entry, or one for each of the {count} positions in `at`"
+        raise ValueError(f"A value must have {expected}; got {shape[axis]} of {list(shape)}.")
+    aligned = jnp.reshape(value, (1,) * (index.ndim - len(shape)) + shape)
+    return jnp.take_along_axis(aligned, index, axis=axis)
+
+
+def _repeated(value: Any, n: int, ranks: tuple[int, ...]) -> Any:
+    """Returns an array with each row `n` times, if it has more than one and such a rank."""
+    if jnp.ndim(value) not in ranks or len(value) == 1:
+        return value
+    return jnp.repeat(jnp.asarray(value), n, axis=0)
 
 
 @dataclass
@@ -146,13 +228,18 @@ class Edits:
     """
 
     by_site: dict[str, Any]  # arrays, and callables that are pytrees
+    positions: Any = (
+        None  # `[#B, T]`, of the tokens of a pass, in which edits at positions are made
+    )
 
     def __call__(self, site: str, x: Array) -> Array:
         if site not in self.by_site:
             return x
         edit: Any = self.by_site[site]
-        if callable(edit):
-            new: Any = edit(x)
+        if _has_positions(edit) and self.positions is not None:
+            new: Any = self._at_positions(edit, site, x)
+        elif callable(edit):
+            new = edit(x)
         else:
             new = jnp.broadcast_to(edit, x.shape)
         # In the activation's dtype: a float32 donor must not widen the rest of a bfloat16 pass.
@@ -166,6 +253,44 @@ class Edits:
         """Returns whether the site is edited."""
         return site in self.by_site
 
+    def placed(self, positions: Int[Array, "#B T"]) -> "Edits":
+        """Returns the tap of a pass over tokens at these positions."""
+        # Most edits ask for none: their taps stay what they are.
+        if not any(map(_has_positions, self.by_site.values())):
+            return self
+        return Edits(self.by_site, positions)
+
+    def repeated(self, n: int) -> "Edits":
+        """Returns the tap of a batch with each row `n` times, one after the other.
+
+        Values have rows where they have all axes of the activation, and more than 1 along the
+        first.
+        """
+        by_site = {}
+        for site, edit in self.by_site.items():
+            ranks = (len(_axes(site)),)
+            if site == "logits" and not _has_positions(edit):
+                ranks = (2, 3)  # those of the last token have no T
+            if isinstance(edit, Change):
+                edit = edit.repeated(n, ranks)
+            elif not callable(edit):
+                edit = _repeated(edit, n, ranks)
+            by_site[site] = edit
+        return Edits(by_site, self.positions)
+
+    def _at_positions(self, edit: Change, site: str, x: Array) -> Array:
+        axes = _axes(site)
+        # The logits of a decoding step, of one token, have no axis for it.
+        lacks_tokens = x.ndim < len(axes)
+        if lacks_tokens:
+            x = x[:, None]
+        new = edit.of_tokens(x, self.positions, axes.index("T"))
+        return new[:, 0] if lacks_tokens else new
+
+
+def _has_positions(edit: Any) -> TypeGuard[Change]:
+    return isinstance(edit, Change) and edit.at is not None
+
 
 def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
     """Returns the tap that makes some edits, for `apply`, `generate` and `stream`.
@@ -178,13 +303,15 @@ def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
       config: the model's configuration.
 
     Raises:
-      ValueError: a site does not exist, or has two edits.
+      ValueError: a site does not exist, or has two edits, or one is at a position beyond the last.
     """
     by_site: dict[str, Any] = {}
     for pattern, edit in edits.items():
         # A plain function is no pytree: as a `Partial` it becomes a part of the tap's structure.
         if callable(edit) and jax.tree_util.all_leaves([edit]):
             edit = Partial(edit)
+        if _has_positions(edit):
+            _check_context(edit.at, config)
         for site in find_sites(pattern, config):
             if site in by_site:
                 raise ValueError(
@@ -194,27 +321,61 @@ def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
     return Edits(by_site)
 
 
+@dataclass
+class ChainedTaps:
+    """A tap that passes each activation through several, one after the other. A pytree."""
+
+    taps: tuple[Any, ...]
+
+    def __call__(self, site: str, x: Array) -> Array:
+        for tap in self.taps:
+            x = tap(site, x)
+        return x
+
+    def wants(self, site: str) -> bool:
+        """Returns whether any of them wants the site."""
+        return any(wants(tap, site) for tap in self.taps)
+
+    def placed(self, positions: Int[Array, "#B T"]) -> "ChainedTaps":
+        """Returns the taps of a pass over tokens at these positions."""
+        return ChainedTaps(tuple(placed(tap, positions) for tap in self.taps))
+
+    def repeated(self, n: int) -> "ChainedTaps":
+        """Returns the taps of a batch with each row `n` times."""
+        return ChainedTaps(tuple(repeated(tap, n) for tap in self.taps))
+
+
 class Recorder:
     """A tap that keeps what it sees at some sites, after another tap has changed it.
 
     Its dict grows while the model is traced: it serves one call, inside the caller's own function.
     """
 
-    def __init__(self, sites: Sequence[str], edits: Edits):
+    def __init__(self, sites: Iterable[str], tap: Tap, acts: Acts | None = None):
         self.sites = frozenset(sites)
-        self.edits = edits
-        self.acts: Acts = {}
+        self.tap = tap
+        self.acts: Acts = {} if acts is None else acts
 
     def __call__(self, site: str, x: Array) -> Array:
         # The edit first: what is kept is what the model goes on with.
-        x = self.edits(site, x)
+        x = self.tap(site, x)
         if site in self.sites:
             self.acts[site] = x
         return x
 
     def wants(self, site: str) -> bool:
         """Returns whether the site is kept or edited."""
-        return site in self.sites or self.edits.wants(site)
+        return site in self.sites or wants(self.tap, site)
+
+    # Others of their kind keep in the same dict.
+
+    def placed(self, positions: Int[Array, "#B T"]) -> "Recorder":
+        """Returns the tap of a pass over tokens at these positions."""
+        return Recorder(self.sites, placed(self.tap, positions), self.acts)
+
+    def repeated(self, n: int) -> "Recorder":
+        """Returns the tap of a batch with each row `n` times."""
+        return Recorder(self.sites, repeated(self.tap, n), self.acts)
 
 
 def capture(
@@ -232,6 +393,8 @@ def capture(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T V"], Acts]:
     """Returns `apply`'s logits, and the activations of some sites by their names.
+
+    Does not compile itself.
 
     Args:
       params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
@@ -275,7 +438,8 @@ def patch(
 ) -> Float[Array, "B T V"]:
     """Returns `apply`'s logits of a model whose activations are edited.
 
-    `edits={"h.3.attn.out": lambda x: 0 * x}` takes out what the attention of layer 3 writes.
+    `edits={"h.3.attn.out": lambda x: 0 * x}` takes out what the attention of layer 3 writes. Does
+    not compile itself.
 
     Args:
       params, ids, lengths, config, padding_side, positions, mask, segment_ids, inputs_embeds: as
@@ -305,19 +469,65 @@ def patch(
 # Edits, and masks for them.
 
 
-def replace(value: ArrayLike, where: ArrayLike = True) -> Edit:
+def replace(value: ArrayLike, where: ArrayLike = True, *, at: Positions | None = None) -> Edit:
     """Returns the edit that puts `value` in an activation's place where a mask is true.
 
-    Both broadcast to the activation.
+    Args:
+      value: what broadcasts to the activation.
+      where: a mask that does.
+      at: at which positions of the text, all by default: whole numbers from 0 on, `[N]`, or for
+        each row its own, `[B, N]`, of which none comes twice. They are found wherever the token is
+        read, in a prompt, on a cache or while decoding. For `scores` and `pattern` they are those
+        of the queries. `value` and `where` may then have N entries along that axis: one for each.
+
+    Raises:
+      ValueError: `at` is none of these.
     """
-    # A `Partial` of a module's function: equal for equal shapes, so that a jitted caller compiles
-    # once for all values, which a closure over them would not.
-    return Partial(_replace, value, where)
+    return Change((value, where), _checked_at(at), _replace)
 
 
-def add(vector: ArrayLike, strength: ArrayLike = 1.0) -> Edit:
-    """Returns the edit that adds `strength * vector`, which broadcasts to the activation."""
-    return Partial(_add, vector, strength)
+def add(vector: ArrayLike, strength: ArrayLike = 1.0, *, at: Positions | None = None) -> Edit:
+    """Returns the edit that adds `strength * vector`, which broadcasts to the activation.
+
+    With `at`, at these positions of the text: see `replace`.
+
+    Raises:
+      ValueError: as `replace`.
+    """
+    return Change((vector, strength), _checked_at(at), _add)
+
+
+def _checked_at(at: Any) -> Any:
+    """Returns positions as an array, None as it is."""
+    if at is None:
+        return None
+    if not isinstance(at, jax.Array):
+        at = np.asarray(at)
+    if at.ndim > 2 or not jnp.issubdtype(at.dtype, jnp.integer):
+        got = f"{at.dtype} of shape {list(at.shape)}"
+        raise ValueError(f"`at` must be integers of shape [N] or [B, N], got {got}.")
+    at = jnp.atleast_1d(at) if isinstance(at, jax.Array) else np.atleast_1d(at)
+    if not isinstance(at, Tracer):
+        _check_positions(at)
+    return at
+
+
+def _check_positions(at: AnyArray) -> None:
+    """Raises `ValueError` for positions that no text has, or that come twice."""
+    for row in np.atleast_2d(at):
+        if (row < 0).any():
+            raise ValueError(f"`at` must be positions, from 0 on, got {row.min()}.")
+        if len(np.unique(row)) < len(row):
+            raise ValueError(f"`at` must hold each position once, got {row.tolist()}.")
+
+
+def _check_context(at: AnyArray, config: GPT2Config) -> None:
+    """Raises `ValueError` for a position beyond a model's last."""
+    if isinstance(at, Tracer) or not at.size:
+        return
+    if np.max(at) >= config.n_positions:
+        expected = f"less than {config.n_positions} (`n_positions`)"
+        raise ValueError(f"`at` must be {expected}, got {np.max(at)}.")
 
 
 def _replace(value: ArrayLike, where: ArrayLike, x: Array) -> Array:

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.kernels import summed_cross_entropy
-from gpt2_jax.model import head_matrix, hidden_states, unembed
-from gpt2_jax.modules import Params, checked_remat, wide_dtype
+from gpt2_jax.model import apply, head_matrix, hidden_states, unembed
+from gpt2_jax.modules import Params, Tap, checked_remat, no_tap, wants, wide_dtype
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.stack import n_axes
 
@@ -184,6 +184,7 @@ def next_token_loss(
     mask: Shaped[ArrayLike, "..."] | None = None,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
+    tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
     remat: str | bool = "none",
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -204,6 +205,7 @@ def next_token_loss(
       segment_ids: several texts to a row: see `apply`. The first token of each is not predicted,
         whatever its weight.
       inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
+      tap: see `apply`; of the first `T - 1` columns.
       dropout_key: turns dropout on.
       remat: what the backward pass recomputes: see `apply`.
 
@@ -224,6 +226,7 @@ def next_token_loss(
         whole_weight=weight,
         config=config,
         remat=checked_remat(remat),
+        tap=tap,
     )
     return loss, {"loss": loss, "weight": weight}
 
@@ -421,6 +424,7 @@ def _share_of_loss(
     whole_weight: Float[Array, ""],
     config: GPT2Config,
     remat: str,
+    tap: Tap = no_tap,
 ) -> Float[Array, ""]:
     """Returns what a part of a batch adds to the loss of the whole.
 
@@ -431,7 +435,10 @@ def _share_of_loss(
     predicted = part.ids[:, 1:]
     embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
     layout = part.layout.without_last()
-    hidden = hidden_states(
+    # Who wants the logits themselves gets those of all tokens.
+    gives_logits = wants(tap, "logits")
+    run = apply if gives_logits else hidden_states
+    out = run(
         params,
         read if embeds is None else None,
         config=config,
@@ -439,13 +446,27 @@ def _share_of_loss(
         mask=layout.mask,
         segment_ids=layout.segment_ids,
         inputs_embeds=embeds,
+        tap=tap,
         dropout_key=dropout_key,
         remat=remat,
     )
-    total = _summed_losses(params, hidden, predicted, part.weights[:, 1:], config=config)
+    weights = part.weights[:, 1:]
+    if gives_logits:
+        total = _summed_losses_of(out, predicted, weights)
+    else:
+        total = _summed_losses(params, out, predicted, weights, config=config)
     # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
     divisor = jnp.where(whole_weight == 0, 1, whole_weight)
     return total / divisor
+
+
+def _summed_losses_of(
+    logits: Float[Array, "B T V"], predicted: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """Returns the weighted sum of the losses that logits make."""
+    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)
+    return (losses * weights).sum()
 
 
 def _summed_losses(
@@ -458,11 +479,8 @@ def _summed_losses(
 ) -> Float[Array, ""]:
     """Returns the weighted sum of the losses, in float32 (float64 in a float64 model)."""
     n_chunks = -(-predicted.size * config.vocab_size // LARGEST_LOGITS)
-    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
     if n_chunks == 1:
-        logits = unembed(params, hidden, config=config)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)
-        return (losses * weights).sum()
+        return _summed_losses_of(unembed(params, hidden, config=config), predicted, weights)
     table = head_matrix(params, config=config).astype(config.dtype)
     chunk = -(-predicted.shape[1] // n_chunks)
     return summed_cross_entropy(

@@ -21,6 +21,7 @@ from gpt2_jax.evaluation.score import (
     sliding_windows,
     token_logprobs,
 )
+from tests.interpretability.hooks import hooked
 from tests.reference import TINY, hf_model, ours
 
 PREFIX = 0  # an id that stands for `<|endoftext|>`
@@ -64,6 +65,57 @@ def test_token_logprobs_can_be_compiled_and_differentiated(models, rng):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-14), by_scores, by_loss
     )
+
+
+def test_a_tap_changes_what_is_scored_and_learnt_as_pytorchs_hooks_do(models, rng):
+    model, config, params = models
+    ids = rng.integers(0, 61, (2, 9))
+    run = jax.jit(lambda tap: token_logprobs(params, ids, config=config, tap=tap))
+    loss = jax.jit(lambda tap: gpt2_jax.next_token_loss(params, ids, config=config, tap=tap)[0])
+    requests = [(row, 5) for row in ids]
+    programs = scoring.score_batch._cache_size()
+    for scale in (0.0, 2.0):
+        offset = scale * rng.normal(size=24)
+        of_all = np.zeros((2, 8, 24))
+        of_all[:, 3] = offset
+        logits = hooked(model, ids[:, :-1], {"h.0": lambda x, o=of_all: x + torch.tensor(o)})
+        every = torch.log_softmax(torch.tensor(logits), -1).numpy()
+        expected = np.take_along_axis(every, ids[:, 1:, None], -1)[..., 0]
+        tap = gpt2_jax.make_tap({"h.0.resid_post": gpt2_jax.add(offset, at=[3])}, config=config)
+        np.testing.assert_allclose(run(tap), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(loss(tap), -expected.mean(), rtol=0, atol=1e-12)
+        scored = score(params, requests, config=config, batch_size=2, tap=tap)
+        found = np.stack([one.logprobs for one in scored])
+        np.testing.assert_allclose(found, expected[:, -5:], rtol=0, atol=1e-12)
+        likelihood = perplexity(params, ids[0], config=config, batch_size=2, tap=tap)
+        np.testing.assert_allclose(likelihood.nll, -expected[0].sum(), rtol=1e-12)
+        choices = score_choices(
+            params, ids[0, :7], [ids[0, 7:], ids[1, 7:]], config=config, tap=tap
+        )
+        np.testing.assert_allclose(choices[0].total, expected[0, -2:].sum(), rtol=1e-12)
+    # Other values compile nothing.
+    assert scoring.score_batch._cache_size() == programs + 1
+
+
+def test_a_function_that_sees_logits_is_scored_and_compiled_once(models, rng):
+    model, config, params = models
+    ids = rng.integers(0, 61, (2, 9))
+
+    def tap(site, x):
+        return x.at[..., 7].add(3.0) if site == "logits" else x
+
+    logits = torch.tensor(hooked(model, ids[:, :-1], {}))
+    logits[..., 7] += 3.0
+    every = torch.log_softmax(logits, -1).numpy()
+    expected = np.take_along_axis(every, ids[:, 1:, None], -1)[..., 0]
+    run = jax.jit(lambda ids: token_logprobs(params, ids, config=config, tap=tap))
+    np.testing.assert_allclose(run(ids), expected, rtol=0, atol=1e-12)
+    programs = scoring.score_batch._cache_size()
+    for _ in range(2):
+        scored = score(params, [(row, 8) for row in ids], config=config, batch_size=2, tap=tap)
+        found = np.stack([one.logprobs for one in scored])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    assert scoring.score_batch._cache_size() == programs + 1
 
 
 def test_a_single_column_leaves_nothing_to_score(models):

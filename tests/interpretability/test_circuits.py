@@ -91,4 +91,25 @@ def test_the_circuits_of_a_head_are_its_scores_and_its_output(tiny, acts, head):
     mixed = acts[0]["h.1.attn.pattern"][:, head] @ x
     out = mixed @ ov + v_bias @ weights["c_proj"]["kernel"][8 * head : 8 * head + 8]
     near(out, acts[0]["h.1.attn.result"][:, :, head])
+    for name, circuit in (("qk", qk), ("ov", ov)):
+        found = circuits.circuit_svd(params, 1, head, config=config, circuit=name)
+        near((found.u * found.s[None]) @ found.vh, circuit)
+        near(found.s, np.linalg.svd(circuit, compute_uv=False)[:8])
+        near(found.u.T @ found.u, np.eye(8))
     assert np.linalg.matrix_rank(qk) == np.linalg.matrix_rank(ov) == 8
+
+
+def test_composition_is_a_ratio_of_norms_of_whole_circuits(tiny):
+    config, params = tiny
+    found = jax.device_get(jax.jit(circuits.composition_scores)(params, config=config))
+    norm = np.linalg.norm
+    for writer in ((0, 1), (1, 2)):
+        ov = np.asarray(circuits.ov_circuit(params, *writer, config=config))
+        for reader in ((1, 0), (2, 2)):
+            qk = np.asarray(circuits.qk_circuit(params, *reader, config=config))
+            of_reader = np.asarray(circuits.ov_circuit(params, *reader, config=config))
+            expected = [
+                norm(ov @ reads) / norm(ov) / norm(reads) if reader[0] > writer[0] else 0
+                for reads in (qk, qk.T, of_reader)
+            ]
+            near([scores[(*writer, *reader)] for scores in found], expected)

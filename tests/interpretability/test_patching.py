@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax.interpretability import patching
-from gpt2_jax.interpretability.taps import at_last_token, axis_masks, patch, replace
+from gpt2_jax.interpretability.taps import add, at_last_token, axis_masks, patch, replace
 from gpt2_jax.model import hidden_states
+from gpt2_jax.modules import no_tap
 from tests.interpretability.hooks import hooked, layer_norm, near, put
 
 ROWS, LENGTH, LAYERS, HEADS = 2, 5, 3, 3
@@ -62,12 +63,12 @@ def test_a_sweep_equals_a_loop_of_pytorch_hooks(tiny, model, texts, acts, site, 
             near(found[(i, *place)], metric(expected))
 
 
-def by_definition(params, ids, donors, masks, lengths, *, config, site):
+def by_definition(params, ids, donors, masks, lengths, *, config, site, edits):
     """What `patch_each` is defined as: a pass of the whole model for each layer and mask."""
 
     def measure(mask, name):
-        edits = {name: replace(donors[name], mask)}
-        logits = patch(params, ids, config=config, edits=edits)
+        of_run = edits | {name: replace(donors[name], mask)}
+        logits = patch(params, ids, config=config, edits=of_run)
         return metric(at_last_token(logits, lengths))
 
     names = [f"h.{layer}.{site}" for layer in range(config.n_layer)]
@@ -75,24 +76,33 @@ def by_definition(params, ids, donors, masks, lengths, *, config, site):
 
 
 @pytest.mark.parametrize(
-    "site, lengths",
+    "site, lengths, is_edited",
     [
-        ("resid_pre", None),
-        ("attn.q", [5, 3]),
-        ("attn.pattern", None),
-        ("ln_2.scale", [5, 3]),
-        ("resid_post", None),
+        ("resid_pre", None, False),
+        ("attn.q", [5, 3], False),
+        ("attn.pattern", None, True),
+        ("ln_2.scale", [5, 3], True),
+        ("attn.k_in", None, False),
     ],
 )
-def test_one_growing_batch_equals_a_pass_for_each_patch(tiny, texts, acts, rng, site, lengths):
-    """At random numbers of the site's activation."""
+def test_one_growing_batch_equals_a_pass_for_each_patch(
+    tiny, texts, acts, rng, site, lengths, is_edited
+):
+    """At random numbers of the site's activation, also of a model that is edited in every run."""
     config, params = tiny
     shape = acts[0][f"h.0.{site}"].shape[1:]
     masks = rng.random((4, *shape)) < 0.3
     donors = in_every_layer(acts[1], site)
     lengths = lengths if lengths is None else np.array(lengths)
-    run = partial(patching.patch_each, metric=metric, lengths=lengths, config=config, site=site)
-    expected = jax.jit(partial(by_definition, lengths=lengths, config=config, site=site))
+    edits = {
+        "h.0.resid_pre": add(rng.normal(size=(2, 1, 24))),  # a value for each row
+        "h.1.mlp.out": add(rng.normal(size=24), at=[2, 4]),
+        "logits": add(rng.normal(size=61), at=[[4], [2]]),
+    }
+    options = {"lengths": lengths, "config": config, "site": site}
+    options["edits"] = edits if is_edited else {}
+    run = partial(patching.patch_each, metric=metric, **options)
+    expected = jax.jit(partial(by_definition, **options))
     near(jax.jit(run)(params, texts[0], donors, masks), expected(params, texts[0], donors, masks))
 
 
@@ -100,7 +110,7 @@ def test_the_batch_grows_by_a_copy_for_each_mask_in_each_layer(tiny, texts, acts
     config, params = tiny
     masks = axis_masks("h.0.mlp.out", "T", LENGTH, config=config)
     donors = in_every_layer(acts[1], "mlp.out")
-    tap = patching.GrowingBatch("mlp.out", donors, masks, ROWS)
+    tap = patching.GrowingBatch("mlp.out", donors, masks, ROWS, no_tap)
     rows = {}
 
     def watching(site, x):
@@ -270,6 +280,19 @@ def test_ablations_equal_pytorch_hooks(tiny, model, texts, acts):
     for edit, donor in ablations:
         expected = hooked(model, texts[0], {"h.1.attn.c_proj": put((..., slice(16, 24)), donor)})
         near(patch(params, texts[0], config=config, edits={"h.1.attn.z": edit}), expected)
+
+
+def test_padding_is_no_part_of_what_an_ablation_puts(acts):
+    reference = acts[1]["h.1.attn.z"].copy()
+    lengths = np.array([5, 2])
+    mean = np.concatenate([reference[0], reference[1, :2]]).mean(axis=0)
+    reference[1, 2:] = 1e9
+    zeros = jnp.zeros_like(reference)
+    found = patching.mean_ablation(reference, lengths=lengths)(zeros)
+    near(found, np.broadcast_to(mean, zeros.shape))
+    found = patching.resample_ablation(jax.random.key(0), reference, lengths=lengths)(zeros)
+    near(found[0], reference[1, [0, 1, 0, 1, 0]])
+    near(found[1], reference[0])
 
 
 def test_without_a_mask_an_ablation_is_of_the_whole_activation(tiny, model, texts):

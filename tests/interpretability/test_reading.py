@@ -10,6 +10,7 @@ import torch
 
 from gpt2_jax.interpretability import reading
 from gpt2_jax.interpretability.patching import patch_each
+from gpt2_jax.interpretability.taps import add, patch, replace
 from tests.interpretability.hooks import layer_norm, near
 
 LAYERS, HEADS = 3, 3
@@ -148,6 +149,67 @@ def test_a_sweep_has_the_derivative_of_attribution(tiny, texts, acts, gradients)
     derivative = run(own)
     near(derivative["h.1.mlp.out"], gradients["h.1.mlp.out"])
     assert not derivative["h.0.mlp.out"].any()  # it is patched in a run of its own
+
+
+def test_what_is_read_is_of_the_edited_model(tiny, texts, rng):
+    config, params = tiny
+    offset = rng.normal(size=(2, 5, 24))
+    targets = texts[1]
+
+    @jax.jit
+    def run(offset):
+        edits = {"h.1.mlp.out": add(offset)}
+
+        def patched(offset):
+            logits = patch(params, texts[0], config=config, edits={"h.1.mlp.out": add(offset)})
+            return metric(logits[:, -1]), logits
+
+        # The gradient at a site, written out.
+        (value, logits), gradient = jax.value_and_grad(patched, has_aux=True)(offset)
+        options = {"config": config, "edits": edits}
+        found = reading.site_gradients(
+            params, texts[0], metric, sites=("h.1.mlp.out", "h.2.attn.pattern"), **options
+        )
+        lens = reading.logit_lens(params, texts[0], **options)
+        patterns = reading.attention_patterns(params, texts[0], **options)
+        parts = reading.direct_logit_attribution(params, texts[0], targets, **options)
+        return value, logits, gradient, found, lens, patterns, parts
+
+    value, logits, gradient, found, lens, patterns, parts = run(offset)
+    near(found.value, value)
+    near(found.gradients["h.1.mlp.out"], gradient)
+    near(lens[-1], logits)
+    near(patterns[2], found.acts["h.2.attn.pattern"])
+    total = parts.wte + parts.wpe + parts.ln_f_bias + parts.attn_bias.sum(axis=0)
+    near(total + parts.mlps.sum(axis=0) + parts.heads.sum(axis=(0, 3)), at(logits, targets))
+
+
+def test_heads_are_known_by_where_they_attend(tiny):
+    """A pattern that is put in attends as it says; the others as an own count of them does."""
+    config, params = tiny
+    length = 6
+    steps = np.arange(12)[:, None] - np.arange(12)[None]
+    put = {"previous": 1, "duplicate": length, "induction": length - 1}
+    patterns = np.stack([steps == distance for distance in put.values()]).astype(float)
+    key = jax.random.key(0)
+
+    @jax.jit
+    def run(patterns):
+        edits = {"h.1.attn.pattern": replace(patterns[None])}
+        options = {"config": config, "length": length, "n_texts": 3}
+        found = reading.head_scores(params, key, edits=edits, **options)
+        tokens = jax.random.randint(key, (3, length), 0, 61)
+        ids = jnp.tile(tokens, (1, 2))
+        return found, reading.attention_patterns(params, ids, config=config)
+
+    found, seen = jax.device_get(run(patterns))
+    for head, (name, distance) in enumerate(put.items()):
+        scores = getattr(found, name)
+        assert scores[1].tolist() == [float(other == head) for other in range(HEADS)]
+        of_layer = seen[0][:, :, steps == distance].mean(axis=(0, 2))
+        near(scores[0], of_layer)
+    with pytest.raises(ValueError, match="`length` must be 2 to 12, half of `n_positions`, got 13"):
+        reading.head_scores(params, key, config=config, length=13)
 
 
 def test_attribution_of_ragged_texts_is_that_of_each_rows_last_token(tiny, texts):

@@ -27,9 +27,9 @@ from gpt2_jax.interpretability.taps import (
     site_axes,
     site_names,
 )
-from gpt2_jax.modules import LayerNorm
+from gpt2_jax.modules import LayerNorm, repeated
 from gpt2_jax.pretrained.weights import to_hf
-from tests.interpretability.hooks import hooked, near
+from tests.interpretability.hooks import hooked, layer_norm, near
 from tests.reference import TINY, hf_model, ours
 
 ROWS, LENGTH, LAYER = 2, 7, 1
@@ -104,6 +104,9 @@ def pytorch_sites(model, seen_by_hooks):
         out = model.transformer.h[i].attn.c_proj.weight.detach().numpy().reshape(3, 8, 24)
         z = ins[f"{h}.attn.c_proj"].reshape(heads)
         block["resid_pre"] = ins[h]
+        by_head = np.broadcast_to(ins[h][:, :, None], (ROWS, LENGTH, 3, 24))
+        block |= {f"attn.{site}": by_head for site in ("in", "q_in", "k_in", "v_in")}
+        block["mlp.in"] = ins[f"{h}.ln_2"]
         block |= {"ln_1.scale": scale(ins[h]), "ln_1.out": outs[f"{h}.ln_1"]}
         block |= {"attn.q": q, "attn.k": k, "attn.v": v}
         block["attn.scores"] = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(8) / (i + 1)
@@ -142,14 +145,20 @@ def test_the_table_of_sites_gives_their_axes(tiny, everything):
     }
 
 
-def test_every_site_equals_transformer_lens(model, ids, everything):
+def test_every_site_equals_transformer_lens(model, tiny, ids, everything):
     bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
     folder = gpt2_jax.resolve("demo")  # for its tokenizer, which it insists on
     theirs = bridge.boot_transformers(
         str(folder), hf_model=copy.deepcopy(model), dtype=torch.float64, device="cpu"
     )
     theirs.set_use_attn_result(True)
+    theirs.set_use_hook_mlp_in(True)
+    theirs.set_use_attn_in(True)
     _, cache = theirs.run_with_cache(torch.tensor(ids))
+    theirs.set_use_attn_in(False)
+    theirs.set_use_split_qkv_input(True)
+    _, split = theirs.run_with_cache(torch.tensor(ids))
+    cache = {**split, **cache}
     causal = np.tril(np.ones((LENGTH, LENGTH), bool))
     for site, (_, hook) in SITES.items():
         if hook:
@@ -159,6 +168,16 @@ def test_every_site_equals_transformer_lens(model, ids, everything):
             )
             x, y = (np.where(causal, z, 0) if site.endswith("scores") else z for z in (x, y))
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-10, err_msg=site)
+
+    config, params = tiny
+    run = jax.jit(lambda edits: patch(params, ids, config=config, edits=edits))
+    for site in ("attn.q_in", "attn.k_in", "attn.v_in", "mlp.in"):
+        x = everything[1][f"h.1.{site}"][::-1, ::-1]
+        hook = SITES[f"h.i.{site}"][1].replace(".i.", ".1.")
+        put = [(hook, lambda _, hook, x=x: torch.tensor(x.copy()))]
+        with torch.no_grad():
+            expected = theirs.run_with_hooks(torch.tensor(ids), fwd_hooks=put).numpy()
+        near(run({f"h.1.{site}": x}), expected)
 
 
 def test_a_site_that_does_not_exist_is_named_with_near_ones(tiny, ids):
@@ -297,6 +316,29 @@ def test_equal_edits_at_different_sites_agree(tiny, ids, everything):
     near(run(edits={"h.1.ln_2.scale": lambda x: 2 * x}), halved)
 
 
+def test_what_a_head_or_mlp_reads_is_changed_for_it_alone(tiny, ids, everything, rng):
+    """Each copy of the stream passes the LayerNorm on its own, in numpy."""
+    config, params = tiny
+    block = jax.device_get(params["h"]["1"])
+    acts = everything[1]
+    run = jax.jit(lambda edits: patch(params, ids, config=config, edits=edits))
+    c_attn = block["attn"]["c_attn"]
+    kernels = c_attn["kernel"].reshape(24, 3, 3, 8)
+    biases = c_attn["bias"].reshape(3, 3, 8)
+    copies = acts["h.1.attn.in"] + rng.normal(size=acts["h.1.attn.in"].shape)
+    normed = layer_norm(copies, block["ln_1"])
+    heads = {}
+    for kind, name in enumerate("qkv"):
+        head = np.einsum("bthd,dhk->bthk", normed, kernels[:, kind]) + biases[kind]
+        heads[f"h.1.attn.{name}"] = head
+        near(run({f"h.1.attn.{name}_in": copies}), run({f"h.1.attn.{name}": head}))
+    near(run({"h.1.attn.in": copies}), run(heads))
+    stream = copies[:, :, 0]
+    c_fc = block["mlp"]["c_fc"]
+    pre = layer_norm(stream, block["ln_2"]) @ c_fc["kernel"] + c_fc["bias"]
+    near(run({"h.1.mlp.in": stream}), run({"h.1.mlp.pre": pre}))
+
+
 def test_capture_sees_what_the_edits_made(tiny, ids):
     config, params = tiny
     sites, edits = ("embed", "h.0.mlp.out", "h.1.resid_pre"), {"h.0.*.out": 0.0}
@@ -313,6 +355,102 @@ def test_left_padded_rows_are_edited_as_right_padded_ones(tiny, ids):
     left_ids = np.stack([ids[0], np.roll(ids[1], 3)])
     left = patch(params, left_ids, lengths, config=config, edits=edits, padding_side="left")
     near(left[1, 3:], right[1, :4])
+
+
+# Edits at positions.
+
+
+def test_an_edit_at_positions_changes_these_tokens_alone(tiny, model, ids, everything, rng):
+    config, params = tiny
+    run = jax.jit(lambda edits, rows: patch(params, rows, config=config, edits=edits))
+    vectors = rng.normal(size=(2, 24))
+    to_one, to_each = np.zeros((2, ROWS, LENGTH, 24))
+    to_one[:, 2] = vectors[0]
+    to_each[0, [5, 1]] = vectors
+    to_each[1, [0, 6]] = vectors
+    for at, values, offset in (
+        (2, vectors[0], to_one),
+        ([[5, 1], [0, 6]], vectors, to_each),
+        ([[20, 5, 1], [6, 0, 20]], np.stack([np.stack([vectors[0], *vectors]),
+                                             np.stack([*vectors[::-1], vectors[0]])]), to_each),
+    ):  # fmt: skip
+        expected = hooked(model, ids, {"h.0": lambda x, o=offset: x + torch.tensor(o)})
+        near(run({"h.0.resid_post": add(values, at=np.array(at))}, ids), expected)
+
+    pattern = everything[1]["h.1.attn.pattern"]
+    of_query = pattern.copy()
+    of_query[:, 1, 4] = pattern[::-1, 1, 4]
+    head = np.array([False, True, False])[None, :, None, None]
+    edit = replace(pattern[::-1, :, 4:5], head, at=[4])
+    near(run({"h.1.attn.pattern": edit}, ids), run({"h.1.attn.pattern": of_query}, ids))
+
+
+def test_positions_are_those_of_the_text_wherever_its_tokens_are_read(tiny, ids, rng):
+    config, params = tiny
+    lengths = np.array([7, 4])
+    edits = {
+        "h.0.resid_post": add(rng.normal(size=(2, 24)), at=[[2, 6], [3, 5]]),
+        "logits": add(rng.normal(size=61), at=[3, 6]),
+    }
+    tap = make_tap(edits, config=config)
+
+    @jax.jit
+    def read(tap):
+        whole = gpt2_jax.apply(params, ids, config=config, tap=tap)
+        left = np.stack([ids[0], np.roll(ids[1], 3)])
+        options = {"config": config, "padding_side": "left", "tap": tap}
+        left = gpt2_jax.apply(params, left, lengths, **options)
+        firsts = np.array([4, 2])
+        first, cache = gpt2_jax.prefill(params, ids[:, :4], firsts, config=config, tap=tap)
+        others = np.stack([ids[0, 4:7], np.append(ids[1, 2:4], 0)])
+        rest, cache = gpt2_jax.extend(params, others, cache, firsts - 1, config=config, tap=tap)
+        return whole, left, first, rest
+
+    whole, left, first, rest = read(tap)
+    near(left[0], whole[0])
+    near(left[1, 3:], whole[1, :4])
+    near(first, whole[[0, 1], [3, 1]])
+    near(rest[0], whole[0, 4:])
+    near(rest[1, :1], whole[1, 2:3])
+    _, acts = jax.jit(lambda edits: capture(
+        params, ids, config=config, sites=("h.0.resid_post", "logits"), edits=edits
+    ))(edits)  # fmt: skip
+    near(acts["logits"], whole)
+
+
+def test_rows_that_are_repeated_keep_their_values(tiny, ids, rng):
+    config, params = tiny
+    per_row = rng.normal(size=(2, 1, 24))
+    edits = {
+        "h.0.resid_post": add(per_row, at=[[2, 6], [3, 5]]),
+        "h.1.attn.z": rng.normal(size=(2, 1, 3, 8)),
+        "h.1.mlp.out": replace(0.0, np.arange(7)[:, None] < 2),
+    }
+    tap = make_tap(edits, config=config)
+    run = jax.jit(partial(gpt2_jax.apply, config=config))
+    twice = run(params, np.repeat(ids, 2, axis=0), tap=repeated(tap, 2))
+    near(twice, np.repeat(run(params, ids, tap=tap), 2, axis=0))
+    assert np.abs(twice[0] - run(params, ids)[0]).max() > 1e-3
+
+
+def test_positions_that_no_text_has_are_named(tiny, ids):
+    config, params = tiny
+    for at, message in (
+        ([-1], "must be positions, from 0 on, got -1"),
+        ([3, 3], r"each position once, got \[3, 3\]"),
+        ([0.5], r"integers of shape \[N\] or \[B, N\], got float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add(0.0, at=at)
+    for edit, message in (
+        (add(0.0, at=[24]), r"`at` must be less than 24 \(`n_positions`\), got 24"),
+        (add(0.0, at=[[1], [2], [3]]), "1 row, or 2 as the batch, got 3"),
+        (add(np.zeros((7, 24)), at=[1, 2]), r"each of the 2 positions in `at`; got 7 of \[7, 24\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            patch(params, ids, config=config, edits={"h.0.resid_post": edit})
+    with pytest.raises(ValueError, match="must be told those of the tokens"):
+        add(0.0, at=[1])(jnp.zeros((2, 7, 24)))
 
 
 # Activations, once they are there.
@@ -335,18 +473,28 @@ def test_the_last_token_is_the_last_column_or_that_before_the_padding(everything
 
 def test_generate_and_stream_apply_a_tap_to_prompt_and_new_tokens(tiny, ids, everything, rng):
     config, params = tiny
-    vector = rng.normal(0, 3, (1, 1, 24))
-    tap = make_tap({"h.0.resid_post": add(vector), "h.1.attn.out": lambda x: -x}, config=config)
+    lengths = np.array([7, 4])
+    # At tokens of the prompts, at some that are made, and at all.
+    edits = {
+        "h.0.resid_post": add(rng.normal(0, 9, (2, 24)), at=[[2, 9], [3, 5]]),
+        "logits": add(50.0 * np.eye(61)[17], at=[7]),
+        "h.1.attn.out": lambda x: -x,
+    }
+    tap = make_tap(edits, config=config)
     options = {"config": config, "max_new_tokens": 5, "stop_ids": ()}
-    out = gpt2_jax.generate(params, ids, tap=tap, **options)
-    expected, step = ids, jax.jit(lambda ids: gpt2_jax.apply(params, ids, config=config, tap=tap))
-    for _ in range(5):  # without a cache: every token reads the whole text, edited
-        padded = np.pad(expected, ((0, 0), (0, 12 - expected.shape[1])))
-        token = np.asarray(step(padded))[:, expected.shape[1] - 1].argmax(-1)
-        expected = np.concatenate([expected, token[:, None]], axis=1)
-    np.testing.assert_array_equal(out.ids, expected[:, 7:])
-    assert (out.ids[:, 0] != everything[0][:, -1].argmax(-1)).all()
-    pieces = [piece.ids for piece in gpt2_jax.stream(params, ids, chunk=4, tap=tap, **options)]
+    out = gpt2_jax.generate(params, ids, lengths, tap=tap, **options)
+    texts, _ = gpt2_jax.inputs.pad_rows([ids[0], ids[1, :4]], 12)
+    step = jax.jit(lambda ids: gpt2_jax.apply(params, ids, config=config, tap=tap))
+    for made in range(5):  # without a cache: every token reads the whole text, edited
+        logits = np.asarray(step(texts))
+        texts[[0, 1], lengths + made] = logits[[0, 1], lengths + made - 1].argmax(-1)
+    np.testing.assert_array_equal(out.ids[0], texts[0, 7:])
+    np.testing.assert_array_equal(out.ids[1], texts[1, 4:9])
+    assert out.ids[0, 1] == out.ids[1, 4] == 17  # after the token at position 7
+    assert out.ids[0, 0] != everything[0][0, -1].argmax(-1)
+    pieces = [
+        piece.ids for piece in gpt2_jax.stream(params, ids, lengths, chunk=4, tap=tap, **options)
+    ]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), out.ids)
 
 
