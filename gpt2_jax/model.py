@@ -25,6 +25,7 @@ from gpt2_jax.inputs import (
     read_tokens,
 )
 from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts
 
 
 # As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
@@ -51,6 +52,7 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     return params
 
 
+@automatic
 def apply(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -114,6 +116,7 @@ def apply(
     return tap("logits", unembed(params, hidden, config=config))
 
 
+@automatic
 def hidden_states(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -147,6 +150,7 @@ def hidden_states(
     return hidden
 
 
+@automatic
 def prefill(
     params: Params,
     ids: Int[ArrayLike, "B P"] | None,
@@ -197,6 +201,7 @@ def prefill(
     return logits, cache
 
 
+@automatic
 def extend(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -229,6 +234,7 @@ def extend(
     return tap("logits", unembed(params, hidden, config=config)), cache
 
 
+@automatic
 def read_on(
     params: Params,
     ids: Int[Array, "B T"],
@@ -253,6 +259,7 @@ def read_on(
     return hidden, kv_cache.n_written(cache, layers, count)
 
 
+@automatic
 def decode_step(
     params: Params,
     tokens: Int[Array, " B"],
@@ -277,6 +284,7 @@ def decode_step(
     return logits, kv_cache.n_written(cache, layers, 1)
 
 
+@automatic
 def unembed(
     params: Params, hidden: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
@@ -284,12 +292,14 @@ def unembed(
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        head_matrix(params, config=config).astype(config.dtype),
+        _gathered(head_matrix(params, config=config).astype(config.dtype)),
         precision=config.precision,
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
-    return logits.reshape(*hidden.shape[:-1], -1)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
+    between = [None] * (logits.ndim - 2)
+    return constrain(logits, BATCH_AXES, *between, TENSOR)
 
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
@@ -299,6 +309,14 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     return params[table]["embedding"]
 
 
+def _gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
+    # As the rules have it: by width where the vocabulary does not divide.
+    by_token = n_parts(table, TENSOR, len(table)) > 1
+    return constrain(table, TENSOR) if by_token else constrain(table, None, TENSOR)
+
+
+@automatic
 def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
@@ -322,6 +340,8 @@ def forward(
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
+    body["wte"] = jax.tree.map(_gathered, body["wte"])
+    body["wpe"] = jax.tree.map(constrain, body["wpe"])
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
