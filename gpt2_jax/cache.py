@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.pytrees import dataclass, static
-from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, n_parts, own_values
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts, own_values
 
 # Columns of the narrowest batch: shorter texts all share its programs.
 SMALLEST_BUCKET = 32
@@ -195,6 +195,7 @@ def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
     return (cache.valid[:, None] | _new_slots(cache, count))[:, None]
 
 
+@automatic
 def lengthen(cache: KVCache, slots: int) -> KVCache:
     """Returns the cache with room for `slots` tokens.
 
@@ -222,6 +223,7 @@ def share(cache: KVCache, n: int) -> KVCache:
     return select(cache, jnp.repeat(jnp.arange(len(cache.valid)), n))
 
 
+@automatic
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     """Returns a cache of some rows of another, in their order; a row may come more than once."""
     n_rows = len(cache.valid)
@@ -243,6 +245,7 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     )
 
 
+@automatic
 def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCache:
     """Returns the cache that remembers the first `count` slots, and goes on behind them.
 

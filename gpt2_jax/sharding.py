@@ -211,10 +211,23 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     known = all(axis in AXES and kinds[axis] == AxisType.Auto for axis in sizes)
-    if not sizes or not known or not isinstance(x, Tracer):
+    if not sizes or not known or not _is_staged(x):
         return x
     fitting = _fitting(P(*spec), x.shape, mesh)
     return lax.with_sharding_constraint(x, NamedSharding(mesh, fitting))
+
+
+def _is_staged(x: Any) -> bool:
+    """Returns whether an array is a part of a program, and not one that is there already.
+
+    What `jax.grad` and `jax.vmap` put around an array counts for nothing.
+    """
+    while isinstance(x, Tracer):
+        inside = getattr(x, "primal", getattr(x, "val", None))
+        if not isinstance(inside, Tracer):
+            return not isinstance(inside, jax.Array)
+        x = inside
+    return False
 
 
 def places(tree: Any) -> tuple[P, ...] | None:
@@ -254,14 +267,35 @@ def automatic(function: Function) -> Function:
         explicit = _explicit_mesh((args, kwargs))
         if explicit is None:
             return function(*args, **kwargs)
-        types = dict.fromkeys(explicit.axis_names, AxisType.Auto)
-        auto = explicit.update_axis_types(types)
-        with jax.sharding.use_abstract_mesh(auto):
-            args, kwargs = jax.tree.map(functools.partial(_enter, mesh=auto), (args, kwargs))
-            out = function(*args, **kwargs)
+        out = _run_automatic(function, args, kwargs, explicit)
         return _leave(out, explicit)
 
     return inside  # type: ignore[return-value]
+
+
+def automatic_update(function: Function) -> Function:
+    """As `automatic`, for a function of a state first: the first result is the next state, and lies
+    as the state does."""
+
+    @functools.wraps(function)
+    def inside(state: Any, *args: Any, **kwargs: Any) -> Any:
+        explicit = _explicit_mesh((state, args, kwargs))
+        if explicit is None:
+            return function(state, *args, **kwargs)
+        next_state, *rest = _run_automatic(function, (state, *args), kwargs, explicit)
+        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, state)
+        return (jax.sharding.reshard(next_state, specs), *_leave(rest, explicit))
+
+    return inside  # type: ignore[return-value]
+
+
+def _run_automatic(function: Any, args: tuple, kwargs: dict[str, Any], explicit: AbstractMesh):
+    """Returns what a function does to arrays of automatic axes, from those of explicit ones."""
+    types = dict.fromkeys(explicit.axis_names, AxisType.Auto)
+    auto = explicit.update_axis_types(types)
+    with jax.sharding.use_abstract_mesh(auto):
+        args, kwargs = jax.tree.map(functools.partial(_enter, mesh=auto), (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:
@@ -346,8 +380,16 @@ def _axes_of(part: Any) -> tuple[str, ...]:
 
 
 def _present(spec: P, mesh: Mesh | AbstractMesh) -> P:
-    """Returns a spec without the axes that a mesh lacks."""
-    return P(*[_part(axis for axis in _axes_of(part) if axis in mesh.shape) for part in spec])
+    """Returns a spec without the axes that a mesh lacks, or has one device along.
+
+    In JAX's own form: a program whose results come back in another would be compiled twice.
+    """
+    parts = [
+        _part(axis for axis in _axes_of(part) if mesh.shape.get(axis, 1) > 1) for part in spec
+    ]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return P(*parts)
 
 
 def _part(axes: Any) -> Any:

@@ -35,7 +35,7 @@ from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
 from gpt2_jax.rebuilt import Watch
-from gpt2_jax.sharding import automatic, places, put_back, together
+from gpt2_jax.sharding import automatic, automatic_update, places, put_back, together
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
@@ -301,7 +301,7 @@ def _check_parts(batch: Any, micro_batches: int) -> None:
 
 # Donated: with Adam's two moments a state is three times the params, and two states would be six.
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
-@automatic
+@automatic_update
 def _train_step(
     state: TrainState,
     batch: Any,
