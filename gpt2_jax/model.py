@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -25,18 +26,51 @@ from gpt2_jax.inputs import (
     read_tokens,
 )
 from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
-from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    TENSOR,
+    Rules,
+    automatic,
+    constrain,
+    n_parts,
+    shardings,
+)
 
 
-# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
-@jax.jit
-def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+def init(
+    key: PRNGKeyArray,
+    config: GPT2Config,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
 
     Weights are N(0, `initializer_range`), those of the projections into the residual stream divided
     by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
     float64 when `config.dtype` is.
+
+    Args:
+      key: the key of all draws.
+      config: the model's configuration.
+      mesh: devices to spread the params over. Each makes its own part, of the same numbers.
+      rules: where params lie on the mesh: see `sharding.shardings`.
+
+    Raises:
+      ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
     """
+    if mesh is None:
+        if rules is not None:
+            raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+        return _init(key, config)
+    places = shardings(jax.eval_shape(_init, key, config), mesh, rules)
+    return jax.jit(_init, out_shardings=places)(key, config)
+
+
+# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
+@jax.jit
+def _init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+    """Returns fresh params."""
     # Split for a tied model too: of one key, both kinds get the same body.
     body_key, head_key = jax.random.split(key)
     # One token will do, as the shape of no parameter depends on the text.

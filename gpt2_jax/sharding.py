@@ -295,7 +295,32 @@ def _run_automatic(function: Any, args: tuple, kwargs: dict[str, Any], explicit:
     auto = explicit.update_axis_types(types)
     with jax.sharding.use_abstract_mesh(auto):
         args, kwargs = jax.tree.map(functools.partial(_enter, mesh=auto), (args, kwargs))
+        tap = kwargs.get("tap")
+        # What is no pytree is the caller's function, which may keep what it sees.
+        if tap is not None and jax.tree_util.all_leaves([tap]):
+            kwargs["tap"] = _CallersTap(tap, explicit, auto)
         return function(*args, **kwargs)
+
+
+class _CallersTap:
+    """A tap of a caller whose arrays are on explicit axes: it meets the model's as such."""
+
+    def __init__(self, tap: Any, explicit: AbstractMesh, auto: AbstractMesh):
+        self.tap = tap
+        self.explicit = explicit
+        self.auto = auto
+
+    def __call__(self, site: str, x: jax.Array) -> Any:
+        with jax.sharding.use_abstract_mesh(self.explicit):
+            out = self.tap(site, _leave(x, self.explicit))
+        return _enter(out, self.auto)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.tap, name)
+        if name not in ("placed", "repeated"):
+            return found
+        # These make other taps: see `modules.placed`.
+        return lambda *args: _CallersTap(found(*args), self.explicit, self.auto)
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:
@@ -332,7 +357,10 @@ def _leave(out: Any, mesh: AbstractMesh) -> Any:
         def of_leaf(leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array):
                 return leaf
-            spec = _fitting(P(first), leaf.shape, mesh)
+            if not isinstance(leaf, Tracer) and _is_on_mesh(leaf):
+                spec = leaf.sharding.spec  # it is there already, and stays
+            else:
+                spec = _fitting(P(first), leaf.shape, mesh)
             return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
 
         return jax.tree.map(of_leaf, node)
@@ -384,9 +412,7 @@ def _present(spec: P, mesh: Mesh | AbstractMesh) -> P:
 
     In JAX's own form: a program whose results come back in another would be compiled twice.
     """
-    parts = [
-        _part(axis for axis in _axes_of(part) if mesh.shape.get(axis, 1) > 1) for part in spec
-    ]
+    parts = [_part(axis for axis in _axes_of(part) if mesh.shape.get(axis, 1) > 1) for part in spec]
     while parts and parts[-1] is None:
         parts.pop()
     return P(*parts)
