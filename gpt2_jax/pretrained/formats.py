@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
@@ -413,8 +414,18 @@ def on_host(array: Any) -> Tensor:
 
     All of these must call it, for the same arrays in the same order.
     """
-    if not getattr(array, "is_fully_addressable", True) and not array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    if not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        # Not `np.asarray(array)`, which JAX keeps for as long as the array lives: one after the
+        # other, the whole model would come to lie on the host.
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(jnp.copy(shard.data))
+    return whole
