@@ -146,12 +146,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def _present(spec: P, mesh: Mesh) -> P:
-    """Returns a spec without the axes that a mesh lacks."""
+    """Returns a spec without the axes that a mesh lacks, or has one device along.
+
+    In JAX's own form: a program whose results come back in another would be compiled twice.
+    """
     parts = []
     for part in spec:
         axes = (part,) if isinstance(part, str) else tuple(part or ())
-        there = tuple(axis for axis in axes if axis in mesh.shape)
+        there = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
         parts.append(there if len(there) > 1 else (there[0] if there else None))
+    while parts and parts[-1] is None:
+        parts.pop()
     return P(*parts)
 
 

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
@@ -35,6 +37,7 @@ from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
 from gpt2_jax.rebuilt import Watch
+from gpt2_jax.sharding import batch_sharding
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
@@ -63,6 +66,13 @@ class _Batch(NamedTuple):
     inputs_embeds: Float[Array, "B T D"] | None  # what the model reads in the place of `ids`
 
 
+class _Places(NamedTuple):
+    """Where things lie on a mesh. A step says so to the compiler, which would else choose anew."""
+
+    state: tuple[NamedSharding, ...]  # of each leaf
+    parts: NamedSharding  # of `micro_batches`, `[N, B / N, ...]`
+
+
 class _Program(NamedTuple):
     """What shapes a step's program, beside the config. Static: each other value compiles anew."""
 
@@ -71,6 +81,7 @@ class _Program(NamedTuple):
     remat: bool
     loss_fn: Any  # None, or a function, likewise equal to itself alone
     trainable: str | tuple[str, ...] | None  # patterns of names; None for all
+    places: _Places | None  # None where the state lies on one device
 
 
 def init_state(
@@ -273,9 +284,21 @@ def train_step(
     if trainable is not None and not isinstance(trainable, str):
         trainable = tuple(trainable)
     _OPTIMIZERS.see(tx)
-    program = _Program(tx, micro_batches, remat, loss_fn, trainable)
     # Not only in `init_state`: a state that a caller has made or restored may share arrays, too.
-    return _train_step(_unshared(state), batch, key, config=config, program=program)
+    state = _unshared(state)
+    program = _Program(tx, micro_batches, remat, loss_fn, trainable, _places(state))
+    return _train_step(state, batch, key, config=config, program=program)
+
+
+def _places(state: TrainState) -> _Places | None:
+    """Returns where a state lies that is spread over a mesh, as `sharding.shard` places it."""
+    state_shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
+    if not all(isinstance(sharding, NamedSharding) for sharding in state_shardings):
+        return None
+    # Each part is spread over all devices: cut in order, it would lie on a few of them.
+    mesh = state_shardings[0].mesh
+    parts = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
+    return _Places(state_shardings, parts)
 
 
 def _check_parts(batch: Any, micro_batches: int) -> None:
@@ -319,12 +342,12 @@ def _train_step(
 
     def value_and_grads(trained: Params) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         of_part = partial(jax.value_and_grad(loss_of, has_aux=True), trained)
-        return _summed(of_part, batch, step_key, program.micro_batches)
+        return _summed(of_part, batch, step_key, program)
 
     # A line search hands on what it does not know itself, and refuses what nobody takes.
     def value_fn(trained: Params, obj_fn: Any = None) -> Float[Array, ""]:
         del obj_fn
-        loss, _ = _summed(partial(loss_of, trained), batch, step_key, program.micro_batches)
+        loss, _ = _summed(partial(loss_of, trained), batch, step_key, program)
         return loss
 
     (loss, metrics), grads = value_and_grads(trained)
@@ -341,6 +364,11 @@ def _train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained, **_asked_for(extras, tx))
     params = combine(optax.apply_updates(trained, updates), frozen)
     next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    if program.places is not None:
+        leaves, structure = jax.tree.flatten(next_state)
+        # Where it came from: else the next step would meet another layout, and compile anew.
+        kept = map(jax.lax.with_sharding_constraint, leaves, program.places.state)
+        next_state = jax.tree.unflatten(structure, kept)
     return next_state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
 
@@ -357,9 +385,10 @@ def _summed(
     of_part: Callable[[Any, PRNGKeyArray | None], Any],
     batch: Any,
     key: PRNGKeyArray | None,
-    n_parts: int,
+    program: _Program,
 ) -> Any:
     """Returns the sum of what a function gives for each part of a batch, a pytree."""
+    n_parts = program.micro_batches
     if n_parts == 1:
         return of_part(batch, key)
 
@@ -371,6 +400,8 @@ def _summed(
 
     numbers = jnp.arange(n_parts)
     parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
+    if program.places is not None:
+        parts = jax.lax.with_sharding_constraint(parts, program.places.parts)
     # A scan carries one kind of value throughout: its zeros are shaped without running a part.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(of_part, first, key)
