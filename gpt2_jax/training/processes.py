@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -72,12 +73,19 @@ def join(
     except RuntimeError as error:
         raise ProcessError(f"The processes could not join: {_first_line(error)}") from error
     # JAX keeps SIGTERM for itself from here on; it is to end a process that is not yet training.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def leave() -> None:
-    """Waits until all processes have come here, so that none takes another's end for a failure."""
-    if distributed.global_state.client is not None:
+    """Ends with all other processes that come here, so that none takes this for a failure.
+
+    Where some do not come, it returns after `FAREWELL_SECONDS`.
+    """
+    if distributed.global_state.client is None:
+        return
+    with contextlib.suppress(ProcessError, jax.errors.JaxRuntimeError):
+        exchange("", FAREWELL_SECONDS)
         jax.distributed.shutdown()
 
 
@@ -127,8 +135,7 @@ def together(seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
         if jax.process_count() > 1 and LOST.search(str(error)):
             # At once: the runtime ends this process, too, and with many lines.
             raise LostProcessError(
-                "Another process of this run has ended, its own messages say why. What was saved"
-                " is whole: begin all of them again, and resume."
+                f"Another process of this run has ended, and no step can be made: {error}"
             ) from error
         # Its own error is the one to raise, even where nobody hears of it.
         with contextlib.suppress(ProcessError, jax.errors.JaxRuntimeError):
