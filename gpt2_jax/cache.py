@@ -315,7 +315,7 @@ def row_bytes(config: GPT2Config, slots: int) -> int:
 
 def device_memory() -> int | float:
     """Returns how many bytes the device has, or the machine if that is a CPU."""
-    stats = jax.devices()[0].memory_stats()  # None on CPU
+    stats = jax.local_devices()[0].memory_stats()  # None on CPU
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     if not hasattr(os, "sysconf"):  # Windows

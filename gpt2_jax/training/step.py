@@ -35,7 +35,15 @@ from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params, wide_dtype
 from gpt2_jax.rebuilt import Watch
-from gpt2_jax.sharding import automatic, automatic_update, places, put_back, together
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    automatic,
+    automatic_update,
+    constrain,
+    places,
+    put_back,
+    together,
+)
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
@@ -378,6 +386,8 @@ def _summed(
 
     numbers = jnp.arange(n_parts)
     parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
+    # Each part is spread over all devices: cut in order, it would lie on a few of them.
+    parts = jax.tree.map(lambda x: constrain(x, None, BATCH_AXES), parts)
     # A scan carries one kind of value throughout: its zeros are shaped without running a part.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(of_part, first, key)
