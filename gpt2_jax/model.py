@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -37,6 +38,15 @@ from gpt2_jax.modules import (
     prefixed,
     wide_dtype,
 )
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    TENSOR,
+    Rules,
+    automatic,
+    constrain,
+    n_parts,
+    shardings,
+)
 from gpt2_jax.stack import is_stacked
 
 _STACK = (
@@ -45,15 +55,40 @@ _STACK = (
 )
 
 
-# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
-@jax.jit
-def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+def init(
+    key: PRNGKeyArray,
+    config: GPT2Config,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
 
     Weights are N(0, `initializer_range`), those of the projections into the residual stream divided
     by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
     float64 when `config.dtype` is.
+
+    Args:
+      key: the key of all draws.
+      config: the model's configuration.
+      mesh: devices to spread the params over. Each makes its own part, of the same numbers.
+      rules: where params lie on the mesh: see `sharding.shardings`.
+
+    Raises:
+      ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
     """
+    if mesh is None:
+        if rules is not None:
+            raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+        return _init(key, config)
+    places = shardings(jax.eval_shape(_init, key, config), mesh, rules)
+    return jax.jit(_init, out_shardings=places)(key, config)
+
+
+# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
+@jax.jit
+def _init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+    """Returns fresh params."""
     # Split for a tied model too: of one key, both kinds get the same body.
     body_key, head_key = jax.random.split(key)
     # One token will do, as the shape of no parameter depends on the text.
@@ -69,6 +104,7 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     return params
 
 
+@automatic
 def apply(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -126,6 +162,7 @@ def apply(
     return tap("logits", unembed(params, hidden, config=config))
 
 
+@automatic
 def hidden_states(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -169,6 +206,7 @@ def _read_rows(
     return read_layout(layout, tokens.shape[:2], config=config)
 
 
+@automatic
 def run_layers(
     params: Params,
     stream: Float[ArrayLike, "B T D"],
@@ -219,6 +257,7 @@ def run_layers(
     return out[0]
 
 
+@automatic
 def prefill(
     params: Params,
     ids: Int[ArrayLike, "B P"] | None,
@@ -274,6 +313,7 @@ def prefill(
     return logits, cache
 
 
+@automatic
 def extend(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -308,6 +348,7 @@ def extend(
     return tap("logits", unembed(params, hidden, config=config)), longer
 
 
+@automatic
 def read_on(
     params: Params,
     ids: Int[Array, "B T"],
@@ -343,6 +384,7 @@ def _last_positions(positions: Int[Array, "#B T"], lengths: Int[Array, " B"]) ->
     return jnp.take_along_axis(of_rows, lengths[:, None] - 1, axis=1)
 
 
+@automatic
 def decode_step(
     params: Params,
     tokens: Int[Array, " B"],
@@ -368,6 +410,7 @@ def decode_step(
     return logits, kv_cache.n_written(cache, layers, 1)
 
 
+@automatic
 def unembed(
     params: Params, hidden: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
@@ -375,12 +418,14 @@ def unembed(
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        head_matrix(params, config=config).astype(config.dtype),
+        _gathered(head_matrix(params, config=config).astype(config.dtype)),
         precision=config.precision,
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
-    return logits.reshape(*hidden.shape[:-1], -1)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
+    between = [None] * (logits.ndim - 2)
+    return constrain(logits, BATCH_AXES, *between, TENSOR)
 
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
@@ -390,6 +435,14 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     return params[table]["embedding"]
 
 
+def _gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
+    # As the rules have it: by width where the vocabulary does not divide.
+    by_token = n_parts(table, TENSOR, len(table)) > 1
+    return constrain(table, TENSOR) if by_token else constrain(table, None, TENSOR)
+
+
+@automatic
 def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
@@ -415,6 +468,8 @@ def forward(
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
     if is_stacked(params):
         _check_stack_serves(shared, tap, config)
+    body["wte"] = jax.tree.map(_gathered, body["wte"])
+    body["wpe"] = jax.tree.map(constrain, body["wpe"])
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.

@@ -8,6 +8,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The workers of a run use all cores: one compilation must not try to, too. Programs are the same.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+    # For meshes; what is placed nowhere lies on the first, as if there were one.
+    " --xla_force_host_platform_device_count=8"
 )
 
 import jax

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import NamedTuple
 
+from gpt2_jax.commands import runtime_notes
 from gpt2_jax.commands.common import CommandFailed, reporter
 from gpt2_jax.files import check_free, local_path, read_json_object
 from gpt2_jax.training.recipes import RECIPES, SHAPE, Recipe
@@ -56,8 +57,33 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="of these weights",
     )
     out.add_argument("--quiet", action="store_true", help="no progress bar")
+    out.set_defaults(program=program)
+    _add_devices(out.add_argument_group("devices"))
     _add_recipe(out.add_argument_group("recipe"))
     return out
+
+
+def _add_devices(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that say what a run is spread over."""
+    group.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="devices along data, fsdp and tensor, such as data=2,fsdp=4 (default: one device, or "
+        "of several processes all devices along data)",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="join other processes of this command: the address of the first of them, the same in "
+        "all",
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many these are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join them by what Slurm, Open MPI, Kubernetes or a TPU pod says of them",
+    )
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
@@ -108,19 +134,42 @@ def choose_start(args: argparse.Namespace) -> Start:
     return Start(dataclasses.replace(recipe, **given), from_pretrained)
 
 
+def _check_processes(args: argparse.Namespace) -> bool:
+    """Returns whether other processes are to be joined.
+
+    Raises:
+      ValueError: some of what names them is missing.
+    """
+    given = {
+        "--coordinator": args.coordinator,
+        "--num_processes": args.num_processes,
+        "--process_id": args.process_id,
+    }
+    missing = [option for option, value in given.items() if value is None]
+    if args.distributed:
+        return True  # what is not given is found
+    if missing and len(missing) < len(given):
+        raise ValueError(f"Processes are joined by {', '.join(given)}: {missing[0]} is missing.")
+    return not missing
+
+
 def run(args: argparse.Namespace) -> int:
     """Trains, and exports if asked to; returns 130 after Ctrl-C, which has saved a checkpoint.
 
     Raises:
-      CommandFailed: the loss is not finite.
+      CommandFailed: the loss is not finite, or another process of the run has ended.
     """
     # Not at the top: the help is there without orbax, which is an extra.
+    from gpt2_jax.training import processes
     from gpt2_jax.training.run import TrainingError, export, fit
 
-    report = reporter(args.quiet)
     recipe, from_pretrained = choose_start(args)
     if args.export:
         check_free(args.export)  # now, not after days of training
+    if _check_processes(args):
+        runtime_notes.divert(args.program)
+        processes.join(args.coordinator, args.num_processes, args.process_id)
+    report = reporter(args.quiet or not processes.is_first())
     # Not `unwinding`: `fit` answers Ctrl-C itself, by saving a checkpoint.
     try:
         summary = fit(
@@ -129,17 +178,25 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             from_pretrained=from_pretrained,
             resume=args.resume,
+            mesh=args.mesh,
             say=report,
             progress=not args.quiet,
         )
+    except processes.LostProcessError as error:
+        runtime_notes.settle()
+        raise CommandFailed(runtime_notes.LOST) from error
     except TrainingError as error:
+        processes.leave()
         raise CommandFailed(error) from error
+    except Exception:
+        processes.leave()
+        raise
     if not summary.finished:
         where = f"Stopped after step {summary.step} of {recipe.steps}"
         report(f"{where}; --resume goes on from there.")
-        return 130
     # Only of a finished run: what --resume goes on with is not yet the result.
-    if args.export:
+    elif args.export and processes.is_first():
         step = export(args.out, args.export, dtype=args.export_dtype, say=report)
         report(f"Wrote the weights of step {step} to {args.export}.")
-    return 0
+    processes.leave()
+    return 0 if summary.finished else 130

@@ -27,6 +27,7 @@ from gpt2_jax.kernels import argmax
 from gpt2_jax.model import Params, apply, hidden_states, token_logprobs_of, unembed
 from gpt2_jax.modules import Tap, no_tap, wants, wide_dtype
 from gpt2_jax.rebuilt import TapArgument, tap_argument
+from gpt2_jax.sharding import automatic, constrain
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
 # float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
@@ -132,6 +133,7 @@ def bits(nats: float) -> float:
 # Every token of a batch.
 
 
+@automatic
 def token_logprobs(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -464,6 +466,7 @@ class Batch(NamedTuple):
 
 
 @jax.jit
+@automatic
 def score_batch(
     params: Params, batch: Batch, argument: TapArgument, *, config: GPT2Config
 ) -> Scored:
@@ -498,7 +501,8 @@ def score_batch(
     )
     # Not a `lax.map` over all chunks: most requests score a few tokens of many, and the head is a
     # good part of a small model's work.
-    return lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
+    scored = lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
+    return jax.tree.map(constrain, scored)  # on all devices of a mesh: the host looks at them
 
 
 def _rows_of(

@@ -30,6 +30,7 @@ from gpt2_jax.generation.sampling import (
 )
 from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
 from gpt2_jax.modules import Params, Tap, no_tap, placed, wants
+from gpt2_jax.sharding import automatic, constrain
 
 AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
 
@@ -133,6 +134,7 @@ def _at(x: Array, places: Int[Array, " B"]) -> Array:
 
 
 @partial(jax.jit, static_argnames=("cache_len", "num_return_sequences"))
+@automatic
 def begin(
     params: Params,
     request: Request,
@@ -154,6 +156,7 @@ def begin(
 
 # Nothing is donated: a caller may go on from the same cache again.
 @partial(jax.jit, static_argnames="num_return_sequences")
+@automatic
 def resume(
     params: Params,
     past: Past,
@@ -219,6 +222,7 @@ def _copies(read: _Read, rules: Rules, n: int) -> _Read:
 
 # Donated, as in `choose` and `advance`: the cache is large, and one of it is enough.
 @partial(jax.jit, donate_argnames="cache")
+@automatic
 def read(
     params: Params,
     ids: Int[Array, "1 T"],
@@ -242,6 +246,7 @@ def read(
 
 # Inlined where another program calls it: its body is the end of each of their steps.
 @partial(jax.jit, donate_argnames="state", inline=True)
+@automatic
 def choose(
     logits: Float[Array, "R V"],
     state: State,
@@ -271,9 +276,11 @@ def choose(
         policy_logprobs=jnp.where(done, 0.0, policy_logprob)[:, None],
         outputs=_outputs(rules.outputs, acts | {"scores": scores}, done),
     )
+    # On a mesh, on all devices: the host of each process looks at them.
+    made = jax.tree.map(constrain, made)
     # A row ends at a stop id, or as no position is left to read the token at.
     ends = jnp.isin(token, rules.stop_ids) | (cache.lengths + 1 >= config.n_positions)
-    return state._replace(token=token, done=done | ends, step=state.step + 1), made
+    return state._replace(token=token, done=constrain(done | ends), step=state.step + 1), made
 
 
 def _policy_logprobs(
@@ -307,6 +314,7 @@ def each_token(function: Callable[..., Any], *made: Generation, lengths: Any) ->
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="state")
+@automatic
 def advance(
     params: Params,
     state: State,
@@ -396,6 +404,7 @@ _lengthen = jax.jit(kv_cache.lengthen, static_argnums=1)
 
 
 @partial(jax.jit, static_argnames="slots")
+@automatic
 def grow(state: State, *, slots: int) -> State:
     """Returns the state with room for `slots` tokens."""
     n_new = slots - state.ids.shape[1]

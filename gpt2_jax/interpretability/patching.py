@@ -33,10 +33,12 @@ from gpt2_jax.interpretability.taps import (
 )
 from gpt2_jax.model import Params, hidden_states, unembed
 from gpt2_jax.modules import Tap, placed, wants
+from gpt2_jax.sharding import automatic
 
 # Patching in every layer.
 
 
+@automatic
 def patching_sweep(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -118,6 +120,7 @@ def _out_of_batches(x: Shaped[Array, "batches L size ..."], count: int) -> Shape
     return by_mask[:, :count]
 
 
+@automatic
 def patch_each(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -267,6 +270,7 @@ class GrowingBatch:
 # Patching along paths.
 
 
+@automatic
 def path_patch(
     params: Params,
     ids: Int[ArrayLike, "B T"],

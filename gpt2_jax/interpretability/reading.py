@@ -31,6 +31,7 @@ from gpt2_jax.interpretability.taps import (
 )
 from gpt2_jax.model import Params, apply, head_matrix, unembed
 from gpt2_jax.modules import LayerNorm, Tap, wide_dtype
+from gpt2_jax.sharding import automatic
 
 # A function of the logits after each row's last token, `[B, V]`, such as a difference of two.
 Metric = Callable[[Array], Array]
@@ -39,6 +40,7 @@ Metric = Callable[[Array], Array]
 # Heads by their patterns.
 
 
+@automatic
 def attention_patterns(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -115,6 +117,7 @@ def head_scores(
 # Lenses: what a residual stream says of the next token.
 
 
+@automatic
 def logit_lens(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -163,6 +166,7 @@ def _check_translators(kernels: AnyArray, biases: AnyArray, config: GPT2Config) 
         raise ValueError(f"`translators` must be {expected}, got {got_kernels} and {got_biases}.")
 
 
+@automatic
 def stream_logits(
     params: Params, x: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
@@ -190,6 +194,7 @@ class LogitAttribution(NamedTuple):
     ln_f_bias: Float[Array, "B T"]
 
 
+@automatic
 def direct_logit_attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -255,6 +260,7 @@ class SiteGradients(NamedTuple):
     acts: Acts
 
 
+@automatic
 def site_gradients(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -316,6 +322,7 @@ def gradients_under(
     return SiteGradients(value, gradients, acts)
 
 
+@automatic
 def attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -363,6 +370,7 @@ def check_donors(donors: Mapping[str, ArrayLike], sites: Sequence[str]) -> None:
 # Directions.
 
 
+@automatic
 def steering_vector(
     params: Params,
     ids: Int[ArrayLike, "B T"],

@@ -28,6 +28,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, apply
 from gpt2_jax.modules import Tap, placed, repeated, wants
 from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.sharding import automatic
 
 AnyArray = Array | np.ndarray
 # What becomes of an activation: a function of it, or a value that broadcasts to it.
@@ -378,6 +379,7 @@ class Recorder:
         return Recorder(self.sites, repeated(self.tap, n), self.acts)
 
 
+@automatic
 def capture(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -423,6 +425,7 @@ def capture(
     return logits, recorder.acts
 
 
+@automatic
 def patch(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -579,6 +582,7 @@ def axis_masks(site: str, over: str, length: int, *, config: GPT2Config) -> Bool
 # Activations, once they are there.
 
 
+@automatic
 def by_layer(acts: Mapping[str, ArrayLike], site: str) -> Shaped[Array, "L ..."]:
     """Returns the activations of a site, such as "attn.z", in every layer that was captured."""
     layers = {}
@@ -590,6 +594,7 @@ def by_layer(acts: Mapping[str, ArrayLike], site: str) -> Shaped[Array, "L ..."]
     return jnp.stack([layers[layer] for layer in sorted(layers)])
 
 
+@automatic
 def at_last_token(
     x: Float[Array, "B T ..."], lengths: Int[ArrayLike, " B"] | None = None
 ) -> Float[Array, "B ..."]:

@@ -3,9 +3,13 @@
 Knows states and folders; nothing of models or loops. `orbax-checkpoint` does the work: it writes in
 the background, and a checkpoint that was not finished does not exist. A list of checksums is added
 to each, as a byte that is wrong would become a number that is wrong.
+
+On a mesh each process writes and reads its own parts, and what was saved on one mesh is restored on
+any other. All methods but those of a reader are for every process of a program, at the same time.
 """
 
 import contextlib
+import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.files import CheckpointError, local_path, read_json_object, some, write_json
+from gpt2_jax.training.processes import LostProcessError, exchange, is_first
 from gpt2_jax.training.step import TrainState
 
 try:
@@ -40,7 +45,8 @@ class Checkpoints:
     """Checkpoints in a folder, by step, of which the latest `n_latest` and the best one stay.
 
     The best is the one of the least loss on the validation set. A context manager: leaving it waits
-    for what is still being written. `is_reader` says that nothing will be saved.
+    for what is still being written. `is_reader` says that nothing will be saved, and that the other
+    processes of the program do not take part.
 
     Raises:
       CheckpointError: the folder cannot be used; on leaving, what was being written could not be.
@@ -51,13 +57,20 @@ class Checkpoints:
         best = BestN(
             get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(n=n_latest), best]),
             # What a killed run left half written. A reader may be beside a run that is writing.
             cleanup_tmp_directories=not is_reader,
             # Of its parts, that is; the whole is not yet under its name.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            multiprocessing_options=alone if is_reader else ocp.options.MultiprocessingOptions(),
+            # Which a reader has none of, and orbax refuses to make for a part of the processes.
+            create=not is_reader,
         )
+        self._is_shared = jax.process_count() > 1 and not is_reader
         self.folder = local_path(folder).resolve()  # orbax refuses relative paths
         if self.folder.exists() and not self.folder.is_dir():  # which orbax passes over
             raise CheckpointError(f"{self.folder}: expected a folder of checkpoints, got a file.")
@@ -133,7 +146,8 @@ class Checkpoints:
         """Returns the state of a step.
 
         Args:
-          like: a state of the same shapes and dtypes, or their `jax.ShapeDtypeStruct`s.
+          like: a state of the same shapes and dtypes, or their `jax.ShapeDtypeStruct`s. Its
+            shardings say where each array goes; without, it is the first device.
           step: one of `steps()`.
 
         Raises:
@@ -147,8 +161,7 @@ class Checkpoints:
             )
         # Before orbax reads it: its threads report damages by tracebacks of their own.
         self._check(step, "state")
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_placed, like)))
         with self._naming(f"the checkpoint of step {step} could not be read", DamagedError):
             restored = self._manager.restore(step, args=items)["state"]
         # Memory of its own, which a step that donates its state may take over.
@@ -161,8 +174,11 @@ class Checkpoints:
         while place.exists():
             number += 1
             place = self.folder / f"damaged-{step}-{number}"
-        # Not deleted: it may be all that is left of a long run. Its name is no step's to orbax.
-        (self.folder / str(step)).rename(place)
+        if is_first():
+            # Not deleted: it may be all that is left of a long run. Its name is no step's to orbax.
+            (self.folder / str(step)).rename(place)
+        if self._is_shared:
+            exchange("")  # which waits for the first process
         # It remembers which steps there are, and this one is to be made anew.
         self._manager.reload()
         return place
@@ -194,12 +210,15 @@ class Checkpoints:
         damaged = []
         with self._naming("could not be read", DamagedError):
             checksums = read_json_object(folder / CHECKSUMS)
-        for name, expected in checksums.items():
-            if not name.startswith(f"{item}/"):
-                continue
+        names = sorted(name for name in checksums if name.startswith(f"{item}/"))
+        # Each process reads some of the files, and tells the others what it found.
+        mine = names[jax.process_index() :: jax.process_count()] if self._is_shared else names
+        for name in mine:
             file = folder / name
-            if not file.is_file() or _checksum(file) != expected:
+            if not file.is_file() or _checksum(file) != checksums[name]:
                 damaged.append(name)
+        if self._is_shared:
+            damaged = [name for text in exchange(json.dumps(damaged)) for name in json.loads(text)]
         if damaged:
             expected = "expected the files that were written"
             raise DamagedError(f"{folder}: {expected}, got another {some(damaged)}.")
@@ -224,9 +243,20 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What is still being written will never be whole: its other writer is gone.
+        if kind is not None and issubclass(kind, LostProcessError):
+            return
         with self._naming("could not be written"):
             self._manager.close()
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns what orbax restores an array by: its shape, its dtype and where it is to lie."""
+    # Said even for one device, as the devices on which it was saved may not be there.
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or alone
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _loss_of(metrics: dict[str, float]) -> float:

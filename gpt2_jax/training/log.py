@@ -20,6 +20,9 @@ from tqdm import tqdm
 from gpt2_jax.files import CheckpointError, check_content, replacing
 from gpt2_jax.training.step import Metrics
 
+# `(step, values)`: what one line of `metrics.jsonl` holds by name, such as `loss` or `val_loss`.
+LogFn = Callable[[int, dict[str, Any]], None]
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message names the step and the batch. Its checkpoints stay."""
@@ -42,6 +45,14 @@ class Evaluation(NamedTuple):
     sample: str | None  # a text that the model made up
 
 
+class Outlets(NamedTuple):
+    """Where the metrics of a run go; of a run's second process, nowhere."""
+
+    file: Path | None  # `metrics.jsonl`, to which lines are added
+    progress: bool = False  # shows a bar, on standard error
+    callback: LogFn | None = None
+
+
 class MetricsLog:
     """The metrics of a run as they come: lines in a file, a bar on the terminal.
 
@@ -49,36 +60,36 @@ class MetricsLog:
     device without work. A context manager; leaving it closes file and bar.
 
     Args:
-      file: `metrics.jsonl`, to which lines are added.
+      outlets: where they go.
       first_step: how many steps were made before.
       last_step: the run's last.
       log_every: steps between lines.
       tokens_per_step: how many ids a step predicts.
       learning_rate: as a function of the updates made before.
-      progress: shows the bar, on standard error.
     """
 
     val_loss: float | None = None  # the last that was measured
+    callback_error: Exception | None = None  # what the callback raised, which ended its calls
 
     def __init__(
         self,
-        file: Path,
+        outlets: Outlets,
         *,
         first_step: int,
         last_step: int,
         log_every: int,
         tokens_per_step: int,
         learning_rate: Callable[[int], Any],
-        progress: bool,
     ):
-        self._path = file
+        self._path = outlets.file
         # Without a buffer: whoever watches the file, and a run that is killed, has all of it.
-        self._file = file.open("ab", buffering=0)
+        self._file = outlets.file.open("ab", buffering=0) if outlets.file else None
+        self._callback = outlets.callback
         self._bar = tqdm(
             total=last_step,
             initial=first_step,  # a resumed run's bar goes on where it was
             unit="step",
-            disable=not progress,
+            disable=not outlets.progress,
             dynamic_ncols=True,
         )
         self._log_every = log_every
@@ -123,7 +134,8 @@ class MetricsLog:
             line["sample"] = evaluation.sample
             text += f"\n{evaluation.sample}\n"
         self._write(line)
-        self._bar.write(text, file=sys.stderr)  # above the bar, which a print would break
+        if self._file is not None:
+            self._bar.write(text, file=sys.stderr)  # above the bar, which a print would break
         self._restart_clock()  # the time that evaluating takes is not the steps'
 
     def _write_step(self, step: int, loss: float, grad_norm: float) -> None:
@@ -142,6 +154,20 @@ class MetricsLog:
         self._restart_clock()
 
     def _write(self, line: dict[str, Any]) -> None:
+        """Adds a line to the file, and tells the callback of it."""
+        self._write_to_file(line)
+        if self._callback is None or self.callback_error is not None:
+            return
+        values = {name: value for name, value in line.items() if name != "step"}
+        try:
+            self._callback(line["step"], values)
+        # Whatever it is: the run's owner saves a checkpoint first, and raises it then.
+        except Exception as error:
+            self.callback_error = error
+
+    def _write_to_file(self, line: dict[str, Any]) -> None:
+        if self._file is None or self._path is None:
+            return
         if not self._path.exists():  # what is written to a deleted file is nowhere
             raise TrainingError(f"{self._path} is gone: the run cannot go on without its folder.")
         try:
@@ -158,7 +184,8 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
 """A training run in a folder: steps, validation, samples, checkpoints; stopped and resumed.
 
-Knows recipes, corpora and folders; the arithmetic is `step.py`'s. A run's folder holds
+Knows recipes, corpora and folders; the arithmetic is `step.py`'s. On a mesh, and in several
+processes, each of them does all that stands here, but that the first alone writes and speaks; what
+a device or a process holds of an array is said in two places, `_state_maker` and `_on_mesh`.
 
-* `run.json`: the recipe, the model's config, the data's fingerprint;
+A run's folder holds
+
+* `run.json`: the recipe, the model's config, the data's fingerprint, and the mesh;
 * `metrics.jsonl`: a line for each logged step, and for each evaluation;
 * `checkpoints/`: the latest and the best, each with all that the next step depends on;
 * `curves.png`: the losses, where matplotlib is installed;
@@ -15,7 +19,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -44,6 +49,7 @@ from gpt2_jax.model import init
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.weights import load, param_shapes, save
+from gpt2_jax.sharding import AXES, batch_sharding, make_mesh, n_batch_shards, shardings
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
@@ -51,11 +57,22 @@ from gpt2_jax.training.corpus import Corpus, open_corpus
 from gpt2_jax.training.data import Batches, Ids, Place, windows
 from gpt2_jax.training.log import (
     Evaluation,
+    LogFn,
     MetricsLog,
+    Outlets,
     Pending,
     TrainingError,
     forget_after,
     plot_curves,
+)
+from gpt2_jax.training.processes import (
+    FAREWELL_SECONDS,
+    ProcessError,
+    StopAgreement,
+    agree,
+    exchange,
+    is_first,
+    together,
 )
 from gpt2_jax.training.recipes import Recipe, changeable_fields
 from gpt2_jax.training.signals import stop_requests
@@ -80,7 +97,7 @@ class Summary(NamedTuple):
     """How a call of `fit` ended."""
 
     step: int
-    finished: bool  # False after Ctrl-C
+    finished: bool  # False after Ctrl-C, in whichever process
     val_loss: float | None  # the last that was measured, in nats per token
 
 
@@ -94,7 +111,7 @@ class Plan(NamedTuple):
     batches: Batches
     tx: optax.GradientTransformation  # `optimizer`'s one object, or each call would compile anew
     identity: dict[str, Any]  # what tells it from other runs; `run.json` holds it
-    say: Callable[[str], None]  # takes messages
+    mesh: Mesh | None  # None: one device. Not part of the identity: a run may go on on another one
 
 
 class Position(NamedTuple):
@@ -120,10 +137,16 @@ def fit(
     *,
     from_pretrained: str | None = None,
     resume: bool = False,
+    mesh: Mesh | str | Mapping[str, int] | None = None,
+    log: LogFn | None = None,
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Summary:
     """Trains until `recipe.steps`, or until Ctrl-C or SIGTERM, which save and return.
+
+    In a program of several processes (`jax.distributed.initialize`, or `processes.join`) each calls
+    it with the same arguments. They must see one folder `out`. Each reads its own rows of a batch;
+    the batches are those of one process. A signal to any of them stops all after the same step.
 
     Args:
       recipe: what to do.
@@ -131,43 +154,69 @@ def fit(
       out: the run's folder.
       from_pretrained: start from these weights, which bring their own shape, instead of fresh ones.
       resume: go on from the last checkpoint in `out`, if there is one, bit for bit as if there had
-        been no stop. From the one before, if the last is damaged, which is then moved aside.
-      say: takes messages.
-      progress: shows a bar on standard error.
+        been no stop, if the mesh is the same; on another one, from the same numbers. From the one
+        before, if the last is damaged, which is then moved aside.
+      mesh: the devices that the model and the batches are spread over, such as
+        "data=2,fsdp=2,tensor=2": see `make_mesh`. By default one device or, of several processes,
+        all devices along `data`.
+      log: is called as `log(step, values)` with the values of each line of `metrics.jsonl`, by
+        name; of several processes, in the first. What it raises stops the run as Ctrl-C does, with
+        a checkpoint, and comes out of `fit` then.
+      say: takes messages; of several processes, the first's.
+      progress: shows a bar on standard error; of several processes, the first's.
 
     Raises:
       CheckpointError: `out` holds a run and `resume` is false, or it holds another run than this;
         another process trains there; or a checkpoint cannot be written or none be read.
       DataError: the data cannot be used.
       TrainingError: the loss is not finite, or a batch holds an id outside the vocabulary.
-      ValueError: the recipe's windows are longer than the model's positions.
+      ValueError: the recipe's windows are longer than the model's positions; or a batch, a part of
+        it or a param does not divide by the mesh, or the mesh needs more devices than there are.
+      ProcessError: the processes were started with different arguments, or one could not begin.
+      LostProcessError: another process has ended.
     """
+    say = say if is_first() else _say_nothing
     # Data and model before the folder: what is wrong with them leaves no trace of a run.
-    corpus = open_corpus(data)
-    config, params = _initial_model(recipe, corpus, from_pretrained)
-    plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, say)
+    with together():
+        mesh = _read_mesh(mesh)
+        corpus = open_corpus(data)
+        config, pretrained = _initial_model(recipe, corpus, from_pretrained, mesh)
+        plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, mesh)
+        make_state = _state_maker(plan, pretrained)
+        del pretrained
+    _check_agreement(plan, resume)
     with (
         _locked(plan.out),
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
         stop_requests() as stop_requested,
     ):
         if resume or not checkpoints.steps():
-            position = _starting_position(plan, params, checkpoints, say)
+            position = _starting_position(plan, make_state, checkpoints, say)
         else:
             advice = "resume it, or give another folder"
             raise CheckpointError(f"{plan.out} holds a run already: {advice}.")
-        n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-        del params  # `position` has a copy of its own
+        del make_state  # with what it was made of: `position` has a copy of its own
         first_step = int(position.state.step)
-        _write_run(plan, first_step)
-        say(_opening_message(plan, n_params, first_step))
+        with together():
+            _write_run(plan, first_step)
+        say(_opening_message(plan, position.state.params, first_step))
         # Only behind `_write_run`, which replaces its file: it would go on writing to the old one.
-        with _open_log(plan, first_step, progress) as log:
-            position = _train(plan, position, checkpoints, log, stop_requested)
+        with _open_log(plan, first_step, log, progress) as metrics_log:
+            stop = StopAgreement(lambda: stop_requested() or metrics_log.callback_error is not None)
+            with together(FAREWELL_SECONDS):
+                position = _train(plan, position, checkpoints, metrics_log, stop, say)
     # With all checkpoints written and the lock given back: nothing hangs on a picture.
-    plot_curves(plan.out / "metrics.jsonl", plan.out / "curves.png")
+    if is_first():
+        plot_curves(plan.out / "metrics.jsonl", plan.out / "curves.png")
+    with together():
+        if metrics_log.callback_error is not None:
+            raise metrics_log.callback_error
     step = int(position.state.step)
-    return Summary(step=step, finished=step >= recipe.steps, val_loss=log.val_loss)
+    return Summary(step=step, finished=step >= recipe.steps, val_loss=metrics_log.val_loss)
+
+
+def _say_nothing(message: str) -> None:
+    del message
 
 
 def export(
@@ -270,10 +319,19 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def validation_loss(params: Params, tokens: Ids, *, config: GPT2Config, recipe: Recipe) -> float:
-    """Returns the mean loss over whole token files in nats per token, without dropout.
+def validation_loss(
+    params: Params,
+    tokens: Ids,
+    *,
+    config: GPT2Config,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+) -> float:
+    """Returns the mean loss over a whole token files in nats per token, without dropout.
 
-    Each token but the first of a file is scored once, after at most a window of others.
+    Each token but the first of a file is scored once, after at most a window of others. On a
+    mesh the rows
+    are spread over it, and every process has the same result.
     """
     # No more rows at a time than in training, so that no more memory is needed.
     n_rows = recipe.batch_size // recipe.micro_batches
@@ -283,7 +341,9 @@ def validation_loss(params: Params, tokens: Ids, *, config: GPT2Config, recipe: 
     total = 0.0
     count = 0.0
     for batch in windows(tokens, batch_size=n_rows, length=length):
-        loss, weight = _mean_and_weight(params, batch.ids, batch.weights, config=config)
+        ids = _on_mesh(batch.ids.__getitem__, batch.ids.shape, mesh)
+        weights = _on_mesh(batch.weights.__getitem__, batch.weights.shape, mesh)
+        loss, weight = _mean_and_weight(params, ids, weights, config=config)
         total += float(loss) * float(weight)
         count += float(weight)
     return total / count
@@ -305,29 +365,55 @@ def _mean_and_weight(
 # Where a run begins.
 
 
+def _read_mesh(mesh: Mesh | str | Mapping[str, int] | None) -> Mesh | None:
+    """Returns the mesh that is meant; None for a single device.
+
+    Raises:
+      ValueError: it is none of ours, or a process has no device in it.
+    """
+    if mesh is None and jax.process_count() == 1:
+        return None
+    if mesh is None:
+        mesh = {"data": jax.device_count()}
+    if not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh)
+    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
+    if unknown:
+        raise ValueError(f"`mesh` must have axes of {', '.join(AXES)}, got {unknown}.")
+    there = {device.process_index for device in mesh.devices.flat}
+    without = sorted(set(range(jax.process_count())) - there)
+    if without:
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"A mesh of {sizes} has devices of all {jax.process_count()} processes but {without}:"
+            f" there are {jax.device_count()} devices."
+        )
+    # Its axes are the compiler's, as everywhere here, whatever they were made for.
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def _initial_model(
-    recipe: Recipe, corpus: Corpus, from_pretrained: str | None
-) -> tuple[GPT2Config, Params]:
-    """Returns the config and the params that a run begins with, fresh or pretrained."""
+    recipe: Recipe, corpus: Corpus, from_pretrained: str | None, mesh: Mesh | None
+) -> tuple[GPT2Config, Params | None]:
+    """Returns the config of a run's model, and the params if these are pretrained."""
     if from_pretrained is not None:
         return _pretrained_model(recipe, corpus, from_pretrained)
     # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
-    _check_size(config)
-    # In float32 whatever the model computes in, as the recipe's `dtype` promises.
-    params = init(jax.random.key(recipe.seed), config.replace(dtype="float32"))
-    return config, params
+    _check_size(config, mesh)
+    return config, None
 
 
-def _check_size(config: GPT2Config) -> None:
+def _check_size(config: GPT2Config, mesh: Mesh | None) -> None:
     """Raises `ValueError` if a model cannot be trained in the memory that there is."""
     smallest = config.replace(n_layer=1)
     one_layer = _n_parameters(smallest)
     each_layer = _n_parameters(smallest.replace(n_layer=2)) - one_layer
     n_params = one_layer + (config.n_layer - 1) * each_layer  # no names for millions of layers
     needed = TRAINING_BYTES * n_params
-    there = device_memory()
+    n_parts = 1 if mesh is None else mesh.size // mesh.shape.get("data", 1)
+    there = device_memory() * n_parts
     if needed > there:
         sizes = f"{needed / 2**30:,.0f} GB of memory to be trained, there are {there / 2**30:,.0f}"
         raise ValueError(f"{n_params:,} parameters need at least {sizes}: make the model smaller.")
@@ -378,10 +464,15 @@ def _make_plan(
     config: GPT2Config,
     corpus: Corpus,
     from_pretrained: str | None,
-    say: Callable[[str], None],
+    mesh: Mesh | None,
 ) -> Plan:
-    """Returns what a run does; raises `ValueError` if its windows are longer than the positions."""
+    """Returns what a run does.
+
+    Raises:
+      ValueError: its windows are longer than the positions, or its batches do not divide.
+    """
     length = recipe.window_length(config)
+    _check_rows(recipe, mesh)
     batches = Batches(corpus.train, batch_size=recipe.batch_size, length=length, seed=recipe.seed)
     identity = {
         "recipe": dataclasses.asdict(recipe),
@@ -397,12 +488,82 @@ def _make_plan(
         batches=batches,
         tx=optimizer(recipe),
         identity=identity,
-        say=say,
+        mesh=mesh,
     )
 
 
+def _check_rows(recipe: Recipe, mesh: Mesh | None) -> None:
+    """Raises `ValueError` unless the rows that pass through the model at once divide by a mesh."""
+    if mesh is None:
+        return
+    n_shards = n_batch_shards(mesh)
+    n_rows = recipe.batch_size // recipe.micro_batches
+    if n_rows % n_shards:
+        raise ValueError(
+            f"`batch_size` {recipe.batch_size} in `micro_batches` {recipe.micro_batches} are"
+            f" {n_rows} rows at a time, which must be a multiple of the {n_shards} devices along"
+            " data and fsdp."
+        )
+
+
+def _state_maker(plan: Plan, pretrained: Params | None) -> Callable[[], TrainState]:
+    """Returns what makes the state before the first step, on the devices where it belongs.
+
+    Raises:
+      ValueError: a param does not divide by the devices that it is to lie on.
+    """
+
+    def make_fresh(key: PRNGKeyArray) -> TrainState:
+        # In float32 whatever the model computes in, as the recipe's `dtype` promises.
+        return init_state(init(key, plan.config.replace(dtype="float32")), plan.tx)
+
+    if pretrained is None:
+        make = make_fresh
+        source = jax.random.key(plan.recipe.seed)
+    else:
+        make = partial(init_state, tx=plan.tx)
+        source = pretrained
+    if plan.mesh is None:
+        return partial(make, source)
+    # Under `jit` each device makes its own parts: none holds the whole.
+    places = shardings(jax.eval_shape(make, source), plan.mesh)
+    if pretrained is not None:
+        source = jax.tree.map(_cut, pretrained, places.params)
+    return partial(jax.jit(make, out_shardings=places), source)
+
+
+def _cut(leaf: Array, sharding: NamedSharding) -> Array:
+    """Returns an array that each process has whole, in parts on the devices of a mesh."""
+    return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
+
+
+def _on_mesh(
+    read: Callable[[Any], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None
+) -> Array | np.ndarray:
+    """Returns a batch with its rows spread over a mesh; each process reads those of its devices.
+
+    Args:
+      read: takes the index of a part, slices of rows and columns.
+      shape: of the whole.
+      mesh: without one, the whole is read, and stays on the host.
+    """
+    if mesh is None:
+        return read(slice(None))
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
+
+
+def _check_agreement(plan: Plan, resume: bool) -> None:
+    """Raises `ProcessError` where the processes of a program were started differently."""
+    mesh = None if plan.mesh is None else dict(plan.mesh.shape)
+    others = {"jax": jax.__version__, "mesh": mesh, "resume": resume}
+    agree(_flat(plan.identity) | others)
+
+
 def _starting_position(
-    plan: Plan, params: Params, checkpoints: Checkpoints, say: Callable[[str], None]
+    plan: Plan,
+    make_state: Callable[[], TrainState],
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
 ) -> Position:
     """Returns the position of the last checkpoint that is whole, or before the first step.
 
@@ -415,7 +576,7 @@ def _starting_position(
     position = None
     for step in reversed(checkpoints.steps()):
         try:
-            position = _restored_position(plan, params, checkpoints, step)
+            position = _restored_position(plan, make_state, checkpoints, step)
             break
         except DamagedError as error:
             # On to the one before. An error of another kind ends the search: this is not our run.
@@ -424,7 +585,7 @@ def _starting_position(
         # Also where a run is resumed that was killed before its first checkpoint. Folded, as the
         # key of the seed itself made the initial weights.
         key = jax.random.fold_in(jax.random.key(plan.recipe.seed), 1)
-        return Position(state=init_state(params, plan.tx), cursor=0, key=key)
+        return Position(state=make_state(), cursor=0, key=key)
     if position is None:
         steps = ", ".join(str(step) for step in damaged)
         advice = f"delete {plan.out} to begin anew"
@@ -438,7 +599,9 @@ def _starting_position(
     return position
 
 
-def _restored_position(plan: Plan, params: Params, checkpoints: Checkpoints, step: int) -> Position:
+def _restored_position(
+    plan: Plan, make_state: Callable[[], TrainState], checkpoints: Checkpoints, step: int
+) -> Position:
     """Returns the position of a checkpoint.
 
     Raises:
@@ -455,17 +618,40 @@ def _restored_position(plan: Plan, params: Params, checkpoints: Checkpoints, ste
         raise DamagedError(f"{checkpoints.folder}: expected what `fit` saves, {got}.") from error
     _check_same_run(checkpoints.folder, plan.identity, identity)
     # Shapes alone: a fresh state beside the restored one would double the memory.
-    shapes = jax.eval_shape(partial(init_state, tx=plan.tx), params)
+    shapes = jax.eval_shape(make_state)
+    if plan.mesh is not None:
+        places = shardings(shapes, plan.mesh)
+        shapes = jax.tree.map(_placed_shape, shapes, places)
     return Position(state=checkpoints.restore(shapes, step), cursor=cursor, key=key)
+
+
+def _placed_shape(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Makes a run's folder, and keeps a second trainer out of it while the body runs.
+    """Makes a run's folder, and keeps other trainers out of it while the body runs.
 
     Raises:
       CheckpointError: there is another, or the folder holds another program's `run.json`.
+      ProcessError: a process of this program does not see the folder.
     """
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(_locked_alone(out))
+        with together():
+            if not (out / "run.lock").is_file():
+                expected = "a folder that all processes share"
+                raise ProcessError(f"{out}: expected {expected}, got none in this process.")
+        yield
+        exchange("")  # until the last of them is done with the folder
+
+
+@contextlib.contextmanager
+def _locked_alone(out: Path) -> Iterator[None]:
+    """Does so for one process."""
     if (out / "run.json").is_file():
         read_run(out)  # raises: what is not a run's is not to be replaced
     out.mkdir(parents=True, exist_ok=True)
@@ -516,19 +702,25 @@ def _state_shapes(recipe: Recipe, config: GPT2Config) -> TrainState:
 
 def _write_run(plan: Plan, first_step: int) -> None:
     """Writes what describes the run; takes back the metrics of steps that will be made again."""
+    if not is_first():
+        return
     # A killed run has logged steps that its last checkpoint does not know. First, as it refuses
     # a file that is none of metrics.
     forget_after(plan.out / "metrics.jsonl", first_step)
     # Again at each resumption: the fields that may change have their present values.
+    mesh = None if plan.mesh is None else dict(plan.mesh.shape)
+    # For people: a run may go on on another mesh, and in another number of processes.
+    devices = {"mesh": mesh, "processes": jax.process_count()}
     with replacing(plan.out / "run.json", overwrite=True) as temporary:
-        write_json(temporary, plan.identity)
+        write_json(temporary, plan.identity | {"devices": devices})
     if plan.corpus.tokenizer:
         plan.corpus.tokenizer.save(plan.out)
 
 
-def _opening_message(plan: Plan, n_params: int, first_step: int) -> str:
+def _opening_message(plan: Plan, params: Params, first_step: int) -> str:
     """Returns how large the model, the data and the run are."""
     batches = plan.batches
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
         f"{n_params:,} parameters; {len(plan.corpus.train):,} tokens, "
         f"{batches.windows_per_epoch:,} windows of {batches.length} in an epoch; "
@@ -536,16 +728,16 @@ def _opening_message(plan: Plan, n_params: int, first_step: int) -> str:
     )
 
 
-def _open_log(plan: Plan, first_step: int, progress: bool) -> MetricsLog:
-    """Returns the log of a run's metrics."""
+def _open_log(plan: Plan, first_step: int, callback: LogFn | None, progress: bool) -> MetricsLog:
+    """Returns the log of a run's metrics, which goes nowhere in all processes but the first."""
+    outlets = Outlets(plan.out / "metrics.jsonl", progress, callback)
     return MetricsLog(
-        plan.out / "metrics.jsonl",
+        outlets if is_first() else Outlets(None),
         first_step=first_step,
         last_step=plan.recipe.steps,
         log_every=plan.recipe.log_every,
         tokens_per_step=plan.batches.batch_size * plan.batches.length,
         learning_rate=schedule(plan.recipe),
-        progress=progress,
     )
 
 
@@ -557,9 +749,10 @@ def _train(
     position: Position,
     checkpoints: Checkpoints,
     log: MetricsLog,
-    stop_requested: Callable[[], bool],
+    stop: Callable[[int], bool],
+    say: Callable[[str], None],
 ) -> Position:
-    """Makes steps until the run is finished or a stop is requested; returns where it ended."""
+    """Makes steps until the run is finished or is to stop; returns where it ended."""
     recipe = plan.recipe
     first_step = int(position.state.step)
     # Steps are counted here: to read `state.step` would wait for the device at every step.
@@ -570,11 +763,11 @@ def _train(
         log.started(Pending(step, cursor, metrics))
 
         # A request to stop is answered here, between steps, where the state is whole.
-        is_last = step == recipe.steps or stop_requested()
+        is_last = stop(step) or step == recipe.steps
         val_loss = None
         if _is_evaluated(plan, step):
             log.settle()  # the step's line comes before its evaluation's
-            evaluation = _evaluate(plan, position, step)
+            evaluation = _evaluate(plan, position, step, say)
             log.evaluated(evaluation)
             val_loss = evaluation.val_loss
         # Wherever a loss was measured, so that the checkpoint of the least one can be kept.
@@ -595,7 +788,7 @@ def _advance(plan: Plan, position: Position, step: int) -> tuple[Position, Metri
     try:
         state, metrics = train_step(
             position.state,
-            plan.batches(position.cursor),
+            _batch(plan, position.cursor),
             position.key,
             config=plan.config,
             tx=plan.tx,
@@ -605,6 +798,17 @@ def _advance(plan: Plan, position: Position, step: int) -> tuple[Position, Metri
     except ValueError as error:  # whose message knows neither of the two numbers
         raise TrainingError(f"Step {step}, batch {position.cursor}: {error}") from error
     return Position(state, position.cursor + 1, position.key), metrics
+
+
+def _batch(plan: Plan, cursor: int) -> Array | np.ndarray:
+    """Returns the batch at a cursor, `[B, T]`, on the plan's mesh if there is one."""
+    shape = (plan.batches.batch_size, plan.batches.length + 1)
+    return _on_mesh(partial(_read_rows, plan.batches, cursor), shape, plan.mesh)
+
+
+def _read_rows(batches: Batches, cursor: int, part: Any) -> np.ndarray:
+    """Returns some rows of the batch at a cursor."""
+    return batches(cursor)[part]
 
 
 def _checkpoint_meta(plan: Plan, position: Position) -> dict[str, Any]:
@@ -620,27 +824,55 @@ def _is_evaluated(plan: Plan, step: int) -> bool:
     return step % plan.recipe.eval_every == 0 or step == plan.recipe.steps
 
 
-def _evaluate(plan: Plan, position: Position, step: int) -> Evaluation:
+def _evaluate(plan: Plan, position: Position, step: int, say: Callable[[str], None]) -> Evaluation:
     """Returns the loss on the validation set after a step, and a text of the model's own."""
     assert plan.corpus.val is not None, "`_is_evaluated` said so"
     params = position.state.params
+    val_loss = validation_loss(
+        params, plan.corpus.val, config=plan.config, recipe=plan.recipe, mesh=plan.mesh
+    )
     return Evaluation(
         step=step,
-        val_loss=validation_loss(params, plan.corpus.val, config=plan.config, recipe=plan.recipe),
+        val_loss=val_loss,
         bytes_per_token=plan.corpus.bytes_per_token,
-        sample=_sample_or_note(plan, position, step),
+        sample=_sample_or_note(plan, position, step, say),
     )
 
 
-def _sample_or_note(plan: Plan, position: Position, step: int) -> str | None:
+def _sample_or_note(
+    plan: Plan, position: Position, step: int, say: Callable[[str], None]
+) -> str | None:
     """Returns a text of the model's own; where there is none to be had, says why."""
+    if plan.recipe.sample_tokens == 0 or plan.corpus.tokenizer is None:
+        return None
+    params = _gathered(position.state.params, plan.mesh)
+    if not is_first():
+        return None
     try:
-        return _sample_text(plan, position.state.params, position.key)
+        return _sample_text(plan, params, position.key)
     # Whatever it was, memory for a cache of keys and values included: people look at samples, and
     # no step of a run of days depends on one.
     except Exception as error:
-        plan.say(f"No sample after step {step}: {error}")
+        say(f"No sample after step {step}: {error}")
         return None
+
+
+def _gathered(params: Params, mesh: Mesh | None) -> Params | None:
+    """Returns params whole on the first process's first device, and None in the other processes.
+
+    All processes take part in this, so that the first can go on with them alone.
+    """
+    if mesh is None:
+        return params
+    whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    # One after the other: no device but the first ever holds more than one of them.
+    def gather(leaf: Array) -> Array | None:
+        everywhere = whole(leaf)
+        return everywhere.addressable_data(0) if is_first() else None
+
+    gathered = jax.tree.map(gather, params)
+    return gathered if is_first() else None
 
 
 def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:

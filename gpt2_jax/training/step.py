@@ -36,6 +36,15 @@ from gpt2_jax.kernels import summed_cross_entropy
 from gpt2_jax.model import apply, head_matrix, hidden_states, unembed
 from gpt2_jax.modules import Params, Tap, checked_remat, no_tap, wants, wide_dtype
 from gpt2_jax.rebuilt import Watch
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    automatic,
+    automatic_update,
+    constrain,
+    places,
+    put_back,
+    together,
+)
 from gpt2_jax.stack import n_axes
 
 _OPTIMIZERS = Watch(
@@ -77,6 +86,7 @@ class _Program(NamedTuple):
     remat: str
     loss_fn: Any  # None, or a function, likewise equal to itself alone
     trainable: str | tuple[str, ...] | None  # patterns of names; None for all
+    places: Any = None  # where the state lies on a mesh: see `sharding.places`
 
 
 def init_state(
@@ -111,7 +121,7 @@ def init_state(
     state = TrainState(
         step=jnp.int32(0), params=combine(trained, frozen), opt_state=tx.init(trained)
     )
-    return _unshared(state)
+    return together(_unshared(state))
 
 
 def partition(params: Any, patterns: str | Sequence[str] | None) -> tuple[Any, Any]:
@@ -174,6 +184,7 @@ def _unshared(state: TrainState) -> TrainState:
     return jax.tree.map(own, state)
 
 
+@automatic
 def next_token_loss(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -288,9 +299,10 @@ def train_step(
     if trainable is not None and not isinstance(trainable, str):
         trainable = tuple(trainable)
     _OPTIMIZERS.see(tx)
-    program = _Program(tx, micro_batches, remat, loss_fn, trainable)
     # Not only in `init_state`: a state that a caller has made or restored may share arrays, too.
-    return _train_step(_unshared(state), batch, key, config=config, program=program)
+    state = together(_unshared(state))
+    program = _Program(tx, micro_batches, remat, loss_fn, trainable, places(state))
+    return _train_step(state, batch, key, config=config, program=program)
 
 
 def _check_parts(batch: Any, micro_batches: int) -> None:
@@ -312,6 +324,7 @@ def _check_parts(batch: Any, micro_batches: int) -> None:
 
 # Donated: with Adam's two moments a state is three times the params, and two states would be six.
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
+@automatic_update
 def _train_step(
     state: TrainState,
     batch: Any,
@@ -356,6 +369,8 @@ def _train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained, **_asked_for(extras, tx))
     params = combine(optax.apply_updates(trained, updates), frozen)
     next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    # Where it lay before: elsewhere, the next step would be another program.
+    next_state = put_back(next_state, program.places)
     return next_state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
 
@@ -386,6 +401,8 @@ def _summed(
 
     numbers = jnp.arange(n_parts)
     parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
+    # Each part is spread over all devices: cut in order, it would lie on a few of them.
+    parts = jax.tree.map(lambda x: constrain(x, None, BATCH_AXES), parts)
     # A scan carries one kind of value throughout: its zeros are shaped without running a part.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(of_part, first, key)

@@ -10,6 +10,7 @@ from gpt2_jax.files import CheckpointError
 from gpt2_jax.training.log import (
     Evaluation,
     MetricsLog,
+    Outlets,
     Pending,
     TrainingError,
     forget_after,
@@ -18,16 +19,15 @@ from gpt2_jax.training.log import (
 )
 
 
-def open_log(file, log_every=1):
+def open_log(file, log_every=1, callback=None):
     """A log whose learning rate is a tenth of the updates made before."""
     return MetricsLog(
-        file,
+        Outlets(file, callback=callback),
         first_step=0,
         last_step=9,
         log_every=log_every,
         tokens_per_step=8,
         learning_rate=lambda step: step / 10,
-        progress=False,
     )
 
 
@@ -57,6 +57,37 @@ def test_lines_come_at_intervals(tmp_path):
             log.started(Pending(step, step - 1, numbers(1.0)))
         log.settle()
     assert [line["step"] for line in read_metrics(file)] == [3, 6]
+
+
+def test_a_callback_gets_what_the_file_gets_until_it_raises(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    told = []
+
+    def callback(step, values):
+        told.append({"step": step} | values)
+        if "val_loss" in values:
+            raise OSError("no network")
+
+    with open_log(file, callback=callback) as log:
+        log.started(Pending(1, 0, numbers(3.0)))
+        log.settle()
+        assert log.callback_error is None
+        log.evaluated(Evaluation(1, 2.5, 2.0, "a text"))
+        log.started(Pending(2, 1, numbers(2.0)))
+        log.settle()
+        assert str(log.callback_error) == "no network"
+    lines = read_metrics(file)
+    assert told == lines[:2] and len(lines) == 3
+    assert told[1].keys() == {"step", "val_loss", "bits_per_byte", "sample"}
+
+
+def test_without_a_file_a_number_that_is_not_finite_is_found_all_the_same(capsys):
+    with open_log(None) as log:
+        log.evaluated(Evaluation(1, 2.5, 2.0, "a text"))
+        log.started(Pending(2, 1, numbers(math.nan)))
+        with pytest.raises(TrainingError, match="Step 2, batch 1"):
+            log.settle()
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("loss, grad_norm", [(math.nan, 1.0), (1.0, math.inf)])
