@@ -17,6 +17,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain
+
 ROW_PARTS = 8  # into how many parts a product with one row divides its sum
 QUERY_PARTS = 4  # into how many parts attention divides its queries
 SMALLEST_QUERY_PART = 64  # the fewest queries that are worth a part of their own
@@ -117,6 +119,7 @@ def _summed_cross_entropy_jvp(
         is_target = targets[..., None] == jnp.arange(len(table))[None, None]
         logits_grad = (weights[..., None] * (probabilities - is_target)).astype(hidden.dtype)
         hidden_grad = jnp.einsum("btv,vd->btd", logits_grad, table, precision=precision)
+        hidden_grad = constrain(hidden_grad, BATCH_AXES)
         if is_table_varied:
             # Flat, as in `modules.Dense`; summed wide over the chunks.
             rows = logits_grad.reshape(-1, len(table))
@@ -149,9 +152,10 @@ def _logits(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], dtype: Any, precision: str | None
 ) -> Float[Array, "B T V"]:
     """Returns `hidden @ table.T` in `dtype`."""
-    return jnp.einsum(
+    logits = jnp.einsum(
         "btd,vd->btv", hidden, table, precision=precision, preferred_element_type=dtype
     )
+    return constrain(logits, BATCH_AXES, None, TENSOR)
 
 
 def _losses(
@@ -175,7 +179,7 @@ def _time_chunks(arrays: Any, chunk: int) -> Any:
         behind = [(0, 0), (0, n_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2)
         # By columns, not by rows, which may lie on several devices.
         parts = jnp.pad(x, behind).reshape(n_rows, n_chunks, chunk, *x.shape[2:])
-        return parts.swapaxes(0, 1)
+        return constrain(parts.swapaxes(0, 1), None, BATCH_AXES)
 
     return jax.tree.map(cut, arrays)
 
@@ -183,7 +187,8 @@ def _time_chunks(arrays: Any, chunk: int) -> Any:
 def _joined(parts: Num[Array, "N B t ..."], length: int) -> Num[Array, "B T ..."]:
     """Undoes `_time_chunks`."""
     n_rows = parts.shape[1]
-    return parts.swapaxes(0, 1).reshape(n_rows, -1, *parts.shape[3:])[:, :length]
+    joined = parts.swapaxes(0, 1).reshape(n_rows, -1, *parts.shape[3:])
+    return constrain(joined, BATCH_AXES)[:, :length]
 
 
 # Reductions and sorts over a vocabulary.

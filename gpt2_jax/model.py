@@ -418,7 +418,7 @@ def unembed(
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        _gathered(head_matrix(params, config=config).astype(config.dtype)),
+        gathered(head_matrix(params, config=config).astype(config.dtype)),
         precision=config.precision,
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
@@ -435,7 +435,7 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     return params[table]["embedding"]
 
 
-def _gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
     # As the rules have it: by width where the vocabulary does not divide.
     by_token = n_parts(table, TENSOR, len(table)) > 1
@@ -468,7 +468,7 @@ def forward(
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
     if is_stacked(params):
         _check_stack_serves(shared, tap, config)
-    body["wte"] = jax.tree.map(_gathered, body["wte"])
+    body["wte"] = jax.tree.map(gathered, body["wte"])
     body["wpe"] = jax.tree.map(constrain, body["wpe"])
     model = GPT2(config)
     tap = placed(tap, shared.positions)

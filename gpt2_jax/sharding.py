@@ -30,6 +30,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
+from gpt2_jax.stack import is_in_stack
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # what the rows of a batch are spread over
 TENSOR = "tensor"  # what heads, neurons and the vocabulary are spread over
@@ -134,6 +136,10 @@ def leaf_sharding(
 ) -> NamedSharding:
     """Returns where one leaf lies, by its name and shape: see `shardings`."""
     rules = RULES if rules is None else rules
+    if is_in_stack(name):
+        # Rules speak of one layer: all devices have their part of each.
+        of_layer = leaf_sharding(f"layer.{name}".replace("h.", ""), shape[1:], mesh, rules)
+        return NamedSharding(mesh, P(None, *of_layer.spec))
     found = next((specs for pattern, specs in rules if re.search(pattern, name)), P())
     choices = (found,) if isinstance(found, P) else tuple(found)
     # A scalar of an optimizer may stand under a param's name.

@@ -55,7 +55,11 @@ def is_stacked(params: Params) -> bool:
     return "h" in params and not any(name.isdecimal() for name in params["h"])
 
 
+def is_in_stack(name: str) -> bool:
+    """Returns whether a leaf of this name, as "h.attn.c_attn.kernel", is a stack of layers'."""
+    return _IN_STACK.search(name) is not None
+
+
 def n_axes(path: Any, leaf: Any) -> int:
     """Returns how many axes a param has, without that of a stack. `path` is as JAX gives it."""
-    is_in_stack = _IN_STACK.search(keystr(path, simple=True, separator="."))
-    return leaf.ndim - bool(is_in_stack)
+    return leaf.ndim - is_in_stack(keystr(path, simple=True, separator="."))

@@ -338,6 +338,23 @@ def bench_programs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def bench_plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What a training step would take on many chips: a prediction, made by `plan.py`."""
+    del folder
+    results = {}
+    for model in args.models or ["gpt2-xl"]:
+        for mesh in args.mesh:
+            # A process each, as the number of simulated devices is one of a process.
+            command = [sys.executable, str(Path(__file__).with_name("plan.py"))]
+            command += ["--model", model, "--mesh", mesh, "--chip", args.chip]
+            command += ["--rows", str(args.rows), "--remat", args.remat]
+            made = subprocess.run(command, check=True, capture_output=True, text=True)
+            *shown, numbers = made.stdout.splitlines()
+            print("\n".join(shown), flush=True)
+            results[f"{model} on {mesh} of {args.chip}"] = json.loads(numbers)
+    return results
+
+
 def peers(args: argparse.Namespace, name: str) -> list[str]:
     """Returns the contenders: ours, the peer, and the peer compiled if that is asked for."""
     return ["ours", name] + ([f"{name}, compiled"] if args.compile else [])
@@ -353,6 +370,7 @@ BENCHES = {
     "tokenizer": bench_tokenizer,
     "cold": bench_cold,
     "programs": bench_programs,
+    "plan": bench_plan,
 }
 
 
@@ -385,13 +403,21 @@ def main() -> None:
     parser.add_argument(
         "--text", metavar="FILE", help="tokenizer: the text (default: a page, a hundred times)"
     )
+    parser.add_argument(
+        "--mesh", nargs="+", default=["fsdp=8"], metavar="AXES", help="plan: as data=16,fsdp=16"
+    )
+    parser.add_argument("--chip", default="v5e", help="plan: v5e or h100")
+    parser.add_argument("--rows", type=int, default=4, help="plan: windows of a device")
+    parser.add_argument("--remat", default="full", help="plan: none, dots or full")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as JSON")
     args = parser.parse_args()
     facts = {"date": date.today().isoformat(), "cores": os.cpu_count(), "processor": processor()}
     facts |= {name: version(name) for name in ("jax", "flax", "optax", "torch", "transformers")}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     with tempfile.TemporaryDirectory() as folder:
-        works = BENCHES if args.work == "all" else [args.work]
+        # A plan is no race: who asks for all wants figures of this machine.
+        races = [work for work in BENCHES if work != "plan"]
+        works = races if args.work == "all" else [args.work]
         results = {work: BENCHES[work](args, Path(folder)) for work in works}
     if args.json:
         Path(args.json).write_text(json.dumps(facts | results, indent=1))

@@ -50,6 +50,7 @@ from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.weights import load, param_shapes, save
 from gpt2_jax.sharding import AXES, batch_sharding, make_mesh, n_batch_shards, shardings
+from gpt2_jax.stack import is_stacked, stack_layers, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
@@ -265,7 +266,7 @@ def _best_params(out: Path, run: RunRecord, say: Callable[[str], None]) -> tuple
             raise CheckpointError(f"{out} holds no checkpoint yet.")
         for step in steps:
             try:
-                return step, checkpoints.restore(shapes, step).params
+                return step, _apart(checkpoints.restore(shapes, step).params)
             except DamagedError as error:
                 say(str(error))
     raise CheckpointError(f"{out}: none of the checkpoints, of steps {steps}, is whole.")
@@ -330,8 +331,7 @@ def validation_loss(
     """Returns the mean loss over a whole token files in nats per token, without dropout.
 
     Each token but the first of a file is scored once, after at most a window of others. On a
-    mesh the rows
-    are spread over it, and every process has the same result.
+    mesh the rows are spread over it, and every process has the same result.
     """
     # No more rows at a time than in training, so that no more memory is needed.
     n_rows = recipe.batch_size // recipe.micro_batches
@@ -515,21 +515,33 @@ def _state_maker(plan: Plan, pretrained: Params | None) -> Callable[[], TrainSta
 
     def make_fresh(key: PRNGKeyArray) -> TrainState:
         # In float32 whatever the model computes in, as the recipe's `dtype` promises.
-        return init_state(init(key, plan.config.replace(dtype="float32")), plan.tx)
+        return _first_state(init(key, plan.config.replace(dtype="float32")), plan.recipe)
 
     if pretrained is None:
         make = make_fresh
         source = jax.random.key(plan.recipe.seed)
     else:
-        make = partial(init_state, tx=plan.tx)
+        make = partial(_first_state, recipe=plan.recipe)
         source = pretrained
     if plan.mesh is None:
         return partial(make, source)
     # Under `jit` each device makes its own parts: none holds the whole.
     places = shardings(jax.eval_shape(make, source), plan.mesh)
     if pretrained is not None:
-        source = jax.tree.map(_cut, pretrained, places.params)
+        source = jax.tree.map(_cut, pretrained, shardings(pretrained, plan.mesh))
     return partial(jax.jit(make, out_shardings=places), source)
+
+
+def _first_state(params: Params, recipe: Recipe) -> TrainState:
+    """Returns the state before the first step."""
+    if recipe.stack_layers:
+        params = stack_layers(params)
+    return init_state(params, optimizer(recipe))
+
+
+def _apart(params: Params) -> Params:
+    """Returns params with their layers apart, as all but the step takes them."""
+    return unstack_layers(params) if is_stacked(params) else params
 
 
 def _cut(leaf: Array, sharding: NamedSharding) -> Array:
@@ -695,7 +707,7 @@ def _state_shapes(recipe: Recipe, config: GPT2Config) -> TrainState:
     """Returns the shapes and dtypes of a run's state, without its memory."""
 
     def make_state(key: PRNGKeyArray) -> TrainState:
-        return init_state(init(key, config), optimizer(recipe))
+        return _first_state(init(key, config), recipe)
 
     return jax.eval_shape(make_state, jax.random.key(0))
 
@@ -808,7 +820,11 @@ def _batch(plan: Plan, cursor: int) -> Array | np.ndarray:
 
 def _read_rows(batches: Batches, cursor: int, part: Any) -> np.ndarray:
     """Returns some rows of the batch at a cursor."""
-    return batches(cursor)[part]
+    if part == slice(None):
+        return batches(cursor)
+    rows, columns = part
+    start, stop, _ = rows.indices(batches.batch_size)
+    return batches.rows(cursor, start, stop)[:, columns]
 
 
 def _checkpoint_meta(plan: Plan, position: Position) -> dict[str, Any]:
@@ -846,10 +862,10 @@ def _sample_or_note(
     if plan.recipe.sample_tokens == 0 or plan.corpus.tokenizer is None:
         return None
     params = _gathered(position.state.params, plan.mesh)
-    if not is_first():
+    if params is None:  # in all processes but the first
         return None
     try:
-        return _sample_text(plan, params, position.key)
+        return _sample_text(plan, _apart(params), position.key)
     # Whatever it was, memory for a cache of keys and values included: people look at samples, and
     # no step of a run of days depends on one.
     except Exception as error:

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.kernels import summed_cross_entropy
-from gpt2_jax.model import apply, head_matrix, hidden_states, unembed
+from gpt2_jax.model import apply, gathered, head_matrix, hidden_states, unembed
 from gpt2_jax.modules import Params, Tap, checked_remat, no_tap, wants, wide_dtype
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.sharding import (
@@ -498,7 +498,7 @@ def _summed_losses(
     n_chunks = -(-predicted.size * config.vocab_size // LARGEST_LOGITS)
     if n_chunks == 1:
         return _summed_losses_of(unembed(params, hidden, config=config), predicted, weights)
-    table = head_matrix(params, config=config).astype(config.dtype)
+    table = gathered(head_matrix(params, config=config).astype(config.dtype))
     chunk = -(-predicted.shape[1] // n_chunks)
     return summed_cross_entropy(
         hidden.astype(config.dtype), table, predicted, weights, chunk, config.precision

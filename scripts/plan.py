@@ -1,0 +1,225 @@
+"""Predicts a training step on many chips, from its program compiled for as many simulated devices.
+
+    python scripts/plan.py --model gpt2-xl --mesh data=16,fsdp=16 --chip v5e
+
+No chip is asked. XLA partitions the step for so many devices of this machine's CPU, which it
+compiles for and never runs. From the program come the memory of a device, the operations and bytes
+of a step, and what devices send each other; from the chip's data sheet, how long each of these
+takes at least. The longest of the three bounds the step.
+
+Operations, bytes and collectives are those of models of two and three layers, continued to the
+whole depth: XLA counts the body of a loop once, and layers in a row would take minutes to compile.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+class Chip(NamedTuple):
+    """What a data sheet says of one chip, in units a second and bytes."""
+
+    flops: float  # in bfloat16, dense
+    memory_speed: float
+    memory: float
+    link_speed: float  # of all links together, one way
+    source: str
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 16e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
+    # Four links of 100 GB/s each way within a host of eight; between hosts a ninth of it.
+    "h100": Chip(989e12, 3.35e12, 80e9, 450e9, "nvidia.com/h100, SXM, eight to a host"),
+}
+MODELS = {
+    "gpt2": {},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
+# Bytes that a device sends for each byte of what a collective makes, `n` devices in a ring.
+COLLECTIVES = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,  # of a part, which is what it makes
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+class Cost(NamedTuple):
+    """What one device does in a step."""
+
+    flops: float
+    bytes: float
+    sent: float
+
+    def continued(self, other: "Cost", layers: int) -> "Cost":
+        """The cost of `layers` layers, this being that of two and `other` that of three."""
+        return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(self, other, strict=True)))
+
+
+def sent_bytes(program: str) -> float:
+    """Returns the bytes that a device sends in the collectives of a compiled program."""
+    total = 0.0
+    kinds = "|".join(COLLECTIVES)
+    for line in program.splitlines():
+        found = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if not found:
+            continue
+        made = 0
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
+            count = 1
+            for size in filter(None, sizes.split(",")):
+                count *= int(size)
+            made += count * ITEM_BYTES.get(dtype, 8)
+        total += made * COLLECTIVES[found[2]](group_size(line))
+    return total
+
+
+def group_size(line: str) -> int:
+    """Returns how many devices take part in each group of a collective."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return len(listed[1].split(",")) if listed else 2
+
+
+def compiled_step(options: dict[str, Any], args: argparse.Namespace, *, stacked: bool) -> Any:
+    """Returns the training step of a model, compiled for the mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    import gpt2_jax
+    from gpt2_jax import sharding
+    from gpt2_jax.training import step as training
+
+    config = gpt2_jax.GPT2Config(
+        **options, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, dtype=args.dtype
+    )
+    mesh = sharding.make_mesh(args.mesh)
+    tx = gpt2_jax.make_optimizer(1e-4)
+
+    def make_state() -> Any:
+        params = gpt2_jax.init(jax.random.key(0), config.replace(dtype="float32"))
+        return gpt2_jax.init_state(gpt2_jax.stack_layers(params) if stacked else params, tx)
+
+    shapes = jax.eval_shape(make_state)
+    where = sharding.shardings(shapes, mesh)
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        where,
+    )
+    n_rows = args.rows * sharding.n_batch_shards(mesh) * args.micro_batches
+    rows = sharding.batch_sharding(mesh)
+    shape = (n_rows, config.n_positions + 1)
+    batch = training._Batch(
+        ids=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+        weights=jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
+        layout=training.Layout(),
+        inputs_embeds=None,
+    )
+    specs = tuple(place.spec for place in jax.tree.leaves(where))
+    program = training._Program(tx, args.micro_batches, args.remat, None, None, specs)
+    lowered = training._train_step.lower(state, batch, None, config=config, program=program)
+    return lowered.compile()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the plan of a step, as numbers."""
+    import jax
+
+    from gpt2_jax.training import step as training
+
+    options = MODELS[args.model]
+    n_layers = options.get("n_layer", 12)
+    memory = compiled_step(options, args, stacked=True).memory_analysis()
+    parts = args.micro_batches
+    args.micro_batches = 1
+    # In one chunk: a loop's body would be counted once.
+    training.LARGEST_LOGITS = 2**60
+    costs = []
+    for depth in (2, 3):
+        jax.clear_caches()
+        program = compiled_step(options | {"n_layer": depth}, args, stacked=False)
+        analysis = program.cost_analysis()
+        sent = sent_bytes(program.as_text())
+        costs.append(Cost(analysis["flops"], analysis["bytes accessed"], sent))
+    cost = costs[0].continued(costs[1], n_layers)
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "flops": cost.flops * parts,
+        "bytes": cost.bytes * parts,
+        "sent": cost.sent * parts,
+    }
+
+
+def n_devices(mesh: str) -> int:
+    """Returns how many devices a mesh has."""
+    count = 1
+    for size in re.findall(r"=\s*(\d+)", mesh):
+        count *= int(size)
+    return count
+
+
+def show(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Prints a plan."""
+    chip = CHIPS[args.chip]
+    times = {
+        "operations": plan["flops"] / chip.flops,
+        "memory": plan["bytes"] / chip.memory_speed,
+        "links": plan["sent"] / chip.link_speed,
+    }
+    bound = max(times, key=times.__getitem__)
+    batch_parts = n_devices(re.sub(r"tensor=\d+", "", args.mesh))
+    tokens = args.rows * batch_parts * args.micro_batches * 1024
+    needed = (plan["arguments"] + plan["temporaries"]) / 2**30
+    fits = "fits" if needed * 2**30 < chip.memory else "does not fit"
+    print(
+        f"{args.model} on {args.mesh} of {args.chip} ({chip.source}), {args.dtype}, by simulation"
+    )
+    print(f"  a step: {tokens:,} tokens, remat {args.remat}")
+    print(
+        f"  memory of a device: {plan['arguments'] / 2**30:.1f} GiB of state and"
+        f" {plan['temporaries'] / 2**30:.1f} of temporaries: {fits} into {chip.memory / 1e9:.0f} GB"
+    )
+    for name, seconds in times.items():
+        print(f"  {name}: {1000 * seconds:.1f} ms")
+    seconds = times[bound]
+    print(f"  bound by {bound}: {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s at most")
+
+
+def main() -> None:
+    """Makes one plan."""
+    parser = argparse.ArgumentParser(description="Predict a training step on many chips.")
+    parser.add_argument("--model", choices=MODELS, default="gpt2-xl")
+    parser.add_argument("--mesh", default="fsdp=8", help="such as data=16,fsdp=16")
+    parser.add_argument("--chip", choices=CHIPS, default="v5e")
+    parser.add_argument("--rows", type=int, default=1, help="windows of a device at a time")
+    parser.add_argument("--micro_batches", type=int, default=1)
+    parser.add_argument("--remat", default="full", help="none, dots or full")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    # Before JAX is imported, which reads it once.
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_devices(args.mesh)}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    parts = args.micro_batches
+    plan = measure(args)
+    args.micro_batches = parts
+    show(args, plan)
+    print(json.dumps(plan))
+
+
+if __name__ == "__main__":
+    main()
