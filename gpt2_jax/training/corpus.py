@@ -189,8 +189,9 @@ def _paths_of(described: Description, part: str) -> list[Path]:
     if described.manifest is None:
         return meant
     listed = [record.name for record in described.manifest[part]]
+    known = set(listed)
     # What came after it was written would be passed over without a word.
-    others = [path.name for path in meant if path.name not in listed]
+    others = [path.name for path in meant if path.name not in known]
     if others:
         advice = f"`gpt2-jax prepare --index {folder} --overwrite` writes it anew"
         raise DataError(

@@ -89,9 +89,7 @@ class Tokens:
         place = places[row]
         source = self.sources[place.file]
         name = "An array of ids" if isinstance(source, np.ndarray) else source.path
-        expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
-        got = f"{rows[row, column]} at {place.start + column}"
-        raise DataError(f"{name}: expected {expected}, got {got}.")
+        raise outside(name, vocab_size, rows[row, column], place.start + column)
 
 
 def _size_of(source: TokenFile | Integer[np.ndarray, " N"]) -> int:
@@ -105,6 +103,12 @@ Ids = Tokens | Integer[np.ndarray, " N"]  # a single array is as a single file
 def first_outside(ids: Integer[np.ndarray, "..."], vocab_size: int) -> int:
     """Returns where the first id stands that is outside the vocabulary, counted through rows."""
     return int(np.argmax((ids >= vocab_size) | (ids < 0)))
+
+
+def outside(name: object, vocab_size: int, id: np.integer, offset: int) -> DataError:
+    """Returns the error for an id that is outside the vocabulary, and where in a file it stands."""
+    expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
+    return DataError(f"{name}: expected {expected}, got {id} at {offset}.")
 
 
 def as_tokens(ids: Ids) -> Tokens:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.files import read_json_object, some
-from gpt2_jax.training.data import first_outside
+from gpt2_jax.training.data import first_outside, outside
 from gpt2_jax.training.token_files import DataError, TokenFile
 
 NAME = "manifest.json"
@@ -108,8 +108,8 @@ def _record(file: Path, value: Any) -> FileRecord:
     if not are_counts or not are_texts:
         raise DataError(f"{file}: expected counts and texts, got {value!r:.200}.")
     path = PurePosixPath(record.name)
-    # A manifest that came from elsewhere must not name files elsewhere.
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    # A manifest that came from elsewhere must not name files elsewhere, nor one in two ways.
+    if path.is_absolute() or ".." in path.parts or path.as_posix() != record.name:
         raise DataError(f"{file}: expected names within the folder, got {record.name!r:.100}.")
     return record
 
@@ -151,9 +151,7 @@ def scan(file: TokenFile, vocab_size: int) -> Scan:
             lowest = ids.min()
             if highest >= vocab_size or lowest < 0:
                 offset = first_outside(ids, vocab_size)
-                expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
-                got = f"{ids[offset]} at {position + offset}"
-                raise DataError(f"{file.path}: expected {expected}, got {got}.")
+                raise outside(file.path, vocab_size, ids[offset], position + offset)
             position += len(ids)
     return Scan(digest.hexdigest(), highest)
 

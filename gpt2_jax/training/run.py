@@ -691,6 +691,9 @@ def _check_same_run(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) 
     for name in sorted(now.keys() | then.keys()):
         if name not in free and now.get(name) != then.get(name):
             differences.append(f"{name}: {then.get(name)!r} then, {now.get(name)!r} now")
+    if differences and "data.train.sha256" in then and "data.train.sample" in now:
+        # Versions before this one read data of any size at every start.
+        differences.append("whether the data is the same, `gpt2-jax prepare --index DATA` tells")
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(f"{folder} is of another run:\n  {listed}")

@@ -288,6 +288,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content, message):
     [
         ("name", "../train_00000.bin", "names within the folder, got '../train_00000.bin'"),
         ("name", "/etc/passwd", "names within the folder, got '/etc/passwd'"),
+        ("name", "./train_00000.bin", "names within the folder, got './train_00000.bin'"),
         ("tokens", True, "expected counts and texts, got"),
         ("sha256", None, "expected counts and texts, got"),
     ],

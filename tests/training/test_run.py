@@ -16,6 +16,7 @@ import transformers
 
 import gpt2_jax
 from gpt2_jax.files import CheckpointError, lock
+from gpt2_jax.training import corpus as corpus_module
 from gpt2_jax.training import run as run_module
 from gpt2_jax.training.data import DataError
 from gpt2_jax.training.recipes import Recipe
@@ -233,6 +234,18 @@ def test_resuming_with_other_data_says_so(corpus, finished, tmp_path):
     ids.tofile(changed / "train.bin")
     with pytest.raises(CheckpointError, match=r"data.train.sha256: '\w+' then, '\w+' now"):
         fit(SMALL, changed, finished, resume=True, say=quiet)
+
+
+def test_data_of_which_a_sample_is_known_is_the_same_when_it_is_indexed(
+    corpus, finished, tmp_path, monkeypatch
+):
+    same = tmp_path / "corpus"
+    shutil.copytree(corpus, same)
+    monkeypatch.setattr(corpus_module, "WHOLE_BYTES", 1)
+    with pytest.raises(CheckpointError, match="is the same, `gpt2-jax prepare --index DATA` tells"):
+        fit(SMALL, same, finished, resume=True, say=quiet)
+    corpus_module.index(same)
+    assert fit(SMALL, same, finished, resume=True, say=quiet).finished
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(corpus, tmp_path):
