@@ -224,11 +224,11 @@ class Dense(nn.Module):
         config = self.config
         n_rows = len(kernel)
         n_devices = n_parts(kernel, TENSOR, self.features)
-        n_tokens = len(tokens) // n_batch_shards(mesh_of(kernel))
+        n_tokens = tokens.shape[0] // n_batch_shards(mesh_of(kernel))
         # A device's columns of each part do not lie side by side. Either the sums of all columns,
         # `[N, P O]`, go between devices, or their columns of the kernel: what is less.
-        is_less = 2 * n_tokens * n_devices > n_rows
-        if self.parts > 1 and n_devices > 1 and is_less:
+        is_shared = self.parts > 1 and n_devices > 1
+        if is_shared and 2 * n_tokens * n_devices > n_rows:
             # First what lies along `fsdp`: in one step XLA would gather all of it.
             kernel = constrain(kernel, TENSOR).reshape(n_rows, self.parts, self.features)
             kernel = constrain(constrain(kernel, TENSOR), None, None, TENSOR)
