@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ import transformers
 import gpt2_jax
 from gpt2_jax.files import CheckpointError, lock
 from gpt2_jax.training import run as run_module
+from gpt2_jax.training import step as step_module
 from gpt2_jax.training.data import DataError
+from gpt2_jax.training.log import read_metrics
 from gpt2_jax.training.recipes import Recipe
 from gpt2_jax.training.run import TrainingError, export, fit, read_run
 from tests.reference import ROOT
@@ -51,7 +55,7 @@ def corpus(tmp_path_factory):
     """A folder of token files, as `prepare` makes them, of few letters, each a token."""
     folder = tmp_path_factory.mktemp("corpus")
     text = ("the cat sat on the mat and the dog sat on the log " * 20).encode()
-    letters = sorted(set(text.decode()))
+    letters = [*sorted(set(text.decode())), "z"]  # 14, which the devices of a mesh divide
     space = "\u0120"
     gpt2_jax.Tokenizer({space if c == " " else c: i for i, c in enumerate(letters)}, []).save(
         folder
@@ -203,6 +207,89 @@ def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path
     before = curve(tmp_path / "run")
     summary = fit(SMALL, corpus, tmp_path / "run", resume=True, say=quiet)  # nothing is left to do
     assert summary.finished and curve(tmp_path / "run") == before
+
+
+def test_on_a_mesh_the_curve_is_that_of_one_device_and_a_run_goes_on_on_any(
+    corpus, finished, tmp_path, monkeypatch
+):
+    spread = tmp_path / "spread"
+    before = step_module._train_step._cache_size()
+    saved = []
+    monkeypatch.setattr(run_module, "_advance", stop_after(6, run_module._advance, saved))
+    with pytest.raises(TrainingError, match="as if"):
+        fit(SMALL, corpus, spread, mesh="data=2,tensor=2", say=quiet)
+    monkeypatch.undo()
+    # One program for all steps; what lay in the fourth checkpoint is in four parts.
+    assert step_module._train_step._cache_size() == before + 1
+    kernel = saved[4].params["h"]["0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
+    assert json.loads((spread / "run.json").read_text())["devices"] == {
+        "mesh": {"data": 2, "fsdp": 1, "tensor": 2},
+        "processes": 1,
+    }
+    fit(SMALL, corpus, spread, resume=True, say=quiet)
+    for one, other in zip(curve(spread), curve(finished), strict=True):
+        assert one.keys() == other.keys() and one.get("sample") == other.get("sample")
+        numbers = [name for name in one if name != "sample"]
+        np.testing.assert_allclose(
+            [one[name] for name in numbers], [other[name] for name in numbers], rtol=2e-5
+        )
+
+
+def stop_after(n_steps, advance, states):
+    """As if the machine stopped after some steps, whose states are kept on the host."""
+
+    def step(plan, position, number):
+        if number > n_steps:
+            raise TrainingError("as if the machine had stopped")
+        position, metrics = advance(plan, position, number)
+        states.append(jax.tree.map(jnp.copy, position.state))
+        return position, metrics
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("data=9", "A mesh of data=9,fsdp=1,tensor=1 needs 9 devices, there are 8"),
+        ("data=2,fsdp=2", "`batch_size` 4 in `micro_batches` 2 are 2 rows at a time, .* of the 4"),
+        ("tensor=3", r"attn.c_proj.kernel \[16, 16\]: axis 0, of 16, must divide by the 3"),
+        ("pipeline=2", "axes of data, fsdp, tensor, got 'pipeline'"),
+        (jax.make_mesh((2,), ("x",)), r"axes of data, fsdp, tensor, got \['x'\]"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_there_is_a_folder(
+    corpus, tmp_path, mesh, message
+):
+    with pytest.raises(ValueError, match=message):
+        fit(SMALL, corpus, tmp_path / "run", mesh=mesh, say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_gets_the_metrics_and_what_it_raises_comes_out_behind_a_checkpoint(
+    corpus, finished, tmp_path
+):
+    told = []
+
+    def log(step, values):
+        told.append({"step": step} | values)
+        if step == 6 and "val_loss" in values:
+            raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        fit(SMALL, corpus, tmp_path / "run", log=log, say=quiet)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert told == lines[:7]
+    # As after Ctrl-C: the step that had begun is the last, and saved.
+    assert checkpoint_steps(tmp_path / "run")[-1] == lines[-1]["step"] == 7
+    fit(SMALL, corpus, tmp_path / "run", resume=True, log=lambda step, values: None, say=quiet)
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+def checkpoint_steps(run):
+    """The steps of which there are checkpoints."""
+    return sorted(int(child.name) for child in (run / "checkpoints").glob("[0-9]*"))
 
 
 def test_a_finished_run_is_not_overwritten(corpus, finished):
