@@ -131,7 +131,7 @@ def together(seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     except Exception as error:
         if jax.process_count() > 1 and LOST.search(str(error)):
             # At once: the runtime ends this process, too, and with many lines.
-            raise LostProcessError(f"Another process of this run has ended: {error}") from error
+            raise _lost(error) from error
         # Its own error is the one to raise, even where nobody hears of it.
         with contextlib.suppress(ProcessError, LostProcessError):
             exchange(_first_line(error) or type(error).__name__, seconds)
@@ -216,7 +216,14 @@ def _naming_lost() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        raise LostProcessError(f"The first process of this run has ended: {error}") from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> LostProcessError:
+    return LostProcessError(
+        "Another process of this run has ended, or does not answer: its own messages say why."
+        f" Start all of them again, and resume. ({_first_line(error)})"
+    )
 
 
 def _client() -> Any:
