@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,6 +192,7 @@ def fit(
         beginning = _beginning(plan, pretrained)
         del pretrained
     _check_agreement(plan, resume)
+    _connect(plan.mesh)
     with (
         _locked(plan.out),
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
@@ -565,6 +567,28 @@ def _check_agreement(plan: Plan, resume: bool) -> None:
     mesh = None if plan.mesh is None else dict(plan.mesh.shape)
     others = {"jax": jax.__version__, "mesh": mesh, "resume": resume}
     agree(_flat(plan.identity) | others)
+
+
+def _connect(mesh: Mesh | None) -> None:
+    """Lets the devices of several processes find each other, along all axes of a mesh.
+
+    On CPUs they give up after 30 seconds, and where each compiles at its own speed their first step
+    may be further apart. Here all begin at once, and what is compiled is next to nothing.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(1, len(axes) + 1) for group in combinations(axes, n)]
+
+    def sums(x: Array) -> list[Array]:
+        return [jax.lax.psum(x, group) for group in groups]
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    compiled = jax.jit(mapped).lower(np.float32(1)).compile()
+    with together():
+        exchange("")  # which waits for all to have compiled
+        jax.block_until_ready(compiled(np.float32(1)))
 
 
 def _starting_position(

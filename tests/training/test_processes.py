@@ -194,8 +194,9 @@ def two(tmp_path):
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        if process.returncode is None:  # the test has failed
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.slow
@@ -207,7 +208,7 @@ def test_two_processes_end_with_one_that_dies_go_on_bit_for_bit_and_stop_togethe
     options = ["--steps=2000", "--decay_steps=8", "--eval_every=10", "--save_every=10", "--quiet"]
     options += ["--dtype=float32", "--dropout=0", "--sample_tokens=0"]
     first, second = two(corpus, *options)
-    wait_for(lambda: len(checkpoint_steps(run)) > 0 and len(curve(run)) > 14, second)
+    wait_for(lambda: len(checkpoint_steps(run)) > 0 and len(curve(run)) > 14, second, 180)
     first.send_signal(signal.SIGKILL)  # which keeps the others together
     _, errors = second.communicate(timeout=60)
     first.communicate()
@@ -219,7 +220,7 @@ def test_two_processes_end_with_one_that_dies_go_on_bit_for_bit_and_stop_togethe
     saved = checkpoint_steps(run)[-1]
 
     both = two(corpus, *options, "--resume")
-    wait_for(lambda: len(curve(run)) > len(before) + 3, both[0])
+    wait_for(lambda: len(curve(run)) > len(before) + 3, both[0], 180)
     both[1].send_signal(signal.SIGTERM)
     for process in both:
         process.communicate(timeout=60)
