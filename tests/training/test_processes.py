@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def in_threads(monkeypatch):
         monkeypatch.setattr(processes, "_numbers", Numbers())
         monkeypatch.setattr(jax, "process_count", lambda: count)
         monkeypatch.setattr(jax, "process_index", lambda: here.number)
-        results = [None] * count
+        results: list[Any] = [None] * count
 
         def start(number):
             here.number = number
