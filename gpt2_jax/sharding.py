@@ -56,7 +56,7 @@ RULES: Rules = (
 )
 
 
-def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of named axes, such as "data=2,fsdp=2,tensor=2" or a dict of these.
 
     Its axes are automatic: XLA decides how what is computed lies.
@@ -159,7 +159,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _present(P(BATCH_AXES), mesh))
 
 
-def n_batch_shards(mesh: Mesh) -> int:
+def n_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts a batch is cut, of which its rows must be a multiple."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
@@ -357,8 +357,9 @@ def _leave(out: Any, mesh: AbstractMesh) -> Any:
         def of_leaf(leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array):
                 return leaf
-            if not isinstance(leaf, Tracer) and _is_on_mesh(leaf):
-                spec = leaf.sharding.spec  # it is there already, and stays
+            place: Any = None if isinstance(leaf, Tracer) else leaf.sharding
+            if isinstance(place, NamedSharding):
+                spec = place.spec  # it is there already, and stays
             else:
                 spec = _fitting(P(first), leaf.shape, mesh)
             return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))

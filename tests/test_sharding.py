@@ -16,7 +16,7 @@ from gpt2_jax.generation import decode
 from gpt2_jax.interpretability.reading import logit_lens
 from gpt2_jax.pretrained.formats import SafetensorsFile
 from gpt2_jax.training import step
-from tests.reference import assert_near
+from tests.reference import ROOT, assert_near
 
 # Large weights: of small ones, all texts are alike.
 CONFIG = gpt2_jax.GPT2Config(
@@ -282,6 +282,14 @@ def test_one_devices_program_says_nothing_of_places(params, ids):
 
 
 # Checkpoints.
+
+
+def test_the_block_of_the_page_prints_that_a_mesh_changes_nothing(capsys):
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "('fsdp', 'tensor')" in first and second == "True"
 
 
 def test_params_are_made_where_they_lie_of_the_same_bits(params):
