@@ -25,7 +25,16 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
+from gpt2_jax.modules import (
+    GPT2,
+    Params,
+    Pass,
+    Tap,
+    checked_remat,
+    no_tap,
+    placed,
+    wide_dtype,
+)
 from gpt2_jax.sharding import (
     BATCH_AXES,
     TENSOR,
@@ -34,6 +43,12 @@ from gpt2_jax.sharding import (
     constrain,
     n_parts,
     shardings,
+)
+from gpt2_jax.stack import is_stacked
+
+_STACK = (
+    "The layers of `params` are a stack, which serves whole texts alone: neither taps nor caches,"
+    " nor `scale_attn_by_inverse_layer_idx`. `unstack_layers` gives the layers back."
 )
 
 
@@ -100,7 +115,7 @@ def apply(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "B T V"]:
     """Returns next-token logits of every position, in float32 (float64 in a float64 model).
 
@@ -124,7 +139,8 @@ def apply(
         place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
         which are easier.
       dropout_key: turns dropout on.
-      remat: in a backward pass, recomputes each layer's activations instead of keeping them.
+      remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
+        all but what dense layers give; or "full", all. True is "full".
 
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
@@ -164,7 +180,7 @@ def hidden_states(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "rows T D"]:
     """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
 
@@ -172,6 +188,7 @@ def hidden_states(
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     check_side(padding_side)
+    remat = checked_remat(remat)
     layout = Layout(positions, mask, segment_ids)
     # Padding on the right needs nothing: no real token sees what comes after it.
     if padding_side == "left":
@@ -213,6 +230,8 @@ def prefill(
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
+    if is_stacked(params):
+        raise ValueError(_STACK)
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     n_rows, width = tokens.shape[:2]
     slots = config.n_positions if cache_len is None else cache_len
@@ -326,7 +345,7 @@ def unembed(
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        _gathered(head_matrix(params, config=config).astype(config.dtype)),
+        gathered(head_matrix(params, config=config).astype(config.dtype)),
         precision=config.precision,
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
@@ -343,7 +362,7 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     return params[table]["embedding"]
 
 
-def _gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
     # As the rules have it: by width where the vocabulary does not divide.
     by_token = n_parts(table, TENSOR, len(table)) > 1
@@ -368,14 +387,16 @@ def forward(
     config: GPT2Config,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
-    body["wte"] = jax.tree.map(_gathered, body["wte"])
+    body["wte"] = jax.tree.map(gathered, body["wte"])
     body["wpe"] = jax.tree.map(constrain, body["wpe"])
+    if is_stacked(params):
+        _check_stack_serves(shared, tap, config)
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
@@ -383,3 +404,10 @@ def forward(
         {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return out
+
+
+def _check_stack_serves(shared: Pass, tap: Tap, config: GPT2Config) -> None:
+    """Raises `ValueError` for what needs to know the layers of a stack apart."""
+    by_layer = tap is not no_tap or shared.past is not None
+    if by_layer or config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(_STACK)

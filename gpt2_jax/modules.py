@@ -28,6 +28,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, mesh_of, n_batch_shards, n_parts
+from gpt2_jax.stack import is_stacked
 
 Params = dict[str, Any]  # a nested dict of arrays, under the checkpoint's names
 # (site, activation) -> activation: what reads or changes activations.
@@ -61,6 +62,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "sigmoid": nn.sigmoid,
     "linear": lambda x: x,
+}
+
+
+# What a backward pass recomputes of each layer: JAX's policy of what is kept, None for nothing.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    # All but the outputs of the dense layers, which are the dearest: attention and what is done
+    # element by element.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
 }
 
 
@@ -419,7 +430,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """The layers, in a Python loop.
 
-    A scan would copy each layer's weights out of a stack on every step.
+    A scan, as in `scan_blocks`, would copy each layer's weights out of a stack on every step.
     """
 
     config: GPT2Config
@@ -431,7 +442,7 @@ class Blocks(nn.Module):
         shared: Pass,
         tap: Tap,
         key: Array | None,
-        remat: bool,
+        remat: str,
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         presents = []
         for i, block_key in enumerate(split_key(key, self.config.n_layer)):
@@ -441,12 +452,38 @@ class Blocks(nn.Module):
             def run(block, x, shared, key, tap=layer_tap):
                 return block(x, shared, tap, key)
 
-            if remat:
-                run = nn.remat(run)
+            if remat != "none":
+                run = nn.remat(run, policy=REMAT[remat])
             block = Block(self.config, i, name=str(i))
             x, present = run(block, x, shared, block_key)
             presents.append(present)
         return x, tuple(presents)
+
+
+def scan_blocks(
+    stack: Params,
+    x: Float[Array, "B T D"],
+    shared: Pass,
+    key: Array | None,
+    *,
+    config: GPT2Config,
+    remat: str,
+) -> Float[Array, "B T D"]:
+    """Returns what `Blocks` returns for layers that are a stack: see `stack.stack_layers`."""
+
+    def run(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+        params, layer_key = layer
+        # Its number is what no two layers differ in: `forward` has seen to that.
+        block = Block(config, 0, parent=None)
+        out: Any = block.apply({"params": params}, x, shared, no_tap, layer_key)
+        return out[0], None
+
+    if remat != "none":
+        # A scan keeps what it recomputes apart by itself.
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, config.n_layer)
+    x, _ = lax.scan(run, x, (stack, keys))
+    return x
 
 
 class GPT2(nn.Module):
@@ -466,7 +503,7 @@ class GPT2(nn.Module):
         shared: Pass,
         tap: Tap = no_tap,
         dropout_key: Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
@@ -480,8 +517,13 @@ class GPT2(nn.Module):
         # One row of positions may serve all rows, but a tap may want another in each.
         places = tap("wpe.out", jnp.broadcast_to(places, tokens.shape))
         x = tap("embed", dropout(embed_key, tokens + places, config.embd_pdrop))
-        blocks = Blocks(config, name="h")
-        x, presents = blocks(x, shared, prefixed(tap, "h"), blocks_key, remat)
+        stack = self.variables.get("params", {}).get("h")
+        if stack is not None and is_stacked({"h": stack}):
+            x = scan_blocks(stack, x, shared, blocks_key, config=config, remat=remat)
+            presents = ()
+        else:
+            blocks = Blocks(config, name="h")
+            x, presents = blocks(x, shared, prefixed(tap, "h"), blocks_key, remat)
         return LayerNorm(config, name="ln_f")(x, prefixed(tap, "ln_f")), presents
 
     def embed(self, name: str, rows: int) -> nn.Embed:
@@ -494,6 +536,20 @@ class GPT2(nn.Module):
             embedding_init=normal(self.config.initializer_range),
             name=name,
         )
+
+
+def checked_remat(remat: str | bool) -> str:
+    """Returns the name of what is recomputed; True is "full" and False "none".
+
+    Raises:
+      ValueError: it is none of `REMAT`.
+    """
+    if isinstance(remat, bool):
+        return "full" if remat else "none"
+    if not isinstance(remat, str) or remat not in REMAT:
+        expected = ", ".join(f'"{name}"' for name in REMAT)
+        raise ValueError(f"`remat` must be one of {expected}, got {remat!r}.")
+    return remat
 
 
 def residual_stddev(config: GPT2Config) -> float:

@@ -30,6 +30,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 
+from gpt2_jax.stack import is_in_stack
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # what the rows of a batch are spread over
 TENSOR = "tensor"  # what heads, neurons and the vocabulary are spread over
@@ -136,6 +138,9 @@ def leaf_sharding(
     rules = RULES if rules is None else rules
     found = next((specs for pattern, specs in rules if re.search(pattern, name)), P())
     choices = (found,) if isinstance(found, P) else tuple(found)
+    # A stack of layers has one axis more, in front, which a scan goes along.
+    if is_in_stack(name):
+        choices = tuple(P(None, *spec) for spec in choices)
     # A scalar of an optimizer may stand under a param's name.
     specs = [_present(spec, mesh) if len(spec) <= len(shape) else P() for spec in choices]
     fitting = [spec for spec in specs if _misfit(shape, spec, mesh) is None]

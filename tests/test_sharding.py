@@ -98,6 +98,12 @@ def test_a_vocabulary_that_does_not_divide_is_cut_by_width():
     assert spec == P(None, ("tensor", "fsdp"))
 
 
+def test_a_stack_of_layers_is_cut_as_each_of_them_is():
+    mesh = sharding.make_mesh(ALL_AXES)
+    spec = sharding.leaf_sharding("0.trace.h.mlp.c_fc.kernel", (12, 768, 3072), mesh).spec
+    assert spec == P(None, "fsdp", "tensor")
+
+
 def test_the_first_rule_counts_and_each_must_find_a_leaf(params):
     mesh = sharding.make_mesh("tensor=4")
     mine = [(r"c_fc", P(None, "tensor")), (r"c_fc\.kernel", P("tensor")), (r"", P())]
@@ -267,7 +273,7 @@ def test_a_decode_step_along_tensor_sums_activations_and_nothing_else(params, id
 
 def test_a_training_step_along_tensor_gathers_no_param(params, ids):
     state = gpt2_jax.init_state(sharding.shard(params, sharding.make_mesh("tensor=4")), TX)
-    program = step._Program(TX, 1, False, None, None, sharding.places(state))
+    program = step._Program(TX, 1, "none", None, None, sharding.places(state))
     batch = step._make_batch(ids, None, step.Layout(), None, CONFIG)
     lowered = step._train_step.lower(state, batch, None, config=CONFIG, program=program)
     sent = between_devices(lowered.compile().as_text())

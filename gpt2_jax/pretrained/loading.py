@@ -57,7 +57,7 @@ def load_pretrained(
     Args:
       name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
-      dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      dtype: dtype of the params: see `load`. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
       heads: also loads the heads that stand beside the model: see `load`.
       mesh, rules: devices to spread the params over, and how: see `load`.
@@ -75,7 +75,7 @@ def load_pretrained(
       ValueError: the tokenizer is damaged, of a kind that cannot be read, or larger than the model.
       ConnectionError: the hub could not be reached and nothing is cached.
     """
-    dtype = weights.checked_dtype(dtype)  # before a download of gigabytes, not after it
+    dtype = weights.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )

@@ -107,7 +107,8 @@ def load(
     Args:
       name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
-      dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      dtype: dtype of the params; by default the file's own, but float32 for "demo", whose file is
+        float16 to be small. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
       heads: also loads what stands beside a whole GPT-2, such as `score.weight` of a classifier or
         TRL's `v_head`: as `params["heads"]`, under HF's names. `apply` passes over them, `save`
@@ -127,7 +128,7 @@ def load(
     if rules is not None and mesh is None:
         raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
     # Before a download of gigabytes, not after it.
-    target = Target(checked_dtype(dtype), mesh, rules)
+    target = Target(asked_dtype(name_or_path, dtype), mesh, rules)
     path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -673,6 +674,18 @@ def _check_no_bias(array: Tensor, name: str) -> None:
 
 
 # Arrays.
+
+
+def asked_dtype(name_or_path: str | Path, dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns the dtype to load a checkpoint in, or `None`, which stands for the file's own.
+
+    Raises:
+      CheckpointError: as `checked_dtype`.
+    """
+    # What is loaded by this name may be trained, which in float16 nobody would have asked for.
+    if dtype is None and name_or_path == "demo":
+        return np.dtype("float32")
+    return checked_dtype(dtype)
 
 
 def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
