@@ -64,6 +64,7 @@ from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokeni
 from gpt2_jax.pretrained.peft import load_lora, save_lora
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.resize import resize_vocab
+from gpt2_jax.stack import stack_layers, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
@@ -155,6 +156,7 @@ __all__ = [
     "share",
     "site_names",
     "speculate",
+    "stack_layers",
     "steering_vector",
     "stream",
     "stream_logits",
@@ -163,6 +165,7 @@ __all__ = [
     "token_logprobs",
     "train_step",
     "unembed",
+    "unstack_layers",
     "warmup_cosine",
     "zero_ablation",
 ]

@@ -7,8 +7,9 @@ selected or forgotten, and never looks inside. Nothing here is jitted; everythin
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts, own_values
 
 # Columns of the narrowest batch: shorter texts all share its programs.
 SMALLEST_BUCKET = 32
@@ -26,15 +29,24 @@ SMALLEST_BUCKET = 32
 SMALLEST_CACHE = 256
 
 
-class LayerCache(NamedTuple):
+@dataclass
+class LayerCache:
     """One layer's keys and values, as the products with one query read them.
 
     Rows and heads share an axis: were they two, XLA would copy the cache before each product and
-    each write.
+    each write. On a mesh the heads of each device along `tensor` come together, in as many groups
+    as there are devices: the axis is groups, rows and a group's heads, in this order, so that a
+    device has a stretch of it.
     """
 
     keys: Float[Array, "BH K S"]
     values: Float[Array, "BH S K"]
+    groups: int = static(default=1)
+
+    @property
+    def spread(self) -> Any:
+        """What axes of a mesh the shared axis lies along."""
+        return BATCH_AXES if self.groups == 1 else (TENSOR, *BATCH_AXES)
 
 
 class KVCache(NamedTuple):
@@ -61,7 +73,11 @@ class KVCache(NamedTuple):
 
 def layer_of(k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]) -> LayerCache:
     """Returns the cache that holds these tokens alone, in order."""
-    return LayerCache(_by_head(k).swapaxes(1, 2), _by_head(v))
+    return _layer_of(k, v, groups=n_parts(k, TENSOR, k.shape[2]))
+
+
+def _layer_of(k: Float[Array, "B T H K"], v: Float[Array, "B T H K"], groups: int) -> LayerCache:
+    return LayerCache(_by_head(k, groups).swapaxes(1, 2), _by_head(v, groups), groups)
 
 
 def write(
@@ -71,12 +87,14 @@ def write(
     slot: Int[Array, ""] | Int[Array, " B"],
 ) -> LayerCache:
     """Returns a layer's cache with `T` tokens of each row written from a slot on."""
-    new = layer_of(k, v)
+    new = _layer_of(k, v, layer.groups)
     n_heads = k.shape[2]
     if jnp.ndim(slot):
         # Rows and heads share an axis: all heads of a row are written at the slot of the row.
-        slot = jnp.repeat(slot, n_heads)
-    return LayerCache(
+        slot = jnp.repeat(slot, n_heads // layer.groups)
+        slot = jnp.concatenate([slot] * layer.groups)
+    return replace(
+        layer,
         keys=put(layer.keys, new.keys, slot, axis=2),
         values=put(layer.values, new.values, slot, axis=1),
     )
@@ -84,34 +102,34 @@ def write(
 
 def first_slots(layer: LayerCache, count: int) -> LayerCache:
     """Returns the cache of a layer's first `count` slots."""
-    return LayerCache(layer.keys[..., :count], layer.values[:, :count])
+    return replace(layer, keys=layer.keys[..., :count], values=layer.values[:, :count])
 
 
 def scores(
     q: Float[Array, "B T H K"], layer: LayerCache, *, precision: str, dtype: DTypeLike
 ) -> Float[Array, "B H T S"]:
     """Returns the product of each query with each key, in `dtype`."""
-    rows, length, heads, _ = q.shape
+    rows, _, heads, _ = q.shape
     products = jnp.einsum(
         "ntk,nks->nts",
-        _by_head(q),
+        _by_head(q, layer.groups),
         layer.keys,
         precision=precision,
         # Accumulated and returned wide: rounded to 16 bits, near scores would tie in the softmax.
         preferred_element_type=dtype,
     )
-    return products.reshape(rows, heads, length, layer.keys.shape[2])
+    return _apart(products, rows, heads, layer.groups)
 
 
 def mix(
     pattern: Float[Array, "B H T S"], layer: LayerCache, *, precision: str
 ) -> Float[Array, "B T H K"]:
     """Returns the values, mixed as the attention pattern says, in the dtype of the values."""
-    rows, heads, length, slots = pattern.shape
+    rows, heads = pattern.shape[:2]
     # As in HF's code: the softmax is wide, its product with the values is in their dtype.
-    pattern = pattern.astype(layer.values.dtype).reshape(rows * heads, length, slots)
+    pattern = _joined(pattern.astype(layer.values.dtype), layer.groups)
     mixed = jnp.einsum("nts,nsk->ntk", pattern, layer.values, precision=precision)
-    return mixed.reshape(rows, heads, length, layer.values.shape[2]).swapaxes(1, 2)
+    return _apart(mixed, rows, heads, layer.groups).swapaxes(1, 2)
 
 
 # The whole cache.
@@ -179,6 +197,7 @@ def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
     return (cache.valid[:, None] | _new_slots(cache, count))[:, None]
 
 
+@automatic
 def lengthen(cache: KVCache, slots: int) -> KVCache:
     """Returns the cache with room for `slots` tokens.
 
@@ -206,23 +225,29 @@ def share(cache: KVCache, n: int) -> KVCache:
     return select(cache, jnp.repeat(jnp.arange(len(cache.valid)), n))
 
 
+@automatic
 def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
     """Returns a cache of some rows of another, in their order; a row may come more than once."""
     n_rows = len(cache.valid)
 
-    def take(x):  # [BH, ...] -> [RH, ...]
+    def take(x, groups):  # [BH, ...] -> [RH, ...]
         # By rows: all heads of a row go together.
-        separate = x.reshape(n_rows, -1, *x.shape[1:])  # [B, H, ...]
-        return separate[rows].reshape(-1, *x.shape[1:])
+        separate = _apart(x, n_rows, len(x) // max(n_rows, 1), groups)
+        return _joined(separate[rows], groups)
 
+    layers = tuple(
+        replace(layer, keys=take(layer.keys, layer.groups), values=take(layer.values, layer.groups))
+        for layer in cache.layers
+    )
     return KVCache(
-        layers=jax.tree.map(take, cache.layers),
+        layers=layers,
         valid=cache.valid[rows],
         slot=cache.slot[rows] if jnp.ndim(cache.slot) else cache.slot,
         lengths=cache.lengths[rows],
     )
 
 
+@automatic
 def keep_first(cache: KVCache, count: Int[Array, ""] | Int[Array, " B"]) -> KVCache:
     """Returns the cache that remembers the first `count` slots, and goes on behind them.
 
@@ -248,7 +273,7 @@ def check_room(
     """
     if isinstance(cache.slot, Tracer) or isinstance(cache.lengths, Tracer):
         return
-    used = int(np.max(np.asarray(cache.slot)))
+    used = int(np.max(own_values(cache.slot)))
     if used + width > cache.slots:
         raise ValueError(
             f"The cache must have {width} free slots, got {cache.slots - used} of {cache.slots}:"
@@ -256,7 +281,7 @@ def check_room(
         )
     if isinstance(count, Tracer):
         return
-    longest = int(np.max(np.asarray(cache.lengths) + np.asarray(count), initial=0))
+    longest = int(np.max(own_values(cache.lengths) + own_values(count), initial=0))
     if longest > config.n_positions:
         raise ValueError(
             f"A row would have {longest} tokens, but the model has {config.n_positions} positions."
@@ -321,10 +346,30 @@ def _new_slots(cache: KVCache, count: int) -> Bool[Array, "#B T S"]:
     return (slots >= slot) & (slots <= slot + tokens)
 
 
-def _by_head(x: Float[Array, "B T H K"]) -> Float[Array, "BH T K"]:
+def _by_head(x: Float[Array, "B T H K"], groups: int) -> Float[Array, "BH T K"]:
     """Lines up rows and heads."""
-    rows, length, heads, width = x.shape
-    return x.swapaxes(1, 2).reshape(rows * heads, length, width)
+    return _joined(x.swapaxes(1, 2), groups)
+
+
+def _joined(x: Shaped[Array, "B H ..."], groups: int) -> Shaped[Array, "BH ..."]:
+    """Returns an array whose first axis is rows and heads, in a cache's order."""
+    rows, heads = x.shape[:2]
+    rest = x.shape[2:]
+    if groups == 1:
+        return constrain(x, BATCH_AXES).reshape(rows * heads, *rest)
+    x = x.reshape(rows, groups, heads // groups, *rest).swapaxes(0, 1)
+    return constrain(x, TENSOR, BATCH_AXES).reshape(rows * heads, *rest)
+
+
+def _apart(
+    x: Shaped[Array, "BH ..."], rows: int, heads: int, groups: int
+) -> Shaped[Array, "B H ..."]:
+    """Undoes `_joined`."""
+    rest = x.shape[1:]
+    if groups == 1:
+        return constrain(x.reshape(rows, heads, *rest), BATCH_AXES)
+    x = constrain(x.reshape(groups, rows, heads // groups, *rest), TENSOR, BATCH_AXES)
+    return x.swapaxes(0, 1).reshape(rows, heads, *rest)
 
 
 def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerCache, ...]:
@@ -334,7 +379,8 @@ def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerC
     more = (0, count)
     # Layer by layer: a stacked array would be copied whole at each step of a loop.
     return tuple(
-        LayerCache(
+        replace(
+            layer,
             keys=jnp.pad(layer.keys, (none, none, more)),
             values=jnp.pad(layer.values, (none, more, none)),
         )

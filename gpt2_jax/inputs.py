@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.modules import Pass
+from gpt2_jax.sharding import own_values
 
 # Ids `[B, T]`, or what the table of embeddings would have given for them, `[B, T, D]`.
 Tokens = Int[Array, "B T"] | Float[Array, "B T D"]
@@ -228,11 +229,8 @@ def _check_values(name: str, array: Array | np.ndarray, limit: int, limit_name: 
     """Raises `ValueError` for a number outside `[0, limit)`, where numbers can be seen."""
     if isinstance(array, Tracer) or not array.size:
         return
-    # Nor can those of an array that lies in other processes, too.
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return
     # This waits for the device; but ids are few, and NaN from a wrong one is found late.
-    values = np.asarray(array)
+    values = own_values(array)
     outside = values[(values < 0) | (values >= limit)]
     if outside.size:
         raise ValueError(f"`{name}` must be in [0, {limit}) (`{limit_name}`), got {outside[0]}.")

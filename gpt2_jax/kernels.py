@@ -8,11 +8,13 @@ measured. Readers of the maths may take the plain form for granted and pass this
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Num
 
 ROW_PARTS = 8  # into how many parts a product with one row divides its sum
@@ -66,6 +68,122 @@ def query_parts(length: int) -> list[tuple[int, int]]:
     count = min(QUERY_PARTS, -(-length // SMALLEST_QUERY_PART))
     bounds = [length * part // count for part in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+# The loss.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def summed_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+    precision: str | None,
+) -> Float[Array, ""]:
+    """Returns the weighted sum of `-log_softmax(hidden @ table.T)` at the targets.
+
+    In the dtype of `weights`, and by chunks of so many tokens of each row: the logits of all tokens
+    are the largest array of a training step. Where a gradient is wanted, a chunk's is made with its
+    logits, which are then forgotten: no product is made twice.
+
+    By `custom_jvp`, not `custom_vjp`: so it has a forward mode, and Hessians.
+    """
+
+    def add_chunk(total: Array, part: Any) -> tuple[Array, None]:
+        hidden, targets, weights = part
+        losses, _ = _losses(_logits(hidden, table, weights.dtype, precision), targets)
+        return total + (weights * losses).sum(), None
+
+    parts = _time_chunks((hidden, targets, weights), chunk)
+    total, _ = lax.scan(add_chunk, jnp.zeros((), weights.dtype), parts)
+    return total
+
+
+@partial(summed_cross_entropy.defjvp, symbolic_zeros=True)
+def _summed_cross_entropy_jvp(
+    chunk: int, precision: str | None, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    hidden, table, targets, weights = primals
+    hidden_dot, table_dot, _, weights_dot = tangents
+    # What nobody varies, as a frozen table, costs no product.
+    is_table_varied = not isinstance(table_dot, SymbolicZero)
+
+    def add_chunk(carry: Any, part: Any) -> tuple[Any, Any]:
+        total, table_grad = carry
+        hidden, targets, weights = part
+        losses, probabilities = _losses(_logits(hidden, table, weights.dtype, precision), targets)
+        is_target = targets[..., None] == jnp.arange(len(table))[None, None]
+        logits_grad = (weights[..., None] * (probabilities - is_target)).astype(hidden.dtype)
+        hidden_grad = jnp.einsum("btv,vd->btd", logits_grad, table, precision=precision)
+        if is_table_varied:
+            # Flat, as in `modules.Dense`; summed wide over the chunks.
+            rows = logits_grad.reshape(-1, len(table))
+            table_grad += lax.dot_general(
+                rows,
+                hidden.reshape(len(rows), -1),
+                (((0,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=weights.dtype,
+            )
+        return (total + (weights * losses).sum(), table_grad), (hidden_grad, losses)
+
+    parts = _time_chunks((hidden, targets, weights), chunk)
+    zero = jnp.zeros((), weights.dtype)
+    table_zero = jnp.zeros(table.shape if is_table_varied else (), weights.dtype)
+    (total, table_grad), (hidden_grad, losses) = lax.scan(add_chunk, (zero, table_zero), parts)
+
+    length = targets.shape[1]
+    total_dot = zero
+    if not isinstance(hidden_dot, SymbolicZero):
+        total_dot += jnp.vdot(_joined(hidden_grad, length), hidden_dot).astype(zero.dtype)
+    if is_table_varied:
+        total_dot += jnp.vdot(table_grad, table_dot.astype(zero.dtype))
+    if not isinstance(weights_dot, SymbolicZero):
+        total_dot += jnp.vdot(_joined(losses, length), weights_dot)
+    return total, total_dot
+
+
+def _logits(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], dtype: Any, precision: str | None
+) -> Float[Array, "B T V"]:
+    """Returns `hidden @ table.T` in `dtype`."""
+    return jnp.einsum(
+        "btd,vd->btv", hidden, table, precision=precision, preferred_element_type=dtype
+    )
+
+
+def _losses(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T V"]]:
+    """Returns `-log_softmax` at the targets, and the softmax."""
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    losses = jnp.log(total) + largest - chosen
+    return losses[..., 0], exponentials / total
+
+
+def _time_chunks(arrays: Any, chunk: int) -> Any:
+    """Returns arrays `[B, T, ...]` as `[N, B, chunk, ...]`, padded with zeros, which weigh 0."""
+
+    def cut(x: Array) -> Array:
+        n_rows, length = x.shape[:2]
+        n_chunks = -(-length // chunk)
+        behind = [(0, 0), (0, n_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2)
+        # By columns, not by rows, which may lie on several devices.
+        parts = jnp.pad(x, behind).reshape(n_rows, n_chunks, chunk, *x.shape[2:])
+        return parts.swapaxes(0, 1)
+
+    return jax.tree.map(cut, arrays)
+
+
+def _joined(parts: Num[Array, "N B t ..."], length: int) -> Num[Array, "B T ..."]:
+    """Undoes `_time_chunks`."""
+    n_rows = parts.shape[1]
+    return parts.swapaxes(0, 1).reshape(n_rows, -1, *parts.shape[3:])[:, :length]
 
 
 # Reductions and sorts over a vocabulary.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -24,18 +25,67 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.modules import GPT2, Params, Pass, Tap, no_tap, placed, wide_dtype
+from gpt2_jax.modules import (
+    GPT2,
+    Params,
+    Pass,
+    Tap,
+    checked_remat,
+    no_tap,
+    placed,
+    wide_dtype,
+)
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    TENSOR,
+    Rules,
+    automatic,
+    constrain,
+    n_parts,
+    shardings,
+)
+from gpt2_jax.stack import is_stacked
+
+_STACK = (
+    "The layers of `params` are a stack, which serves whole texts alone: neither taps nor caches,"
+    " nor `scale_attn_by_inverse_layer_idx`. `unstack_layers` gives the layers back."
+)
 
 
-# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
-@jax.jit
-def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+def init(
+    key: PRNGKeyArray,
+    config: GPT2Config,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Params:
     """Returns fresh params, initialised as GPT-2 was (HF's `_init_weights`). Compiles itself.
 
     Weights are N(0, `initializer_range`), those of the projections into the residual stream divided
     by `sqrt(2 * n_layer)`; biases are zero and LayerNorms the identity. Leaves are float32, or
     float64 when `config.dtype` is.
+
+    Args:
+      key: the key of all draws.
+      config: the model's configuration.
+      mesh: devices to spread the params over. Each makes its own part, of the same numbers.
+      rules: where params lie on the mesh: see `sharding.shardings`.
+
+    Raises:
+      ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
     """
+    if mesh is None:
+        if rules is not None:
+            raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+        return _init(key, config)
+    places = shardings(jax.eval_shape(_init, key, config), mesh, rules)
+    return jax.jit(_init, out_shardings=places)(key, config)
+
+
+# As one program: linen's `init` runs the forward pass too, and XLA drops what nobody uses.
+@jax.jit
+def _init(key: PRNGKeyArray, config: GPT2Config) -> Params:
+    """Returns fresh params."""
     # Split for a tied model too: of one key, both kinds get the same body.
     body_key, head_key = jax.random.split(key)
     # One token will do, as the shape of no parameter depends on the text.
@@ -51,6 +101,7 @@ def init(key: PRNGKeyArray, config: GPT2Config) -> Params:
     return params
 
 
+@automatic
 def apply(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -64,7 +115,7 @@ def apply(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "B T V"]:
     """Returns next-token logits of every position, in float32 (float64 in a float64 model).
 
@@ -88,7 +139,8 @@ def apply(
         place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
         which are easier.
       dropout_key: turns dropout on.
-      remat: in a backward pass, recomputes each layer's activations instead of keeping them.
+      remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
+        all but what dense layers give; or "full", all. True is "full".
 
     Raises:
       ValueError: `ids` is not an integer array `[B, T]`, is longer than `n_positions`, or (where
@@ -114,6 +166,7 @@ def apply(
     return tap("logits", unembed(params, hidden, config=config))
 
 
+@automatic
 def hidden_states(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -127,7 +180,7 @@ def hidden_states(
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> Float[Array, "rows T D"]:
     """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
 
@@ -135,6 +188,7 @@ def hidden_states(
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     check_side(padding_side)
+    remat = checked_remat(remat)
     layout = Layout(positions, mask, segment_ids)
     # Padding on the right needs nothing: no real token sees what comes after it.
     if padding_side == "left":
@@ -147,6 +201,7 @@ def hidden_states(
     return hidden
 
 
+@automatic
 def prefill(
     params: Params,
     ids: Int[ArrayLike, "B P"] | None,
@@ -175,6 +230,8 @@ def prefill(
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
     """
+    if is_stacked(params):
+        raise ValueError(_STACK)
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     n_rows, width = tokens.shape[:2]
     slots = config.n_positions if cache_len is None else cache_len
@@ -197,6 +254,7 @@ def prefill(
     return logits, cache
 
 
+@automatic
 def extend(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -229,6 +287,7 @@ def extend(
     return tap("logits", unembed(params, hidden, config=config)), cache
 
 
+@automatic
 def read_on(
     params: Params,
     ids: Int[Array, "B T"],
@@ -253,6 +312,7 @@ def read_on(
     return hidden, kv_cache.n_written(cache, layers, count)
 
 
+@automatic
 def decode_step(
     params: Params,
     tokens: Int[Array, " B"],
@@ -277,6 +337,7 @@ def decode_step(
     return logits, kv_cache.n_written(cache, layers, 1)
 
 
+@automatic
 def unembed(
     params: Params, hidden: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
@@ -284,12 +345,14 @@ def unembed(
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        head_matrix(params, config=config).astype(config.dtype),
+        gathered(head_matrix(params, config=config).astype(config.dtype)),
         precision=config.precision,
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
-    return logits.reshape(*hidden.shape[:-1], -1)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
+    between = [None] * (logits.ndim - 2)
+    return constrain(logits, BATCH_AXES, *between, TENSOR)
 
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
@@ -299,6 +362,14 @@ def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     return params[table]["embedding"]
 
 
+def gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
+    # As the rules have it: by width where the vocabulary does not divide.
+    by_token = n_parts(table, TENSOR, len(table)) > 1
+    return constrain(table, TENSOR) if by_token else constrain(table, None, TENSOR)
+
+
+@automatic
 def token_logprobs_of(
     logits: Float[Array, "... V"], tokens: Int[Array, "..."]
 ) -> Float[Array, "..."]:
@@ -316,12 +387,16 @@ def forward(
     config: GPT2Config,
     tap: Tap = no_tap,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
     """Returns the final hidden states and each layer's keys and values: see `modules.GPT2`."""
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
+    body["wte"] = jax.tree.map(gathered, body["wte"])
+    body["wpe"] = jax.tree.map(constrain, body["wpe"])
+    if is_stacked(params):
+        _check_stack_serves(shared, tap, config)
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.
@@ -329,3 +404,10 @@ def forward(
         {"params": body}, tokens, shared, tap=tap, dropout_key=dropout_key, remat=remat
     )
     return out
+
+
+def _check_stack_serves(shared: Pass, tap: Tap, config: GPT2Config) -> None:
+    """Raises `ValueError` for what needs to know the layers of a stack apart."""
+    by_layer = tap is not no_tap or shared.past is not None
+    if by_layer or config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(_STACK)

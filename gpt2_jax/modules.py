@@ -27,6 +27,8 @@ from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
 from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, mesh_of, n_batch_shards, n_parts
+from gpt2_jax.stack import is_stacked
 
 Params = dict[str, Any]  # a nested dict of arrays, under the checkpoint's names
 # (site, activation) -> activation: what reads or changes activations.
@@ -60,6 +62,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "sigmoid": nn.sigmoid,
     "linear": lambda x: x,
+}
+
+
+# What a backward pass recomputes of each layer: JAX's policy of what is kept, None for nothing.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    # All but the outputs of the dense layers, which are the dearest: attention and what is done
+    # element by element.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
 }
 
 
@@ -173,28 +185,58 @@ class Dense(nn.Module):
     """`x @ kernel + bias`, if any, `[..., I] -> [..., O]`: the one door to kernels.
 
     The product runs on flattened tokens: over three axes XLA's weight gradient is twice as slow on
-    CPU.
+    CPU. With `parts` the kernel is several side by side, `[I, P O]`, and the result `[..., P, O]`.
     """
 
     config: GPT2Config
     features: int
     stddev: float  # of the initial kernel
+    cut: str  # which axis of the kernel the devices along `tensor` share: "I" or "O"
+    parts: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "..."]:
         config = self.config
         wide = wide_dtype(config)
+        n_columns = self.parts * self.features
         # Fresh params are wide even where the model computes in 16 bits; those that are given stay
         # in the dtype they came in.
-        kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], self.features), wide)
+        kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], n_columns), wide)
 
+        if self.cut == "O":
+            # Whole on each device: else XLA cuts what comes before, and sums there, too.
+            x = constrain(x, BATCH_AXES)
         tokens = x.reshape(-1, x.shape[-1]).astype(config.dtype)
-        out = product(tokens, kernel.astype(config.dtype), precision=config.precision)
+        out = self.product(tokens, kernel.astype(config.dtype))
         if config.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), wide)
+            bias = self.param("bias", nn.initializers.zeros, (n_columns,), wide)
             # With its row axis, for programs that forbid ranks to be promoted in silence.
-            out += bias.astype(config.dtype)[None]
-        return out.reshape(*x.shape[:-1], self.features)
+            out += bias.astype(config.dtype).reshape(1, *out.shape[1:])
+        columns = (self.features,) if self.parts == 1 else (self.parts, self.features)
+        out = out.reshape(*x.shape[:-1], *columns)
+        between = [None] * (out.ndim - 2)
+        return constrain(out, BATCH_AXES, *between, None if self.cut == "I" else TENSOR)
+
+    def product(
+        self, tokens: Float[Array, "N I"], kernel: Float[Array, "I PO"]
+    ) -> Float[Array, "N ..."]:
+        """Returns `tokens @ kernel`, `[N, P O]`, or `[N, P, O]` where devices share each part."""
+        config = self.config
+        n_rows = len(kernel)
+        n_devices = n_parts(kernel, TENSOR, self.features)
+        n_tokens = len(tokens) // n_batch_shards(mesh_of(kernel))
+        # A device's columns of each part do not lie side by side. Either the sums of all columns,
+        # `[N, P O]`, go between devices, or their columns of the kernel: what is less.
+        is_less = 2 * n_tokens * n_devices > n_rows
+        if self.parts > 1 and n_devices > 1 and is_less:
+            # First what lies along `fsdp`: in one step XLA would gather all of it.
+            kernel = constrain(kernel, TENSOR).reshape(n_rows, self.parts, self.features)
+            kernel = constrain(constrain(kernel, TENSOR), None, None, TENSOR)
+            return jnp.einsum("ni,ipo->npo", tokens, kernel, precision=config.precision)
+        # As it lies; what is spread along `fsdp` is gathered here, in the dtype of the product.
+        by_columns = self.cut == "O" and self.parts == 1
+        kernel = constrain(kernel, None, TENSOR) if by_columns else constrain(kernel, TENSOR)
+        return product(tokens, kernel, precision=config.precision)
 
 
 class LayerNorm(nn.Module):
@@ -249,10 +291,13 @@ class Attention(nn.Module):
         config = self.config
         pattern_key, out_key = split_key(key, 2)
 
-        qkv = Dense(config, 3 * config.n_embd, config.initializer_range, name="c_attn")(x)
         # The columns of `c_attn` are the queries of all heads, then all keys, then all values.
-        qkv = qkv.reshape(*x.shape[:2], 3 * config.n_head, config.head_dim)  # [B, T, 3H, K]
-        q, k, v = jnp.split(qkv, 3, axis=2)  # [B, T, H, K] each
+        stddev = config.initializer_range
+        qkv = Dense(config, config.n_embd, stddev, cut="O", parts=3, name="c_attn")(x)
+        qkv = qkv.reshape(*x.shape[:2], 3, config.n_head, config.head_dim)  # [B, T, 3, H, K]
+        # Where the heads do not divide, the columns may: then each device has all heads.
+        qkv = constrain(qkv, BATCH_AXES, None, None, TENSOR)
+        q, k, v = jnp.unstack(qkv, axis=2)  # [B, T, H, K] each
         # Before anything is written: a key or value that a tap has changed is what the cache keeps.
         q = tap("q", q)
         k = tap("k", k)
@@ -268,9 +313,8 @@ class Attention(nn.Module):
         whole = whole or wants(tap, "scores") or wants(tap, "pattern")
         attend = self.attend if whole else self.attend_in_parts
         z = tap("z", attend(q, present, shared.mask, tap, pattern_key))  # [B, T, H, K]
-        out = Dense(config, config.n_embd, residual_stddev(config), name="c_proj")(
-            z.reshape(x.shape)
-        )
+        stddev = residual_stddev(config)
+        out = Dense(config, config.n_embd, stddev, cut="I", name="c_proj")(z.reshape(x.shape))
         # Only for those who ask: `[B, T, H, D]` is H times the stream.
         if wants(tap, "result"):
             # Not the sum of the results anew: this is exactly 0 where the tap changes nothing.
@@ -347,10 +391,13 @@ class MLP(nn.Module):
         self, x: Float[Array, "B T D"], tap: Tap, key: Array | None
     ) -> Float[Array, "B T D"]:
         config = self.config
-        x = Dense(config, config.mlp_width, config.initializer_range, name="c_fc")(x)  # [B, T, F]
+        width = config.mlp_width
+        stddev = config.initializer_range
+        x = Dense(config, width, stddev, cut="O", name="c_fc")(x)  # [B, T, F]
         x = tap("pre", x)
         x = tap("post", ACTIVATIONS[config.activation_function](x))
-        x = Dense(config, config.n_embd, residual_stddev(config), name="c_proj")(x)  # [B, T, D]
+        stddev = residual_stddev(config)
+        x = Dense(config, config.n_embd, stddev, cut="I", name="c_proj")(x)  # [B, T, D]
         return tap("out", dropout(key, x, config.resid_pdrop))
 
 
@@ -383,7 +430,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """The layers, in a Python loop.
 
-    A scan would copy each layer's weights out of a stack on every step.
+    A scan, as in `scan_blocks`, would copy each layer's weights out of a stack on every step.
     """
 
     config: GPT2Config
@@ -395,7 +442,7 @@ class Blocks(nn.Module):
         shared: Pass,
         tap: Tap,
         key: Array | None,
-        remat: bool,
+        remat: str,
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         presents = []
         for i, block_key in enumerate(split_key(key, self.config.n_layer)):
@@ -405,12 +452,38 @@ class Blocks(nn.Module):
             def run(block, x, shared, key, tap=layer_tap):
                 return block(x, shared, tap, key)
 
-            if remat:
-                run = nn.remat(run)
+            if remat != "none":
+                run = nn.remat(run, policy=REMAT[remat])
             block = Block(self.config, i, name=str(i))
             x, present = run(block, x, shared, block_key)
             presents.append(present)
         return x, tuple(presents)
+
+
+def scan_blocks(
+    stack: Params,
+    x: Float[Array, "B T D"],
+    shared: Pass,
+    key: Array | None,
+    *,
+    config: GPT2Config,
+    remat: str,
+) -> Float[Array, "B T D"]:
+    """Returns what `Blocks` returns for layers that are a stack: see `stack.stack_layers`."""
+
+    def run(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+        params, layer_key = layer
+        # Its number is what no two layers differ in: `forward` has seen to that.
+        block = Block(config, 0, parent=None)
+        out: Any = block.apply({"params": params}, x, shared, no_tap, layer_key)
+        return out[0], None
+
+    if remat != "none":
+        # A scan keeps what it recomputes apart by itself.
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, config.n_layer)
+    x, _ = lax.scan(run, x, (stack, keys))
+    return x
 
 
 class GPT2(nn.Module):
@@ -430,7 +503,7 @@ class GPT2(nn.Module):
         shared: Pass,
         tap: Tap = no_tap,
         dropout_key: Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "rows T D"], tuple[LayerCache, ...]]:
         config = self.config
         embed_key, blocks_key = split_key(dropout_key, 2)
@@ -438,13 +511,19 @@ class GPT2(nn.Module):
             # An id beyond the table reads NaN, not the last row, as `jnp.take` does, which linen
             # calls.
             tokens = self.embed("wte", config.vocab_size)(tokens)
+        tokens = constrain(tokens, BATCH_AXES)
         tokens = tap("wte.out", tokens.astype(config.dtype))  # [B, T, D]
         places = self.embed("wpe", config.n_positions)(shared.positions)  # [B or 1, T, D]
         # One row of positions may serve all rows, but a tap may want another in each.
         places = tap("wpe.out", jnp.broadcast_to(places, tokens.shape))
         x = tap("embed", dropout(embed_key, tokens + places, config.embd_pdrop))
-        blocks = Blocks(config, name="h")
-        x, presents = blocks(x, shared, prefixed(tap, "h"), blocks_key, remat)
+        stack = self.variables.get("params", {}).get("h")
+        if stack is not None and is_stacked({"h": stack}):
+            x = scan_blocks(stack, x, shared, blocks_key, config=config, remat=remat)
+            presents = ()
+        else:
+            blocks = Blocks(config, name="h")
+            x, presents = blocks(x, shared, prefixed(tap, "h"), blocks_key, remat)
         return LayerNorm(config, name="ln_f")(x, prefixed(tap, "ln_f")), presents
 
     def embed(self, name: str, rows: int) -> nn.Embed:
@@ -457,6 +536,20 @@ class GPT2(nn.Module):
             embedding_init=normal(self.config.initializer_range),
             name=name,
         )
+
+
+def checked_remat(remat: str | bool) -> str:
+    """Returns the name of what is recomputed; True is "full" and False "none".
+
+    Raises:
+      ValueError: it is none of `REMAT`.
+    """
+    if isinstance(remat, bool):
+        return "full" if remat else "none"
+    if not isinstance(remat, str) or remat not in REMAT:
+        expected = ", ".join(f'"{name}"' for name in REMAT)
+        raise ValueError(f"`remat` must be one of {expected}, got {remat!r}.")
+    return remat
 
 
 def residual_stddev(config: GPT2Config) -> float:

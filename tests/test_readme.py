@@ -6,18 +6,32 @@ import io
 import re
 import shlex
 
+import pytest
+
 import gpt2_jax
 from gpt2_jax.commands import generate, main
 from tests.reference import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# A block of Python, and what it prints, if anything.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+PAGES = [page for page in sorted(ROOT.glob("docs/*.md")) if "```python" in page.read_text("utf-8")]
 
 
 def test_the_python_blocks_print_what_the_readme_says():
-    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+    blocks = BLOCK.findall(README)
     assert len(blocks) == 10
     scope = {}
     for code, expected in blocks:  # of a block without output, ""
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, scope)
+        assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_print_what_it_says(page):
+    scope = {}
+    for code, expected in BLOCK.findall(page.read_text(encoding="utf-8")):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, scope)
         assert printed.getvalue() == expected

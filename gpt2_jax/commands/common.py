@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+from jax.sharding import Mesh
+
 from gpt2_jax.generation.ranges import Range
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import MISSING_BYTES
 
 # Here and not in `main`: the help of `generate`, which is the default, lists them too.
@@ -55,6 +58,30 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
         "(default: error)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+
+
+def add_mesh_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds the argument that spreads a model over several devices."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="spread the model over devices, such as tensor=4 or data=2,fsdp=4: rows over data and "
+        "fsdp, params over fsdp and tensor (default: one device)",
+    )
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """Returns the mesh that is asked for.
+
+    Raises:
+      ValueError: it cannot be made: see `sharding.make_mesh`.
+    """
+    if args.mesh is None:
+        return None
+    try:
+        return make_mesh(args.mesh)
+    except ValueError as error:
+        raise ValueError(f"--mesh {args.mesh}: {error}") from error
 
 
 def check_numbers(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2_jax.commands.common import add_model_arguments, check_numbers, unwinding
+from gpt2_jax.commands.common import (
+    add_mesh_argument,
+    add_model_arguments,
+    check_numbers,
+    mesh_of,
+    unwinding,
+)
 from gpt2_jax.evaluation.tasks import TASKS, Figure, Model, fetch
 from gpt2_jax.generation import ranges
 from gpt2_jax.pretrained.loading import load_pretrained
@@ -41,6 +47,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "the hub)",
     )
     add_model_arguments(out)
+    add_mesh_argument(out)
     # Without float64, for which JAX would have to be set to 64 bits before anything else.
     out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     out.add_argument(
@@ -102,6 +109,7 @@ def load_model(args: argparse.Namespace) -> Model:
     config, params, tokenizer = load_pretrained(
         args.from_pretrained,
         dtype=args.dtype,
+        mesh=mesh_of(args),
         tokenizer_name=args.model_name,
         revision=args.revision,
         missing_bytes=args.missing_bytes,

@@ -23,9 +23,11 @@ from gpt2_jax.commands.common import (
     COMMANDS,
     DEFAULT_MODEL,
     Report,
+    add_mesh_argument,
     add_model_arguments,
     as_json,
     check_numbers,
+    mesh_of,
     reporter,
     unwinding,
 )
@@ -139,6 +141,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--device", choices=("cpu", "gpu", "tpu"), help="where to run (default: the best there is)"
     )
+    add_mesh_argument(group)
 
 
 def _add_text(group: argparse._ArgumentGroup) -> None:
@@ -351,6 +354,7 @@ def _load(args: argparse.Namespace) -> Pretrained:
     return load_pretrained(
         args.from_pretrained,
         dtype=args.dtype,
+        mesh=mesh_of(args),
         tokenizer_name=args.model_name,
         revision=args.revision,
         missing_bytes=args.missing_bytes,
@@ -574,7 +578,9 @@ def speculate(
     draft_config = draft_params = None
     if args.assistant_model:
         # Without a tokenizer: its ids must be the model's, and `speculate` compares how many.
-        draft_config, draft_params = gpt2_jax.load(args.assistant_model, dtype=args.dtype)
+        draft_config, draft_params = gpt2_jax.load(
+            args.assistant_model, dtype=args.dtype, mesh=mesh_of(args)
+        )
     # A model's guesses and the text's have a number each, and only one of the two guesses.
     n_guesses = args.num_assistant_tokens or args.prompt_lookup_num_tokens or DEFAULT_GUESSES
     made = gpt2_jax.speculate(

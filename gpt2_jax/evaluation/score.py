@@ -26,6 +26,7 @@ from gpt2_jax.inputs import Layout, check_ids, pad_rows
 from gpt2_jax.kernels import argmax
 from gpt2_jax.model import Params, hidden_states, token_logprobs_of, unembed
 from gpt2_jax.modules import Tap, no_tap, wide_dtype
+from gpt2_jax.sharding import automatic, constrain
 
 # C: how many tokens' logits, `[C, V]`, are held at once. With GPT-2's vocabulary that is 51 MB in
 # float32; all logits of 8 texts of 1024 tokens would be 1.6 GB.
@@ -131,6 +132,7 @@ def bits(nats: float) -> float:
 # Every token of a batch.
 
 
+@automatic
 def token_logprobs(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -431,6 +433,7 @@ class Batch(NamedTuple):
 
 
 @jax.jit
+@automatic
 def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
     """Returns the scores of a batch's targets, `[M]`. Compiled once for each shape of `ids`."""
     hidden = hidden_states(params, batch.ids, config=config)
@@ -455,7 +458,8 @@ def score_batch(params: Params, batch: Batch, *, config: GPT2Config) -> Scored:
     )
     # Not a `lax.map` over all chunks: most requests score a few tokens of many, and the head is a
     # good part of a small model's work.
-    return lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
+    scored = lax.fori_loop(0, batch.n_chunks, score_chunk, nothing)
+    return jax.tree.map(constrain, scored)  # on all devices of a mesh: the host looks at them
 
 
 def _rows_of(

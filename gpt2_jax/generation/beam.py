@@ -32,6 +32,7 @@ from gpt2_jax.generation.request import (
 from gpt2_jax.generation.sampling import History
 from gpt2_jax.model import decode_step, prefill
 from gpt2_jax.modules import Params
+from gpt2_jax.sharding import automatic, constrain
 
 # HF's score of what must not be chosen; finite, so that such beams still have an order.
 NEVER = -1e9
@@ -162,6 +163,7 @@ def beam_search(
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "num_beams", "early_stopping"))
+@automatic
 def _search(
     params: Params,
     request: Request,
@@ -192,7 +194,8 @@ def _search(
     logits, cache = prefill(params, request.ids, request.lengths, config=config, cache_len=slots)
     state = _begin(cache, request, num_beams, max_new_tokens)
     state = _choose(logits[state.source], state, search, early_stopping)
-    return jax.lax.while_loop(unfinished, step, state).finished
+    found = jax.lax.while_loop(unfinished, step, state).finished
+    return jax.tree.map(constrain, found)  # on all devices of a mesh: the host looks at them
 
 
 def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int) -> _State:

@@ -24,6 +24,7 @@ from gpt2_jax.generation.request import Past, Request, Rules, fold_rows
 from gpt2_jax.generation.sampling import History
 from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
 from gpt2_jax.modules import Params, no_tap
+from gpt2_jax.sharding import automatic, constrain
 
 AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
 
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("cache_len", "num_return_sequences"))
+@automatic
 def begin(
     params: Params,
     request: Request,
@@ -87,6 +89,7 @@ def begin(
 
 # Nothing is donated: a caller may go on from the same cache again.
 @partial(jax.jit, static_argnames="num_return_sequences")
+@automatic
 def resume(
     params: Params,
     past: Past,
@@ -120,6 +123,7 @@ def _repeat(
 
 # Donated, as in `choose` and `advance`: the cache is large, and one of it is enough.
 @partial(jax.jit, donate_argnames="cache")
+@automatic
 def read(
     params: Params,
     ids: Int[Array, "1 T"],
@@ -143,6 +147,7 @@ def read(
 
 # Inlined where another program calls it: its body is the end of each of their steps.
 @partial(jax.jit, donate_argnames="cache", inline=True)
+@automatic
 def choose(
     logits: Float[Array, "R V"],
     cache: KVCache,
@@ -165,12 +170,15 @@ def choose(
         lengths=(~done).astype(jnp.int32),
         logprobs=jnp.where(done, 0.0, logprob)[:, None],
     )
+    # On a mesh, on all devices: the host of each process looks at them.
+    made = jax.tree.map(constrain, made)
     # A row ends at a stop id, or as no position is left to read the token at.
     ends = jnp.isin(token, rules.stop_ids) | (cache.lengths + 1 >= config.n_positions)
-    return State(token, done | ends, ids, step + 1, cache), made
+    return State(token, constrain(done | ends), ids, step + 1, cache), made
 
 
 @partial(jax.jit, static_argnames="chunk", donate_argnames="state")
+@automatic
 def advance(
     params: Params,
     state: State,
@@ -229,6 +237,7 @@ _lengthen = jax.jit(kv_cache.lengthen, static_argnums=1)
 
 
 @partial(jax.jit, static_argnames="slots")
+@automatic
 def grow(state: State, *, slots: int) -> State:
     """Returns the state with room for `slots` tokens."""
     n_new = slots - state.ids.shape[1]

@@ -33,6 +33,7 @@ from gpt2_jax.generation.sampling import Categorical, History
 from gpt2_jax.kernels import argmax
 from gpt2_jax.model import extend, prefill
 from gpt2_jax.modules import Params
+from gpt2_jax.sharding import automatic, constrain
 
 # What each of the draws of a round folds into a row's key.
 DRAW_ACCEPT = 0
@@ -177,6 +178,7 @@ def speculate(
 
 
 @partial(jax.jit, static_argnames="sizes")
+@automatic
 def _speculate(
     params: Params,
     draft: _Draft | None,
@@ -198,7 +200,8 @@ def _speculate(
 
     state = _begin(params, draft, request, sizes, config=config)
     state = jax.lax.while_loop(lambda state: ~state.done.all(), round, state)
-    return _collect(state, request, sizes)
+    # On all devices of a mesh: the host looks at them.
+    return jax.tree.map(constrain, _collect(state, request, sizes))
 
 
 def _begin(

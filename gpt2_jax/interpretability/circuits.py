@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, head_matrix
 from gpt2_jax.modules import dense_kernel
+from gpt2_jax.sharding import automatic
 
 
 class HeadWeights(NamedTuple):
@@ -28,6 +29,7 @@ class HeadWeights(NamedTuple):
 # Circuits.
 
 
+@automatic
 def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeights:
     """Returns the kernels of a layer's heads, cut out of `c_attn` and `c_proj`."""
     block = params["h"][str(layer)]
@@ -43,6 +45,7 @@ def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeigh
     return HeadWeights(q=qkv[0], k=qkv[1], v=qkv[2], o=out)
 
 
+@automatic
 def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
     """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart.
 
@@ -54,6 +57,7 @@ def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
     return query @ key.T
 
 
+@automatic
 def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
     """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart."""
     weights = head_weights(params, layer, config=config)
@@ -65,6 +69,7 @@ def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
 # Equal models.
 
 
+@automatic
 def untie(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns the same model with a head of its own, a copy of its embeddings unless it has one."""
     # What is folded into the head must not reach the embeddings, with which it is one matrix.
@@ -74,6 +79,7 @@ def untie(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     return untied, params | {"lm_head": lm_head}
 
 
+@automatic
 def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns an equal model whose LayerNorms only normalise.
 
@@ -130,6 +136,7 @@ def _behind_plain_norm(dense: Params, norm: Params) -> Params:
     return behind
 
 
+@automatic
 def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns an equal model that writes nothing along (1, 1, ..., 1).
 
@@ -149,6 +156,7 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
     return config, jax.tree_util.tree_map_with_path(center, params)
 
 
+@automatic
 def center_unembed(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary."""
     # A number that is added to all logits alike is nothing to the softmax.

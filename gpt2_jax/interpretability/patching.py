@@ -30,10 +30,12 @@ from gpt2_jax.interpretability.taps import (
     site_axes,
 )
 from gpt2_jax.model import Params, hidden_states, unembed
+from gpt2_jax.sharding import automatic
 
 # Patching in every layer.
 
 
+@automatic
 def patching_sweep(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -109,6 +111,7 @@ def _out_of_batches(x: Shaped[Array, "batches L size ..."], count: int) -> Shape
     return by_mask[:, :count]
 
 
+@automatic
 def patch_each(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -240,6 +243,7 @@ class GrowingBatch:
 # Patching along paths.
 
 
+@automatic
 def path_patch(
     params: Params,
     ids: Int[ArrayLike, "B T"],

@@ -25,11 +25,13 @@ from gpt2_jax.interpretability.taps import (
 )
 from gpt2_jax.model import Params, head_matrix, unembed
 from gpt2_jax.modules import LayerNorm, wide_dtype
+from gpt2_jax.sharding import automatic
 
 # A function of the logits after each row's last token, `[B, V]`, such as a difference of two.
 Metric = Callable[[Array], Array]
 
 
+@automatic
 def attention_patterns(
     params: Params, ids: Int[ArrayLike, "B T"], *, config: GPT2Config
 ) -> Float[Array, "L B H T T"]:
@@ -45,6 +47,7 @@ def attention_patterns(
 # Lenses: what a residual stream says of the next token.
 
 
+@automatic
 def logit_lens(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -90,6 +93,7 @@ def _check_translators(kernels: AnyArray, biases: AnyArray, config: GPT2Config) 
         raise ValueError(f"`translators` must be {expected}, got {got_kernels} and {got_biases}.")
 
 
+@automatic
 def stream_logits(
     params: Params, x: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
@@ -114,6 +118,7 @@ class LogitAttribution(NamedTuple):
     ln_f_bias: Float[Array, "B T"]
 
 
+@automatic
 def direct_logit_attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -166,6 +171,7 @@ def _bias_or_zeros(layer: Params, config: GPT2Config) -> Float[Array, " D"]:
     return layer["bias"] if config.bias else jnp.zeros(config.n_embd, wide_dtype(config))
 
 
+@automatic
 def attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -227,6 +233,7 @@ def attribution(
 # Directions.
 
 
+@automatic
 def steering_vector(
     params: Params,
     ids: Int[ArrayLike, "B T"],

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, apply
 from gpt2_jax.pytrees import dataclass
+from gpt2_jax.sharding import automatic
 
 AnyArray = Array | np.ndarray
 # What becomes of an activation: a function of it, or a value that broadcasts to it.
@@ -217,6 +218,7 @@ class Recorder:
         return site in self.sites or self.edits.wants(site)
 
 
+@automatic
 def capture(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -260,6 +262,7 @@ def capture(
     return logits, recorder.acts
 
 
+@automatic
 def patch(
     params: Params,
     ids: Int[ArrayLike, "B T"] | None,
@@ -369,6 +372,7 @@ def axis_masks(site: str, over: str, length: int, *, config: GPT2Config) -> Bool
 # Activations, once they are there.
 
 
+@automatic
 def by_layer(acts: Mapping[str, ArrayLike], site: str) -> Shaped[Array, "L ..."]:
     """Returns the activations of a site, such as "attn.z", in every layer that was captured."""
     layers = {}
@@ -380,6 +384,7 @@ def by_layer(acts: Mapping[str, ArrayLike], site: str) -> Shaped[Array, "L ..."]
     return jnp.stack([layers[layer] for layer in sorted(layers)])
 
 
+@automatic
 def at_last_token(
     x: Float[Array, "B T ..."], lengths: Int[ArrayLike, " B"] | None = None
 ) -> Float[Array, "B ..."]:

@@ -6,6 +6,7 @@ imported only to read a `pytorch_model.bin`.
 """
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file as save_safetensors
 
 from gpt2_jax.config import DTYPES
 from gpt2_jax.files import (
@@ -39,12 +40,31 @@ TORCH = "pytorch_model.bin"
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a number, by safetensors' names
+# Safetensors' names of dtypes.
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+}
 # Pages of a mapped file count as this process's memory once they are read. After so many bytes the
 # file is mapped anew, which gives them back; a new map for each tensor would take too long.
 MAX_MAPPED_BYTES = 2**25
 
 Shape = tuple[int, ...]
 Tensor = Shaped[np.ndarray, "..."]  # on the host, in the dtype of its file; bfloat16 is ml_dtypes'
+Index = tuple[slice, ...]  # of a part of a tensor
+ReadPart = Callable[[Index], Tensor]
 
 
 @runtime_checkable
@@ -86,12 +106,25 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
+        return self._read(name, lambda opened: opened.get_tensor(name), self.shapes[name])
+
+    def parts(self, name: str) -> ReadPart:
+        """Returns what reads parts of a tensor, and of the file these alone."""
+        shape = self.shapes[name]
+
+        def read_part(index: Index) -> Tensor:
+            part_shape = tuple(len(range(n)[part]) for n, part in zip(shape, index, strict=True))
+            return self._read(name, lambda opened: opened.get_slice(name)[index], part_shape)
+
+        return read_part
+
+    def _read(self, name: str, get: Callable[[Any], Tensor], shape: Shape) -> Tensor:
         with self._open() as opened:
             dtype = opened.get_slice(name).get_dtype()
             # Safetensors would end in a panic of its own, and print pages about it.
-            np.empty(math.prod(self.shapes[name]) * BYTES.get(dtype, 1), np.uint8)
+            np.empty(math.prod(shape) * BYTES.get(dtype, 1), np.uint8)
             try:
-                return opened.get_tensor(name)
+                return get(opened)
             except (AttributeError, TypeError):  # it asks numpy for float8 by a name that it lacks
                 expected = f"one of {', '.join(DTYPES)}"
                 raise CheckpointError(f"{name}: expected {expected}, got {dtype}.") from None
@@ -210,6 +243,10 @@ class Shards:
         """Returns a tensor, from the file that holds it."""
         return self._reader_of[name].read(name)
 
+    def parts(self, name: str) -> ReadPart:
+        """Returns what reads parts of a tensor."""
+        return parts_of(self._reader_of[name], name)
+
     def file_of(self, name: str) -> Path | None:
         """Returns the file that holds a tensor."""
         return self._reader_of[name].file
@@ -236,6 +273,18 @@ class StateDict:
     def file_of(self, name: str) -> None:
         """Returns `None`, as there is no file."""
         del name
+
+
+def parts_of(reader: TensorReader, name: str) -> ReadPart:
+    """Returns what reads parts of a tensor. Call it once for each name.
+
+    A reader with a method `parts` reads these alone; of another's the whole is held meanwhile.
+    """
+    own = getattr(reader, "parts", None)
+    if own is not None:
+        return own(name)
+    whole = reader.read(name)
+    return lambda index: whole[index]
 
 
 def open_folder(folder: Path) -> TensorReader:
@@ -324,19 +373,59 @@ def to_numpy(array: Any) -> Tensor:
         raise CheckpointError(f"Expected {expected}, got {tensor.dtype}.") from None
 
 
-def save_file(file: Path, arrays: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes arrays to one file of safetensors, as readable as any other file that is made here."""
-    file.touch()  # safetensors would leave a file that only its owner may read
-    mode = file.stat().st_mode
-    # Safetensors writes an array's memory as it lies, whatever its strides say.
-    in_c_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    try:
-        save_safetensors(in_c_order, file, metadata)
-    except SafetensorError as error:
-        # The disk's, such as that it is full, in Rust's words: "... (os error 28)".
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise OSError(f"{file.name} could not be written: {error}") from error
-        code = int(found[1])
-        raise OSError(code, os.strerror(code)) from error  # `replacing` knows the target's name
-    file.chmod(mode)
+def save_file(file: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """Writes arrays to one file of safetensors, as safetensors' own function does.
+
+    That takes all arrays on the host; this one brings them there one by one, each by `on_host`, so
+    that the peak of memory is one array of several devices.
+    """
+    names = in_order(arrays)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        array = arrays[name]
+        dtype = SAFETENSORS_DTYPES.get(np.dtype(array.dtype).name)
+        if dtype is None:
+            expected = f"one of {', '.join(SAFETENSORS_DTYPES)}"
+            raise CheckpointError(f"{name}: expected {expected}, got {array.dtype}.")
+        start = end
+        end += array.nbytes
+        offsets = [start, end]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little"))
+        opened.write(text)
+        for name in names:
+            # In C order: an array's memory is written as it lies, whatever its strides say.
+            in_c_order = np.asarray(on_host(arrays[name]), order="C")
+            opened.write(in_c_order.reshape(-1).view(np.uint8).data)
+
+
+def in_order(arrays: Mapping[str, Any]) -> list[str]:
+    """Returns the names of arrays in the order in which `save_file` writes them."""
+    # The widest first, as theirs: then each begins at a multiple of its numbers' size.
+    return sorted(arrays, key=lambda name: (-np.dtype(arrays[name].dtype).itemsize, name))
+
+
+def on_host(array: Any) -> Tensor:
+    """Returns an array on the host; one that lies on several processes' devices, gathered.
+
+    All of these must call it, for the same arrays in the same order.
+    """
+    if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    if not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(array, tiled=True)
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        # Not `np.asarray(array)`, which JAX keeps for as long as the array lives: one after the
+        # other, the whole model would come to lie on the host.
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(jnp.copy(shard.data))
+    return whole

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gpt2_jax.config import PRESETS, GPT2Config
@@ -16,6 +17,7 @@ from gpt2_jax.pretrained import weights
 from gpt2_jax.pretrained.foreign import find
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
+from gpt2_jax.sharding import Rules
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError, files_in
 
@@ -42,6 +44,8 @@ def load_pretrained(
     dtype: DTypeLike | None = None,
     config: GPT2Config | None = None,
     heads: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     tokenizer_name: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -53,9 +57,10 @@ def load_pretrained(
     Args:
       name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
-      dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      dtype: dtype of the params: see `load`. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
       heads: also loads the heads that stand beside the model: see `load`.
+      mesh, rules: devices to spread the params over, and how: see `load`.
       tokenizer_name: whose tokenizer to take instead of the checkpoint's own: see `load_tokenizer`.
       revision: branch, tag or commit of the model on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
@@ -70,7 +75,7 @@ def load_pretrained(
       ValueError: the tokenizer is damaged, of a kind that cannot be read, or larger than the model.
       ConnectionError: the hub could not be reached and nothing is cached.
     """
-    dtype = weights.checked_dtype(dtype)  # before a download of gigabytes, not after it
+    dtype = weights.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -85,7 +90,9 @@ def load_pretrained(
             local_files_only=local_files_only,
             missing_bytes=missing_bytes,
         )
-        config, params = weights.load(folder, dtype=dtype, config=config, heads=heads)
+        config, params = weights.load(
+            folder, dtype=dtype, config=config, heads=heads, mesh=mesh, rules=rules
+        )
         # After the weights: where both fail, theirs is the error that is told.
         tokenizer = parsing.result()
     check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")

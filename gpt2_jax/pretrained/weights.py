@@ -10,12 +10,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
@@ -35,18 +36,21 @@ from gpt2_jax.pretrained.foreign.names import bare as bare_name
 from gpt2_jax.pretrained.formats import (
     SAFETENSORS,
     WEIGHT_FILE,
+    ReadPart,
     SafetensorsFile,
     Shape,
     StateDict,
     Tensor,
     TensorReader,
+    in_order,
+    on_host,
+    parts_of,
     save_file,
 )
 from gpt2_jax.pretrained.hub import naming_download, resolve
+from gpt2_jax.sharding import Rules, leaf_sharding, shardings
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import is_tokenizer_file
-
-State = Mapping[str, Tensor]  # HF's state dict: its name of each tensor -> the tensor
 
 # A parameter's path is HF's. This table holds the one difference: what a module's `weight` is
 # called here. Nothing is transposed, as HF's Conv1D keeps [in, out]. A file's names may lack the
@@ -65,6 +69,7 @@ LEAF = {
 HEADS = "heads."  # before the names of other heads, in the tree of params
 PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
+ROWS_AT_ONCE = 8192  # of two tables that are compared
 MAX_DEPTH = 100  # of a tree in a file of params; a model's is 5
 MAX_MISSING_LAYERS = 1000  # that are listed one by one before the report is cut
 MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives twelve a layer
@@ -72,6 +77,14 @@ MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives
 # Safetensors' metadata are strings. HF asks for the framework that wrote the file.
 HF_METADATA = {"format": "pt"}
 OUR_METADATA = {"format": "gpt2_jax"}
+
+
+class Target(NamedTuple):
+    """What becomes of the tensors of a file, and where."""
+
+    dtype: np.dtype | None  # None for the file's own
+    mesh: Mesh | None = None  # None for JAX's default device
+    rules: Rules | None = None  # of where params lie on the mesh
 
 
 # Folders in HF's layout.
@@ -83,6 +96,8 @@ def load(
     dtype: DTypeLike | None = None,
     config: GPT2Config | None = None,
     heads: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -92,11 +107,15 @@ def load(
     Args:
       name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
-      dtype: dtype of the params; by default the file's own. The config's `dtype` follows it.
+      dtype: dtype of the params; by default the file's own, but float32 for "demo", whose file is
+        float16 to be small. The config's `dtype` follows it.
       config: to take instead of the checkpoint's own, or where it has none.
       heads: also loads what stands beside a whole GPT-2, such as `score.weight` of a classifier or
         TRL's `v_head`: as `params["heads"]`, under HF's names. `apply` passes over them, `save`
         writes them back. Otherwise they are left out, with a warning.
+      mesh: devices to spread the params over, as `sharding.make_mesh` returns them. Of safetensors
+        each process reads the parts of its own devices alone; of other formats a tensor at a time.
+      rules: where params lie on the mesh: see `sharding.shardings`.
       revision: branch, tag or commit on the hub.
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
@@ -104,8 +123,12 @@ def load(
     Raises:
       CheckpointError: a `ValueError`; what was found is not a sound GPT-2 checkpoint.
       ConnectionError: the hub could not be reached and nothing is cached.
+      ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
     """
-    target = checked_dtype(dtype)  # before a download of gigabytes, not after it
+    if rules is not None and mesh is None:
+        raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+    # Before a download of gigabytes, not after it.
+    target = Target(asked_dtype(name_or_path, dtype), mesh, rules)
     path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -145,7 +168,8 @@ def save(
     Args:
       folder: where to; an existing folder must be empty unless `overwrite`, which keeps its other
         files.
-      params: the parameters, written bit for bit.
+      params: the parameters, written bit for bit; those of several devices one array at a time. In
+        a program of several processes all call this, and the first one writes.
       config: their config. The file's `dtype` is that of the params.
       tokenizer: is written with them, and takes the place of the one that was there.
       max_shard_size: bytes per weight file, beyond which the weights are split over several.
@@ -155,7 +179,10 @@ def save(
       CheckpointError: the params are not `config`'s, or `folder` is in use.
     """
     _check_depth(config, len(jax.tree.leaves(params)))
-    state = whole_state(params, config)
+    state = _whole_state(params, config)
+    if jax.process_index() > 0:
+        _help_to_write(state, max_shard_size)
+        return
     # HF's `generate` takes its stop ids from this second file, not from `config.json`.
     special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     keep = kept_files(with_tokenizer=tokenizer is not None)
@@ -166,6 +193,24 @@ def save(
         _write_weights(temporary, state, max_shard_size)
         if tokenizer is not None:
             tokenizer.save(temporary)
+    _wait_for_all()
+
+
+def _help_to_write(state: Mapping[str, Any], max_shard_size: int | None) -> None:
+    """Gathers what the first of several processes writes, in the order in which it does."""
+    for names in _shards(state, max_shard_size):
+        shard = {name: state[name] for name in names}
+        for name in in_order(shard):
+            on_host(shard[name])
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    """Waits until each process of a program has come this far."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("gpt2_jax: saved")
 
 
 def kept_files(*, with_tokenizer: bool) -> NameFilter:
@@ -180,7 +225,7 @@ def kept_files(*, with_tokenizer: bool) -> NameFilter:
     return keep
 
 
-def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> None:
+def _write_weights(folder: Path, state: Mapping[str, Any], max_shard_size: int | None) -> None:
     """Writes HF's names and arrays to one file, or to several and their index."""
     shards = _shards(state, max_shard_size)
     # Without an index, which HF has no need of for a single file.
@@ -198,7 +243,7 @@ def _write_weights(folder: Path, state: State, max_shard_size: int | None) -> No
     write_json(folder / f"{SAFETENSORS}.index.json", index)
 
 
-def _shards(state: State, max_size: int | None) -> list[list[str]]:
+def _shards(state: Mapping[str, Any], max_size: int | None) -> list[list[str]]:
     """Returns the names in each shard; a tensor larger than `max_size` has one to itself."""
     shard: list[str] = []
     shards = [shard]
@@ -231,9 +276,7 @@ def save_params(
     Raises:
       CheckpointError: the file exists and `overwrite` is not set.
     """
-    leaves = {}
-    for name, leaf in flatten_dict(params, sep=".").items():
-        leaves[name] = np.asarray(leaf)
+    leaves = dict(flatten_dict(params, sep="."))
     metadata = dict(OUR_METADATA)
     if config is not None:
         metadata["config"] = json.dumps(config.to_dict())
@@ -304,13 +347,17 @@ def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | Non
       CheckpointError: names are missing or unexpected or have another shape (all are reported
         together), a weight is not a finite float, or a tied head differs from `wte`.
     """
-    return _from_reader(upright(StateDict(state)), config, checked_dtype(dtype))
+    return _from_reader(upright(StateDict(state)), config, Target(checked_dtype(dtype)))
 
 
 def to_hf(params: Params) -> dict[str, Tensor]:
     """Returns the state dict that `GPT2LMHeadModel.save_pretrained` writes for these params."""
-    leaves = flatten_dict(params, sep=".")
-    return {_hf_name(path): np.asarray(leaf) for path, leaf in leaves.items()}
+    return {name: on_host(leaf) for name, leaf in _by_hf_name(params).items()}
+
+
+def _by_hf_name(params: Params) -> dict[str, Any]:
+    """Returns the params by HF's names, each array where it lies."""
+    return {_hf_name(path): leaf for path, leaf in flatten_dict(params, sep=".").items()}
 
 
 def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
@@ -319,8 +366,17 @@ def whole_state(params: Params, config: GPT2Config) -> dict[str, Tensor]:
     Raises:
       CheckpointError: the params are not `config`'s.
     """
-    state = to_hf(params)
-    heads = to_hf({"heads": params["heads"]}) if "heads" in params else {}
+    return {name: on_host(array) for name, array in _whole_state(params, config).items()}
+
+
+def _whole_state(params: Params, config: GPT2Config) -> dict[str, Any]:
+    """Returns `whole_state` of arrays that lie where those of the params do.
+
+    Raises:
+      CheckpointError: the params are not `config`'s.
+    """
+    state = _by_hf_name(params)
+    heads = _by_hf_name({"heads": params["heads"]}) if "heads" in params else {}
     shapes = {
         name.removeprefix(PREFIX): array.shape for name, array in state.items() if name not in heads
     }
@@ -405,12 +461,12 @@ def _hf_name(path: str) -> str:
 def _from_reader(
     reader: TensorReader,
     config: GPT2Config,
-    target: np.dtype | None,
+    target: Target,
     what: str = "the config",
     *,
     heads: bool = False,
 ) -> Params:
-    """Returns the params that a reader's tensors are, in the dtype `target` or their own.
+    """Returns the params that a reader's tensors are.
 
     `what` is what messages call the config, which may be to blame as well as the weights.
     """
@@ -439,6 +495,11 @@ def _from_reader(
                 f"A GPT-2 with other heads, which are left out: {left_out}.", stacklevel=4
             )
 
+    if target.mesh is not None:
+        shapes = {}
+        for bare, shape in expected.items():
+            shapes[_our_path(bare)] = jax.ShapeDtypeStruct(shape, np.float32)
+        shardings(shapes, target.mesh, target.rules)  # raises where they do not fit
     # Before the weights, as these are small: one that is no zero is told soon.
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
     for bare in zeros:
@@ -448,19 +509,31 @@ def _from_reader(
     leaves = {}
     for bare in _largest_first(expected):
         with naming(reader.file_of(names[bare]), bare):
-            array = reader.read(names[bare])
-            leaves[_our_path(bare)] = _as_param(array, bare, target)
+            read_part = parts_of(reader, names[bare])
+            path = _our_path(bare)
+            leaves[path] = _as_param(read_part, _Named(bare, path, expected[bare]), target)
         # While the table is at hand: kept for later, it would be one more of the largest tensor.
         if bare == "wte.weight" and tied_head is not None:
             with naming(reader.file_of(tied_head), "lm_head.weight"):
-                _check_tied(array, reader.read(tied_head))
+                _check_tied(read_part, parts_of(reader, tied_head), expected[bare])
     # They were read by size; the tree is in the order of the layers.
     paths = [_our_path(bare) for bare in expected]
     params = {path: leaves[path] for path in paths}
     for bare in other_heads if heads else []:
         with naming(reader.file_of(names[bare]), bare):
-            params[f"{HEADS}{bare}"] = _as_param(reader.read(names[bare]), bare, target)
+            read_part = parts_of(reader, names[bare])
+            path = f"{HEADS}{bare}"
+            named = _Named(bare, path, reader.shapes[names[bare]])
+            params[path] = _as_param(read_part, named, target)
     return unflatten_dict(params, sep=".")
+
+
+class _Named(NamedTuple):
+    """A tensor to be read."""
+
+    name: str  # HF's, without a prefix
+    path: str  # in the tree of params
+    shape: Shape
 
 
 def _by_bare_name(names: Iterable[str]) -> dict[str, str]:
@@ -575,13 +648,17 @@ def _misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: st
     return f"The weights do not fit {what}: {counts}.\n  {lines}"
 
 
-def _check_tied(wte: Shaped[np.ndarray, "V D"], head: Shaped[np.ndarray, "V D"]) -> None:
+def _check_tied(read_wte: ReadPart, read_head: ReadPart, shape: Shape) -> None:
     """Raises unless the head is `wte` again: by the config, it would be dropped."""
-    n_differing = np.count_nonzero(wte != head)
+    n_differing = 0
+    # Some rows at a time: where parts are read alone, the whole may be more than a host holds.
+    for start in range(0, shape[0], ROWS_AT_ONCE):
+        rows = (slice(start, start + ROWS_AT_ONCE), slice(None))
+        n_differing += np.count_nonzero(read_wte(rows) != read_head(rows))
     if n_differing:
         raise CheckpointError(
             "`tie_word_embeddings` is true, but `lm_head.weight` differs from `wte.weight` in "
-            f"{n_differing} of {wte.size} values: set `tie_word_embeddings` to false in "
+            f"{n_differing} of {math.prod(shape)} values: set `tie_word_embeddings` to false in "
             "config.json to keep both."
         )
 
@@ -597,6 +674,18 @@ def _check_no_bias(array: Tensor, name: str) -> None:
 
 
 # Arrays.
+
+
+def asked_dtype(name_or_path: str | Path, dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns the dtype to load a checkpoint in, or `None`, which stands for the file's own.
+
+    Raises:
+      CheckpointError: as `checked_dtype`.
+    """
+    # What is loaded by this name may be trained, which in float16 nobody would have asked for.
+    if dtype is None and name_or_path == "demo":
+        return np.dtype("float32")
+    return checked_dtype(dtype)
 
 
 def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -622,8 +711,34 @@ def _dtype_of(params: Params) -> str:
     return params["wte"]["embedding"].dtype.name
 
 
-def _as_param(array: Tensor, name: str, target: np.dtype | None) -> Shaped[Array, "..."]:
-    """Returns a weight on the device, in the dtype `target` or its own, with every value finite."""
+def _as_param(read_part: ReadPart, named: _Named, target: Target) -> Shaped[Array, "..."]:
+    """Returns a weight on its devices, in the target's dtype or its own, all values finite."""
+    if target.mesh is None:
+        whole = (slice(None),) * len(named.shape)
+        return _to_jax(_checked(read_part(whole), named.name, target.dtype), named.name)
+    sharding = leaf_sharding(named.path, named.shape, target.mesh, target.rules)
+    return _spread(read_part, named, sharding, target.dtype)
+
+
+def _spread(
+    read_part: ReadPart, named: _Named, sharding: NamedSharding, dtype: np.dtype | None
+) -> Shaped[Array, "..."]:
+    """Returns a weight of which each device holds a part, read part by part."""
+    last: list[Any] = [None, None]
+
+    def part(index: Any) -> Tensor:
+        # JAX asks for the part of each device; those that have the same one come together.
+        if last[0] != index:
+            array = _checked(read_part(index), named.name, dtype)
+            _check_has_dtype(array, named.name)
+            last[:] = [index, array]
+        return last[1]
+
+    return jax.make_array_from_callback(named.shape, sharding, part)
+
+
+def _checked(array: Tensor, name: str, target: np.dtype | None) -> Tensor:
+    """Returns an array in the dtype `target` or its own, with every value finite."""
     if array.dtype.name not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
         raise CheckpointError(f"{name}: expected {expected}, got {array.dtype.name}.")
@@ -633,7 +748,7 @@ def _as_param(array: Tensor, name: str, target: np.dtype | None) -> Shaped[Array
         with np.errstate(over="ignore"):  # numpy would warn; the next line says which and how many
             array = array.astype(target)
         _check_finite(array, f"{name} cast to {target.name}")
-    return _to_jax(array, name)
+    return array
 
 
 def _check_finite(array: Tensor, name: str) -> None:
@@ -646,8 +761,13 @@ def _check_finite(array: Tensor, name: str) -> None:
 
 def _to_jax(array: Tensor, name: str) -> Shaped[Array, "..."]:
     """Returns an array on the device. On CPU it may keep its memory: it must be nobody else's."""
+    _check_has_dtype(array, name)
+    return jax.device_put(array)
+
+
+def _check_has_dtype(array: Tensor, name: str) -> None:
+    """Raises unless JAX has an array's dtype."""
     # `device_put` would turn float64 into float32 with no more than a warning.
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         advice = "set `jax_enable_x64`, or ask for another `dtype`"
         raise CheckpointError(f"{name} would be {array.dtype.name}: {advice}.")
-    return jax.device_put(array)

@@ -44,8 +44,11 @@ class Recipe:
     dtype: str = option(
         "float32", "what the model computes in; parameters are float32 all the same"
     )
-    remat: bool = option(
-        False, "recompute activations in the backward pass: less memory, more time"
+    remat: str = option(
+        "none", "what the backward pass recomputes, for less memory: none, dots or full"
+    )
+    stack_layers: bool = option(
+        False, "scan over the layers as one stack: compiles sooner; for accelerators"
     )
     # Half a million tokens: nanoGPT's 12 windows, 5 accumulation steps, 8 GPUs.
     batch_size: int = option(480, "windows of an update")
@@ -77,6 +80,9 @@ class Recipe:
         self._check_counts()
         self._check_learning_rates()
         self._check_optimizer()
+        if self.remat not in ("none", "dots", "full"):
+            expected = '"none", "dots" or "full"'
+            raise ValueError(f"`remat` must be {expected}, got {self.remat!r}.")
         self.adapt(GPT2Config())  # raises where the dropout's rate or the dtype is not one
 
     @classmethod
@@ -91,6 +97,10 @@ class Recipe:
         if unknown:
             expected = ", ".join(sorted(known))
             raise ValueError(f"Expected the fields of a recipe, {expected}; got {unknown}.")
+        values = dict(values)
+        # What it was before there were degrees of it.
+        if isinstance(values.get("remat"), bool):
+            values["remat"] = "full" if values["remat"] else "none"
         return cls(**values)
 
     def config(self, *, vocab_size: int, eot_id: int | None) -> GPT2Config:

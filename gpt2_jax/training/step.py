@@ -26,23 +26,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout, check_ids
-from gpt2_jax.model import apply
-from gpt2_jax.modules import Params, wide_dtype
+from gpt2_jax.kernels import summed_cross_entropy
+from gpt2_jax.model import gathered, head_matrix, hidden_states, unembed
+from gpt2_jax.modules import Params, checked_remat, wide_dtype
 from gpt2_jax.rebuilt import Watch
-from gpt2_jax.sharding import batch_sharding
+from gpt2_jax.sharding import (
+    BATCH_AXES,
+    automatic,
+    automatic_update,
+    constrain,
+    places,
+    put_back,
+    together,
+)
+from gpt2_jax.stack import n_axes
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
     " learning rate as a schedule where it is to change."
 )
+
+# Numbers in the logits of a batch, 128 MiB in float32, beyond which its loss is computed by chunks.
+# In a step of GPT-2 124M on CPU, over 4 texts of 256 tokens, two chunks took the time of one.
+LARGEST_LOGITS = 2**25
 
 Metrics = dict[str, Array]  # scalars by name
 # `(params, batch, *, config, dropout_key) -> (loss, metrics)`
@@ -66,22 +78,15 @@ class _Batch(NamedTuple):
     inputs_embeds: Float[Array, "B T D"] | None  # what the model reads in the place of `ids`
 
 
-class _Places(NamedTuple):
-    """Where things lie on a mesh. A step says so to the compiler, which would else choose anew."""
-
-    state: tuple[NamedSharding, ...]  # of each leaf
-    parts: NamedSharding  # of `micro_batches`, `[N, B / N, ...]`
-
-
 class _Program(NamedTuple):
     """What shapes a step's program, beside the config. Static: each other value compiles anew."""
 
     tx: optax.GradientTransformation  # equal to itself alone, so the caller keeps one object
     micro_batches: int
-    remat: bool
+    remat: str
     loss_fn: Any  # None, or a function, likewise equal to itself alone
     trainable: str | tuple[str, ...] | None  # patterns of names; None for all
-    places: _Places | None  # None where the state lies on one device
+    places: Any = None  # where the state lies on a mesh: see `sharding.places`
 
 
 def init_state(
@@ -116,7 +121,7 @@ def init_state(
     state = TrainState(
         step=jnp.int32(0), params=combine(trained, frozen), opt_state=tx.init(trained)
     )
-    return _unshared(state)
+    return together(_unshared(state))
 
 
 def partition(params: Any, patterns: str | Sequence[str] | None) -> tuple[Any, Any]:
@@ -179,6 +184,7 @@ def _unshared(state: TrainState) -> TrainState:
     return jax.tree.map(own, state)
 
 
+@automatic
 def next_token_loss(
     params: Params,
     ids: Int[ArrayLike, "B T"],
@@ -190,7 +196,7 @@ def next_token_loss(
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
     dropout_key: PRNGKeyArray | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the mean negative log-likelihood of each token after those before it, and metrics.
 
@@ -210,7 +216,7 @@ def next_token_loss(
         whatever its weight.
       inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
       dropout_key: turns dropout on.
-      remat: recomputes each layer's activations in the backward pass instead of keeping them.
+      remat: what the backward pass recomputes: see `apply`.
 
     Returns:
       The loss, float32 (float64 in a float64 model), 0 where all weights are 0; and a dict of
@@ -223,7 +229,12 @@ def next_token_loss(
     batch = _make_batch(ids, weights, layout, inputs_embeds, config)
     weight = _predicted_weight(batch)
     loss = _share_of_loss(
-        params, batch, dropout_key, whole_weight=weight, config=config, remat=remat
+        params,
+        batch,
+        dropout_key,
+        whole_weight=weight,
+        config=config,
+        remat=checked_remat(remat),
     )
     return loss, {"loss": loss, "weight": weight}
 
@@ -238,7 +249,7 @@ def train_step(
     weights: Num[ArrayLike, "B T"] | None = None,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
     micro_batches: int = 1,
-    remat: bool = False,
+    remat: str | bool = "none",
     loss_fn: LossFn | None = None,
     trainable: str | Sequence[str] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -270,9 +281,10 @@ def train_step(
         `segment_ids` or `remat` stand beside a `loss_fn`, which does not take them.
     """
     # Everything is checked before the compiled step, which takes the state's memory away.
+    remat = checked_remat(remat)
     if loss_fn is None:
         batch = _make_batch(ids, weights, Layout(segment_ids=segment_ids), None, config)
-    elif weights is not None or segment_ids is not None or remat:
+    elif weights is not None or segment_ids is not None or remat != "none":
         raise ValueError(
             "`weights`, `segment_ids` and `remat` are the usual loss's: a `loss_fn` finds what it"
             " needs in its batch."
@@ -285,20 +297,9 @@ def train_step(
         trainable = tuple(trainable)
     _OPTIMIZERS.see(tx)
     # Not only in `init_state`: a state that a caller has made or restored may share arrays, too.
-    state = _unshared(state)
-    program = _Program(tx, micro_batches, remat, loss_fn, trainable, _places(state))
+    state = together(_unshared(state))
+    program = _Program(tx, micro_batches, remat, loss_fn, trainable, places(state))
     return _train_step(state, batch, key, config=config, program=program)
-
-
-def _places(state: TrainState) -> _Places | None:
-    """Returns where a state lies that is spread over a mesh, as `sharding.shard` places it."""
-    state_shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
-    if not all(isinstance(sharding, NamedSharding) for sharding in state_shardings):
-        return None
-    # Each part is spread over all devices: cut in order, it would lie on a few of them.
-    mesh = state_shardings[0].mesh
-    parts = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
-    return _Places(state_shardings, parts)
 
 
 def _check_parts(batch: Any, micro_batches: int) -> None:
@@ -320,6 +321,7 @@ def _check_parts(batch: Any, micro_batches: int) -> None:
 
 # Donated: with Adam's two moments a state is three times the params, and two states would be six.
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
+@automatic_update
 def _train_step(
     state: TrainState,
     batch: Any,
@@ -342,12 +344,12 @@ def _train_step(
 
     def value_and_grads(trained: Params) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         of_part = partial(jax.value_and_grad(loss_of, has_aux=True), trained)
-        return _summed(of_part, batch, step_key, program)
+        return _summed(of_part, batch, step_key, program.micro_batches)
 
     # A line search hands on what it does not know itself, and refuses what nobody takes.
     def value_fn(trained: Params, obj_fn: Any = None) -> Float[Array, ""]:
         del obj_fn
-        loss, _ = _summed(partial(loss_of, trained), batch, step_key, program)
+        loss, _ = _summed(partial(loss_of, trained), batch, step_key, program.micro_batches)
         return loss
 
     (loss, metrics), grads = value_and_grads(trained)
@@ -364,11 +366,8 @@ def _train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained, **_asked_for(extras, tx))
     params = combine(optax.apply_updates(trained, updates), frozen)
     next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-    if program.places is not None:
-        leaves, structure = jax.tree.flatten(next_state)
-        # Where it came from: else the next step would meet another layout, and compile anew.
-        kept = map(jax.lax.with_sharding_constraint, leaves, program.places.state)
-        next_state = jax.tree.unflatten(structure, kept)
+    # Where it lay before: elsewhere, the next step would be another program.
+    next_state = put_back(next_state, program.places)
     return next_state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
 
@@ -385,10 +384,9 @@ def _summed(
     of_part: Callable[[Any, PRNGKeyArray | None], Any],
     batch: Any,
     key: PRNGKeyArray | None,
-    program: _Program,
+    n_parts: int,
 ) -> Any:
     """Returns the sum of what a function gives for each part of a batch, a pytree."""
-    n_parts = program.micro_batches
     if n_parts == 1:
         return of_part(batch, key)
 
@@ -400,8 +398,8 @@ def _summed(
 
     numbers = jnp.arange(n_parts)
     parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)  # [N, B / N, ...]
-    if program.places is not None:
-        parts = jax.lax.with_sharding_constraint(parts, program.places.parts)
+    # Each part is spread over all devices: cut in order, it would lie on a few of them.
+    parts = jax.tree.map(lambda x: constrain(x, None, BATCH_AXES), parts)
     # A scan carries one kind of value throughout: its zeros are shaped without running a part.
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(of_part, first, key)
@@ -439,7 +437,7 @@ def _share_of_loss(
     *,
     whole_weight: Float[Array, ""],
     config: GPT2Config,
-    remat: bool,
+    remat: str,
 ) -> Float[Array, ""]:
     """Returns what a part of a batch adds to the loss of the whole.
 
@@ -450,8 +448,7 @@ def _share_of_loss(
     predicted = part.ids[:, 1:]
     embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
     layout = part.layout.without_last()
-    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
-    logits = apply(
+    hidden = hidden_states(
         params,
         read if embeds is None else None,
         config=config,
@@ -462,11 +459,32 @@ def _share_of_loss(
         dropout_key=dropout_key,
         remat=remat,
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)  # [B, T - 1]
-    total = (losses * part.weights[:, 1:]).sum()
+    total = _summed_losses(params, hidden, predicted, part.weights[:, 1:], config=config)
     # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
     divisor = jnp.where(whole_weight == 0, 1, whole_weight)
     return total / divisor
+
+
+def _summed_losses(
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    predicted: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    config: GPT2Config,
+) -> Float[Array, ""]:
+    """Returns the weighted sum of the losses, in float32 (float64 in a float64 model)."""
+    n_chunks = -(-predicted.size * config.vocab_size // LARGEST_LOGITS)
+    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
+    if n_chunks == 1:
+        logits = unembed(params, hidden, config=config)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)
+        return (losses * weights).sum()
+    table = gathered(head_matrix(params, config=config).astype(config.dtype))
+    chunk = -(-predicted.shape[1] // n_chunks)
+    return summed_cross_entropy(
+        hidden.astype(config.dtype), table, predicted, weights, chunk, config.precision
+    )
 
 
 def _predicted_weight(batch: _Batch) -> Float[Array, ""]:
@@ -563,7 +581,7 @@ def make_optimizer(
 def is_decayed(params: Params) -> Any:  # a tree of booleans
     """Returns which leaves decay: those of two axes; biases and LayerNorms do not."""
     # By axes, not by names: nanoGPT's rule (`configure_optimizers`), and right for any new layer.
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    return jax.tree.map_with_path(lambda path, leaf: n_axes(path, leaf) >= 2, params)
 
 
 def _muon(
@@ -592,6 +610,8 @@ def _kinds(params: Params) -> Any:  # a tree of strings
 
 def _orthogonal_update(path: tuple[Any, ...], update: Float[Array, "I O"]) -> Float[Array, "I O"]:
     """Returns the direction of a kernel's update, with entries of about 0.2 in the mean square."""
+    if n_axes(path, update) < update.ndim:  # a stack of layers
+        return jax.vmap(partial(_orthogonal_update, path[-2:]))(update)
     # Queries, keys and values are three matrices that stand side by side.
     n_matrices = 3 if path[-2].key == "c_attn" else 1
     directions = []

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.pretrained.formats import Shape, Tensor, TensorReader
+from gpt2_jax.pretrained.formats import ReadPart, Shape, Tensor, TensorReader, parts_of
 
 # What wrappers put before the names of a model that they hold: HF's heads, DistributedDataParallel,
 # torch.compile, Lightning, PEFT. Any of them may stand within another.
@@ -118,6 +118,13 @@ class Turned:
         array = self.reader.read(name)
         # In C order, as whoever writes an array's memory expects.
         return np.ascontiguousarray(array.T) if name in self.names else array
+
+    def parts(self, name: str) -> ReadPart:
+        """Returns what reads parts of a tensor."""
+        read_part = parts_of(self.reader, name)
+        if name not in self.names:
+            return read_part
+        return lambda index: np.ascontiguousarray(read_part(index[::-1]).T)
 
 
 def upright(reader: TensorReader) -> TensorReader:
