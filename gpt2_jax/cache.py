@@ -7,6 +7,7 @@ selected or forgotten, and never looks inside. Nothing here is jitted; everythin
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def write(
         # Rows and heads share an axis: all heads of a row are written at the slot of the row.
         slot = jnp.repeat(slot, n_heads // layer.groups)
         slot = jnp.concatenate([slot] * layer.groups)
-    return layer.replace(
+    return replace(
+        layer,
         keys=put(layer.keys, new.keys, slot, axis=2),
         values=put(layer.values, new.values, slot, axis=1),
     )
@@ -100,7 +102,7 @@ def write(
 
 def first_slots(layer: LayerCache, count: int) -> LayerCache:
     """Returns the cache of a layer's first `count` slots."""
-    return layer.replace(keys=layer.keys[..., :count], values=layer.values[:, :count])
+    return replace(layer, keys=layer.keys[..., :count], values=layer.values[:, :count])
 
 
 def scores(
@@ -234,7 +236,7 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
         return _joined(separate[rows], groups)
 
     layers = tuple(
-        layer.replace(keys=take(layer.keys, layer.groups), values=take(layer.values, layer.groups))
+        replace(layer, keys=take(layer.keys, layer.groups), values=take(layer.values, layer.groups))
         for layer in cache.layers
     )
     return KVCache(
@@ -377,7 +379,8 @@ def _lengthen_layers(layers: tuple[LayerCache, ...], count: int) -> tuple[LayerC
     more = (0, count)
     # Layer by layer: a stacked array would be copied whole at each step of a loop.
     return tuple(
-        layer.replace(
+        replace(
+            layer,
             keys=jnp.pad(layer.keys, (none, none, more)),
             values=jnp.pad(layer.values, (none, more, none)),
         )

@@ -466,10 +466,10 @@ def forward(
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
-    if is_stacked(params):
-        _check_stack_serves(shared, tap, config)
     body["wte"] = jax.tree.map(gathered, body["wte"])
     body["wpe"] = jax.tree.map(constrain, body["wpe"])
+    if is_stacked(params):
+        _check_stack_serves(shared, tap, config)
     model = GPT2(config)
     tap = placed(tap, shared.positions)
     # Linen's type says what any module might return.

@@ -58,7 +58,7 @@ RULES: Rules = (
 )
 
 
-def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of named axes, such as "data=2,fsdp=2,tensor=2" or a dict of these.
 
     Its axes are automatic: XLA decides how what is computed lies.
@@ -136,12 +136,11 @@ def leaf_sharding(
 ) -> NamedSharding:
     """Returns where one leaf lies, by its name and shape: see `shardings`."""
     rules = RULES if rules is None else rules
-    if is_in_stack(name):
-        # Rules speak of one layer: all devices have their part of each.
-        of_layer = leaf_sharding(f"layer.{name}".replace("h.", ""), shape[1:], mesh, rules)
-        return NamedSharding(mesh, P(None, *of_layer.spec))
     found = next((specs for pattern, specs in rules if re.search(pattern, name)), P())
     choices = (found,) if isinstance(found, P) else tuple(found)
+    # A stack of layers has one axis more, in front, which a scan goes along.
+    if is_in_stack(name):
+        choices = tuple(P(None, *spec) for spec in choices)
     # A scalar of an optimizer may stand under a param's name.
     specs = [_present(spec, mesh) if len(spec) <= len(shape) else P() for spec in choices]
     fitting = [spec for spec in specs if _misfit(shape, spec, mesh) is None]
@@ -165,7 +164,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _present(P(BATCH_AXES), mesh))
 
 
-def n_batch_shards(mesh: Mesh) -> int:
+def n_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts a batch is cut, of which its rows must be a multiple."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
@@ -363,8 +362,9 @@ def _leave(out: Any, mesh: AbstractMesh) -> Any:
         def of_leaf(leaf: Any) -> Any:
             if not isinstance(leaf, jax.Array):
                 return leaf
-            if not isinstance(leaf, Tracer) and _is_on_mesh(leaf):
-                spec = leaf.sharding.spec  # it is there already, and stays
+            place: Any = None if isinstance(leaf, Tracer) else leaf.sharding
+            if isinstance(place, NamedSharding):
+                spec = place.spec  # it is there already, and stays
             else:
                 spec = _fitting(P(first), leaf.shape, mesh)
             return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))

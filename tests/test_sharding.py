@@ -16,7 +16,7 @@ from gpt2_jax.generation import decode
 from gpt2_jax.interpretability.reading import logit_lens
 from gpt2_jax.pretrained.formats import SafetensorsFile
 from gpt2_jax.training import step
-from tests.reference import assert_near
+from tests.reference import ROOT, assert_near
 
 # Large weights: of small ones, all texts are alike.
 CONFIG = gpt2_jax.GPT2Config(
@@ -96,6 +96,12 @@ def test_a_vocabulary_that_does_not_divide_is_cut_by_width():
     mesh = sharding.make_mesh(ALL_AXES)
     spec = sharding.leaf_sharding("wte.embedding", (50257, 768), mesh).spec
     assert spec == P(None, ("tensor", "fsdp"))
+
+
+def test_a_stack_of_layers_is_cut_as_each_of_them_is():
+    mesh = sharding.make_mesh(ALL_AXES)
+    spec = sharding.leaf_sharding("0.trace.h.mlp.c_fc.kernel", (12, 768, 3072), mesh).spec
+    assert spec == P(None, "fsdp", "tensor")
 
 
 def test_the_first_rule_counts_and_each_must_find_a_leaf(params):
@@ -267,7 +273,7 @@ def test_a_decode_step_along_tensor_sums_activations_and_nothing_else(params, id
 
 def test_a_training_step_along_tensor_gathers_no_param(params, ids):
     state = gpt2_jax.init_state(sharding.shard(params, sharding.make_mesh("tensor=4")), TX)
-    program = step._Program(TX, 1, False, None, None, sharding.places(state))
+    program = step._Program(TX, 1, "none", None, None, sharding.places(state))
     batch = step._make_batch(ids, None, step.Layout(), None, CONFIG)
     lowered = step._train_step.lower(state, batch, None, config=CONFIG, program=program)
     sent = between_devices(lowered.compile().as_text())
@@ -282,6 +288,14 @@ def test_one_devices_program_says_nothing_of_places(params, ids):
 
 
 # Checkpoints.
+
+
+def test_the_block_of_the_page_prints_that_a_mesh_changes_nothing(capsys):
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "('fsdp', 'tensor')" in first and second == "True"
 
 
 def test_params_are_made_where_they_lie_of_the_same_bits(params):

@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 LOST = (
-    "Another process of this run has ended: its own messages say why. What was saved is whole: "
-    "start all processes again, with --resume."
+    "Another process of this run has ended: its own messages say why."
+    " Start all of them again, and resume."
 )
 SETTLED = b"\0"  # begins a line after which nothing is to be said any more
 # Lines of its log that tell of other processes; and what it says last of all.

@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except processes.LostProcessError as error:
         runtime_notes.settle()
-        raise CommandFailed(runtime_notes.LOST) from error
+        raise CommandFailed(error) from error
     except TrainingError as error:
         processes.leave()
         raise CommandFailed(error) from error

@@ -36,7 +36,6 @@ from gpt2_jax.pretrained.foreign.names import bare as bare_name
 from gpt2_jax.pretrained.formats import (
     SAFETENSORS,
     WEIGHT_FILE,
-    Index,
     ReadPart,
     SafetensorsFile,
     Shape,
@@ -727,7 +726,7 @@ def _spread(
     """Returns a weight of which each device holds a part, read part by part."""
     last: list[Any] = [None, None]
 
-    def part(index: Index) -> Tensor:
+    def part(index: Any) -> Tensor:
         # JAX asks for the part of each device; those that have the same one come together.
         if last[0] != index:
             array = _checked(read_part(index), named.name, dtype)

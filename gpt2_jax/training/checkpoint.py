@@ -251,12 +251,16 @@ class Checkpoints:
             self._manager.close()
 
 
+def placed_shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Returns what an array is restored by: its shape, its dtype and where it is to lie."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns what orbax restores an array by: its shape, its dtype and where it is to lie."""
+    """Returns it of a leaf that may not say where it lies."""
     # Said even for one device, as the devices on which it was saved may not be there.
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding = getattr(leaf, "sharding", None) or alone
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return placed_shape(leaf, getattr(leaf, "sharding", None) or alone)
 
 
 def _loss_of(metrics: dict[str, float]) -> float:

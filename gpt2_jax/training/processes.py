@@ -22,11 +22,8 @@ from jax._src import distributed  # the store has no public door; orbax takes th
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead; JAX's own default is 100
 PATIENCE_SECONDS = 3600.0  # of who waits for others that read data or weights
 FAREWELL_SECONDS = 10.0  # of who has failed, before it leaves those that do not answer
-# How the errors begin that a step raises where another process is gone, whatever connects them.
-LOST = re.compile(
-    r"Gloo|NCCL|Connection (reset|closed|refused)|Socket closed|Broken pipe|heartbeat"
-    r"|[Cc]oordination ?[Ss]ervice"
-)
+# What the error of a step names where another process is gone: that which connects them.
+LOST = re.compile(r"Gloo|NCCL|RCCL|[Cc]oordination ?[Ss]ervice|heartbeat")
 
 # Of what is told. Every process tells the same, in the same order, and so counts alike.
 _numbers = itertools.count()
@@ -84,7 +81,7 @@ def leave() -> None:
     """
     if distributed.global_state.client is None:
         return
-    with contextlib.suppress(ProcessError, jax.errors.JaxRuntimeError):
+    with contextlib.suppress(ProcessError, LostProcessError, jax.errors.JaxRuntimeError):
         exchange("", FAREWELL_SECONDS)
         jax.distributed.shutdown()
 
@@ -99,23 +96,21 @@ def exchange(text: str, seconds: float = PATIENCE_SECONDS) -> list[str]:
 
     Raises:
       ProcessError: some have given none in time.
+      LostProcessError: the first process is gone.
     """
     count = jax.process_count()
     if count == 1:
         return [text]
-    client = _client()
     place = f"gpt2_jax/{next(_numbers)}/"
-    client.key_value_set(f"{place}{jax.process_index()}", json.dumps(text))
+    _set(f"{place}{jax.process_index()}", json.dumps(text))
     end = time.monotonic() + seconds
-    # Not one of its barriers, in which no signal would be answered.
-    while len(pairs := client.key_value_dir_get(place)) < count:
+    # Not one of the runtime's barriers, in which no signal would be answered.
+    while len(texts := _texts_under(place)) < count:
         if time.monotonic() > end:
-            there = {_process_of(key) for key, _ in pairs}
-            missing = ", ".join(str(number) for number in range(count) if number not in there)
+            missing = ", ".join(str(number) for number in range(count) if number not in texts)
             raise ProcessError(f"Of {count} processes, {missing} did not come in {seconds:.0f} s.")
         time.sleep(0.02)
-    texts = {_process_of(key): json.loads(text) for key, text in pairs}
-    return [texts[number] for number in range(count)]
+    return [json.loads(texts[number]) for number in range(count)]
 
 
 @contextlib.contextmanager
@@ -131,14 +126,14 @@ def together(seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     """
     try:
         yield
+    except LostProcessError:
+        raise
     except Exception as error:
         if jax.process_count() > 1 and LOST.search(str(error)):
             # At once: the runtime ends this process, too, and with many lines.
-            raise LostProcessError(
-                f"Another process of this run has ended, and no step can be made: {error}"
-            ) from error
+            raise _lost(error) from error
         # Its own error is the one to raise, even where nobody hears of it.
-        with contextlib.suppress(ProcessError, jax.errors.JaxRuntimeError):
+        with contextlib.suppress(ProcessError, LostProcessError):
             exchange(_first_line(error) or type(error).__name__, seconds)
         raise
     for number, message in enumerate(exchange("")):
@@ -195,12 +190,40 @@ class StopAgreement:
             return self._requested()
         if self._requested() and not self._has_told:
             self._has_told = True
-            # Where another process was first, its step counts.
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(f"{self._place}step", str(step + 2))
+            _set(f"{self._place}{jax.process_index()}", str(step + 2))
         # One short request to the first process: a fraction of a millisecond.
-        told = _client().key_value_dir_get(self._place)
-        return bool(told) and step >= int(told[0][1])
+        told = _texts_under(self._place)
+        # The least, if several were asked: all see that one in time, whatever they see of others.
+        return bool(told) and step >= min(int(text) for text in told.values())
+
+
+def _set(key: str, text: str) -> None:
+    """Puts a text into the store, under a key of this process."""
+    with _naming_lost():
+        _client().key_value_set(key, text)
+
+
+def _texts_under(place: str) -> dict[int, str]:
+    """Returns the texts that are in the store so far, by the processes that put them there."""
+    with _naming_lost():
+        pairs = _client().key_value_dir_get(place)
+    return {int(key.rsplit("/", 1)[1]): text for key, text in pairs}
+
+
+@contextlib.contextmanager
+def _naming_lost() -> Iterator[None]:
+    """Turns an error of the store into one that says what it means: its keeper is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> LostProcessError:
+    return LostProcessError(
+        "Another process of this run has ended, or does not answer: its own messages say why."
+        f" Start all of them again, and resume. ({_first_line(error)})"
+    )
 
 
 def _client() -> Any:
@@ -212,10 +235,6 @@ def _client() -> Any:
             " first in each, or the options of the command that join them."
         )
     return client
-
-
-def _process_of(key: str) -> int:
-    return int(key.rsplit("/", 1)[1])
 
 
 def _first_line(error: Exception) -> str:

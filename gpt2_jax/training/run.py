@@ -2,7 +2,7 @@
 
 Knows recipes, corpora and folders; the arithmetic is `step.py`'s. On a mesh, and in several
 processes, each of them does all that stands here, but that the first alone writes and speaks; what
-a device or a process holds of an array is said in two places, `_state_maker` and `_on_mesh`.
+a device or a process holds of an array is said in two places, `_beginning` and `_on_mesh`.
 
 A run's folder holds
 
@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ from gpt2_jax.sharding import AXES, batch_sharding, make_mesh, n_batch_shards, s
 from gpt2_jax.stack import is_stacked, stack_layers, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError
-from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
+from gpt2_jax.training.checkpoint import Checkpoints, DamagedError, placed_shape
 from gpt2_jax.training.corpus import Corpus, open_corpus
 from gpt2_jax.training.data import Batches, Ids, Place, windows
 from gpt2_jax.training.log import (
@@ -123,6 +124,13 @@ class Position(NamedTuple):
     key: PRNGKeyArray  # of dropout and samples, one for the whole run: steps are folded in
 
 
+class Beginning(NamedTuple):
+    """The state before a run's first step, not yet made."""
+
+    make: Callable[[], TrainState]
+    shapes: TrainState  # `jax.ShapeDtypeStruct`s in the place of arrays; on a mesh, they say where
+
+
 class RunRecord(NamedTuple):
     """What the `run.json` of a run says of it."""
 
@@ -183,21 +191,23 @@ def fit(
         corpus = open_corpus(data)
         config, pretrained = _initial_model(recipe, corpus, from_pretrained, mesh)
         plan = _make_plan(local_path(out), recipe, config, corpus, from_pretrained, mesh)
-        make_state = _state_maker(plan, pretrained)
+        beginning = _beginning(plan, pretrained)
         del pretrained
     _check_agreement(plan, resume)
+    _connect(plan.mesh)
     with (
         _locked(plan.out),
         Checkpoints(plan.out / "checkpoints", n_latest=recipe.keep) as checkpoints,
         stop_requests() as stop_requested,
     ):
         if resume or not checkpoints.steps():
-            position = _starting_position(plan, make_state, checkpoints, say)
+            position = _starting_position(plan, beginning, checkpoints, say)
         else:
             advice = "resume it, or give another folder"
             raise CheckpointError(f"{plan.out} holds a run already: {advice}.")
-        del make_state  # with what it was made of: `position` has a copy of its own
+        del beginning  # with the weights in it: `position` has a copy of its own
         first_step = int(position.state.step)
+        agree({"first step": first_step})  # differs where each has a folder of its own
         with together():
             _write_run(plan, first_step)
         say(_opening_message(plan, position.state.params, first_step))
@@ -506,8 +516,8 @@ def _check_rows(recipe: Recipe, mesh: Mesh | None) -> None:
         )
 
 
-def _state_maker(plan: Plan, pretrained: Params | None) -> Callable[[], TrainState]:
-    """Returns what makes the state before the first step, on the devices where it belongs.
+def _beginning(plan: Plan, pretrained: Params | None) -> Beginning:
+    """Returns the state before the first step, on the devices where it belongs.
 
     Raises:
       ValueError: a param does not divide by the devices that it is to lie on.
@@ -523,13 +533,15 @@ def _state_maker(plan: Plan, pretrained: Params | None) -> Callable[[], TrainSta
     else:
         make = partial(_first_state, recipe=plan.recipe)
         source = pretrained
+    shapes = jax.eval_shape(make, source)
     if plan.mesh is None:
-        return partial(make, source)
-    # Under `jit` each device makes its own parts: none holds the whole.
-    places = shardings(jax.eval_shape(make, source), plan.mesh)
+        return Beginning(partial(make, source), shapes)
+    places = shardings(shapes, plan.mesh)
     if pretrained is not None:
         source = jax.tree.map(_cut, pretrained, shardings(pretrained, plan.mesh))
-    return partial(jax.jit(make, out_shardings=places), source)
+    # Under `jit` each device makes its own parts: none holds the whole.
+    make = partial(jax.jit(make, out_shardings=places), source)
+    return Beginning(make, jax.tree.map(placed_shape, shapes, places))
 
 
 def _first_state(params: Params, recipe: Recipe) -> TrainState:
@@ -571,11 +583,30 @@ def _check_agreement(plan: Plan, resume: bool) -> None:
     agree(_flat(plan.identity) | others)
 
 
+def _connect(mesh: Mesh | None) -> None:
+    """Lets the devices of several processes find each other, along all axes of a mesh.
+
+    On CPUs they give up after 30 seconds, and where each compiles at its own speed their first step
+    may be further apart. Here all begin at once, and what is compiled is next to nothing.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(1, len(axes) + 1) for group in combinations(axes, n)]
+
+    def sums(x: Array) -> list[Array]:
+        return [jax.lax.psum(x, group) for group in groups]
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    compiled = jax.jit(mapped).lower(np.float32(1)).compile()
+    with together():
+        exchange("")  # which waits for all to have compiled
+        jax.block_until_ready(compiled(np.float32(1)))
+
+
 def _starting_position(
-    plan: Plan,
-    make_state: Callable[[], TrainState],
-    checkpoints: Checkpoints,
-    say: Callable[[str], None],
+    plan: Plan, beginning: Beginning, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> Position:
     """Returns the position of the last checkpoint that is whole, or before the first step.
 
@@ -588,7 +619,7 @@ def _starting_position(
     position = None
     for step in reversed(checkpoints.steps()):
         try:
-            position = _restored_position(plan, make_state, checkpoints, step)
+            position = _restored_position(plan, beginning, checkpoints, step)
             break
         except DamagedError as error:
             # On to the one before. An error of another kind ends the search: this is not our run.
@@ -597,7 +628,7 @@ def _starting_position(
         # Also where a run is resumed that was killed before its first checkpoint. Folded, as the
         # key of the seed itself made the initial weights.
         key = jax.random.fold_in(jax.random.key(plan.recipe.seed), 1)
-        return Position(state=make_state(), cursor=0, key=key)
+        return Position(state=beginning.make(), cursor=0, key=key)
     if position is None:
         steps = ", ".join(str(step) for step in damaged)
         advice = f"delete {plan.out} to begin anew"
@@ -612,7 +643,7 @@ def _starting_position(
 
 
 def _restored_position(
-    plan: Plan, make_state: Callable[[], TrainState], checkpoints: Checkpoints, step: int
+    plan: Plan, beginning: Beginning, checkpoints: Checkpoints, step: int
 ) -> Position:
     """Returns the position of a checkpoint.
 
@@ -630,15 +661,8 @@ def _restored_position(
         raise DamagedError(f"{checkpoints.folder}: expected what `fit` saves, {got}.") from error
     _check_same_run(checkpoints.folder, plan.identity, identity)
     # Shapes alone: a fresh state beside the restored one would double the memory.
-    shapes = jax.eval_shape(make_state)
-    if plan.mesh is not None:
-        places = shardings(shapes, plan.mesh)
-        shapes = jax.tree.map(_placed_shape, shapes, places)
-    return Position(state=checkpoints.restore(shapes, step), cursor=cursor, key=key)
-
-
-def _placed_shape(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    state = checkpoints.restore(beginning.shapes, step)
+    return Position(state=state, cursor=cursor, key=key)
 
 
 @contextlib.contextmanager
@@ -862,7 +886,7 @@ def _sample_or_note(
     plan: Plan, position: Position, step: int, say: Callable[[str], None]
 ) -> str | None:
     """Returns a text of the model's own; where there is none to be had, says why."""
-    if plan.recipe.sample_tokens == 0 or plan.corpus.tokenizer is None:
+    if _n_sampled(plan) == 0:
         return None
     params = _gathered(position.state.params, plan.mesh)
     if params is None:  # in all processes but the first
@@ -883,29 +907,34 @@ def _gathered(params: Params, mesh: Mesh | None) -> Params | None:
     """
     if mesh is None:
         return params
-    whole = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    whole = NamedSharding(mesh, PartitionSpec())
 
     # One after the other: no device but the first ever holds more than one of them.
     def gather(leaf: Array) -> Array | None:
-        everywhere = whole(leaf)
+        everywhere = jax.device_put(leaf, whole)
         return everywhere.addressable_data(0) if is_first() else None
 
     gathered = jax.tree.map(gather, params)
     return gathered if is_first() else None
 
 
-def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:
-    """Returns a text that the model makes up, where there is a tokenizer to read it with.
+def _n_sampled(plan: Plan) -> int:
+    """Returns how many tokens a sample has; 0 where there is nothing to read it with."""
+    if plan.corpus.tokenizer is None or plan.corpus.val is None:
+        return 0
+    return min(plan.recipe.sample_tokens, plan.config.n_positions - 1)  # one for the prompt
+
+
+def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str:
+    """Returns a text that the model makes up.
 
     It goes on from the end of a text or, in a vocabulary without one, from a token of the data.
     """
     tokenizer = plan.corpus.tokenizer
-    n_tokens = min(plan.recipe.sample_tokens, plan.config.n_positions - 1)  # one for the prompt
-    if tokenizer is None or plan.corpus.val is None or n_tokens == 0:
-        return None
-    first_id = (
-        plan.corpus.val.read(Place(0, 0, 1))[0] if tokenizer.eot_id is None else tokenizer.eot_id
-    )
+    assert tokenizer is not None and plan.corpus.val is not None, "`_n_sampled` said so"
+    first_id = tokenizer.eot_id
+    if first_id is None:
+        first_id = plan.corpus.val.read(Place(0, 0, 1))[0]
     # A vocabulary of characters has fewer tokens than 200.
     top_k = TopK(min(SAMPLE_TOP_K, plan.config.vocab_size))
     sampled = generate(
@@ -914,7 +943,7 @@ def _sample_text(plan: Plan, params: Params, key: PRNGKeyArray) -> str | None:
         None,
         key,  # the same each time: samples differ by what was learnt between them
         config=plan.config,
-        max_new_tokens=n_tokens,
+        max_new_tokens=_n_sampled(plan),
         sampler=Categorical(Chain((Temperature(SAMPLE_TEMPERATURE), top_k))),
     )
     length = int(sampled.lengths[0])

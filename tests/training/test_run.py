@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,27 +17,17 @@ import gpt2_jax
 from gpt2_jax.files import CheckpointError, lock
 from gpt2_jax.training import corpus as corpus_module
 from gpt2_jax.training import run as run_module
+from gpt2_jax.training import step as step_module
 from gpt2_jax.training.data import DataError
-from gpt2_jax.training.recipes import Recipe
+from gpt2_jax.training.log import read_metrics
 from gpt2_jax.training.run import TrainingError, export, fit, read_run
-from tests.reference import ROOT
-
-SMALL = Recipe(
-    n_layer=1,
-    n_head=2,
-    n_embd=16,
-    n_positions=8,
-    dropout=0.1,
-    batch_size=4,
-    micro_batches=2,
-    steps=12,
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    warmup_steps=2,
-    eval_every=6,
-    save_every=4,
-    log_every=1,
-    sample_tokens=5,
+from tests.training.runs import (
+    SMALL,
+    checkpoint_steps,
+    curve,
+    train,
+    wait_for,
+    write_corpus,
 )
 
 
@@ -49,29 +38,8 @@ def quiet(text):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of token files, as `prepare` makes them, of few letters, each a token."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = ("the cat sat on the mat and the dog sat on the log " * 20).encode()
-    letters = sorted(set(text.decode()))
-    space = "\u0120"
-    gpt2_jax.Tokenizer({space if c == " " else c: i for i, c in enumerate(letters)}, []).save(
-        folder
-    )
-    ids = np.array([letters.index(chr(byte)) for byte in text], np.uint16)
-    ids[:900].tofile(folder / "train.bin")
-    ids[900:].tofile(folder / "val.bin")
-    meta = {"dtype": "uint16", "vocab_size": len(letters), "val": {"tokens": 100, "bytes": 100}}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
-
-
-def curve(run):
-    """What is to be the same whatever happened: all metrics but the speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
-        for line in lines
-    ]
+    """A small corpus."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -125,52 +93,6 @@ def ids_of(corpus, text):
     return [vocab[char.replace(" ", "\u0120")] for char in text]
 
 
-def train(corpus, out, *options, **kwargs):
-    """Starts `scripts/train.py` on the tiny recipe."""
-    fields = dataclasses.asdict(SMALL)
-    flags = [f"--{name}={value}" for name, value in fields.items() if not isinstance(value, bool)]
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "train.py",
-        corpus,
-        "--out",
-        out,
-        *flags,
-        *options,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **kwargs)
-
-
-def wait_for(condition, process, seconds=90):
-    """Waits until `condition()` or the process has ended."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-
-
-def checkpoint_there(run):
-    """Whether a run has saved anything."""
-    return any(child.name.isdigit() for child in (run / "checkpoints").glob("*"))
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_the_curve_is_that_of_an_undisturbed_run(corpus, tmp_path):
-    steps = ["--steps=300", "--save_every=10", "--eval_every=100", "--sample_tokens=0", "--quiet"]
-    whole = train(corpus, tmp_path / "whole", *steps)
-    killed = train(corpus, tmp_path / "killed", *steps)
-    wait_for(lambda: checkpoint_there(tmp_path / "killed"), killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert len(curve(tmp_path / "killed")) < 300
-    resumed = train(corpus, tmp_path / "killed", *steps, "--resume")
-    for process in (whole, resumed):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-
-
 @pytest.mark.slow
 def test_ctrl_c_saves_and_stops(corpus, tmp_path):
     run = tmp_path / "run"
@@ -181,8 +103,7 @@ def test_ctrl_c_saves_and_stops(corpus, tmp_path):
     assert process.returncode == 130, errors
     assert "--resume goes on from there" in errors
     assert "Traceback" not in errors
-    saved = [int(child.name) for child in (run / "checkpoints").glob("[0-9]*")]
-    assert saved == [curve(run)[-1]["step"]]
+    assert checkpoint_steps(run) == [curve(run)[-1]["step"]]
 
 
 def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path, monkeypatch):
@@ -204,6 +125,84 @@ def test_resumed_in_one_process_the_curve_is_the_same(corpus, finished, tmp_path
     before = curve(tmp_path / "run")
     summary = fit(SMALL, corpus, tmp_path / "run", resume=True, say=quiet)  # nothing is left to do
     assert summary.finished and curve(tmp_path / "run") == before
+
+
+def test_on_a_mesh_the_curve_is_that_of_one_device_and_a_run_goes_on_on_any(
+    corpus, finished, tmp_path, monkeypatch
+):
+    spread = tmp_path / "spread"
+    before = step_module._train_step._cache_size()
+    saved = []
+    monkeypatch.setattr(run_module, "_advance", stop_after(6, run_module._advance, saved))
+    with pytest.raises(TrainingError, match="as if"):
+        fit(SMALL, corpus, spread, mesh="data=2,tensor=2", say=quiet)
+    monkeypatch.undo()
+    # One program for all steps; what lay in the fourth checkpoint is in four parts.
+    assert step_module._train_step._cache_size() == before + 1
+    kernel = saved[4].params["h"]["0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
+    assert json.loads((spread / "run.json").read_text())["devices"] == {
+        "mesh": {"data": 2, "fsdp": 1, "tensor": 2},
+        "processes": 1,
+    }
+    fit(SMALL, corpus, spread, resume=True, say=quiet)
+    for one, other in zip(curve(spread), curve(finished), strict=True):
+        assert one.keys() == other.keys() and one.get("sample") == other.get("sample")
+        numbers = [name for name in one if name != "sample"]
+        np.testing.assert_allclose(
+            [one[name] for name in numbers], [other[name] for name in numbers], rtol=2e-5
+        )
+
+
+def stop_after(n_steps, advance, states):
+    """As if the machine stopped after some steps, whose states are kept on the host."""
+
+    def step(plan, position, number):
+        if number > n_steps:
+            raise TrainingError("as if the machine had stopped")
+        position, metrics = advance(plan, position, number)
+        states.append(jax.tree.map(jnp.copy, position.state))
+        return position, metrics
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        ("data=9", "A mesh of data=9,fsdp=1,tensor=1 needs 9 devices, there are 8"),
+        ("data=2,fsdp=2", "`batch_size` 4 in `micro_batches` 2 are 2 rows at a time, .* of the 4"),
+        ("tensor=3", r"attn.c_proj.kernel \[16, 16\]: axis 0, of 16, must divide by the 3"),
+        ("pipeline=2", "axes of data, fsdp, tensor, got 'pipeline'"),
+        (jax.make_mesh((2,), ("x",)), r"axes of data, fsdp, tensor, got \['x'\]"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_there_is_a_folder(
+    corpus, tmp_path, mesh, message
+):
+    with pytest.raises(ValueError, match=message):
+        fit(SMALL, corpus, tmp_path / "run", mesh=mesh, say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_gets_the_metrics_and_what_it_raises_comes_out_behind_a_checkpoint(
+    corpus, finished, tmp_path
+):
+    told = []
+
+    def log(step, values):
+        told.append({"step": step} | values)
+        if step == 6 and "val_loss" in values:
+            raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        fit(SMALL, corpus, tmp_path / "run", log=log, say=quiet)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert told == lines[:7]
+    # As after Ctrl-C: the step that had begun is the last, and saved.
+    assert checkpoint_steps(tmp_path / "run")[-1] == lines[-1]["step"] == 7
+    fit(SMALL, corpus, tmp_path / "run", resume=True, log=lambda step, values: None, say=quiet)
+    assert curve(tmp_path / "run") == curve(finished)
 
 
 def test_a_finished_run_is_not_overwritten(corpus, finished):
@@ -255,8 +254,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(corp
     )
     with pytest.raises(TrainingError, match=r"Step \d+, batch \d+: the loss is (nan|inf)"):
         fit(wild, corpus, run, say=quiet)
-    last = max(int(child.name) for child in (run / "checkpoints").glob("[0-9]*"))
-    assert last == curve(run)[-1]["step"]
+    assert checkpoint_steps(run)[-1] == curve(run)[-1]["step"]
 
 
 def test_fine_tuning_starts_from_the_weights(corpus, finished, tmp_path):
@@ -371,7 +369,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
 
 
 def test_where_no_checkpoint_is_whole_it_says_what_to_delete(corpus, copied, tmp_path):
-    steps = sorted(int(child.name) for child in (copied / "checkpoints").iterdir())
+    steps = checkpoint_steps(copied)
     for step in steps:
         cut(copied, step)
     before = sorted(str(file) for file in copied.rglob("*"))
