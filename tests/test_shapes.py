@@ -34,7 +34,8 @@ gpt2_jax.generate(params, ids, lengths, key, config=config, max_new_tokens=5, sa
 gpt2_jax.generate(params, ids, config=config, max_new_tokens=30, overflow="slide")
 made = gpt2_jax.generate(
     params, ids, None, key, config=config, max_new_tokens=3, num_return_sequences=2,
-    sampler=gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5)), outputs=("scores", "embed")
+    sampler=gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5)),
+    outputs=("scores", "embed"),
 )
 gpt2_jax.join(ids, lengths, made)
 jax.jit(lambda ids: gpt2_jax.generate(params, ids, config=config, max_new_tokens=3))(ids)
