@@ -487,9 +487,9 @@ def sampler_from_options(
     """Returns the sampler that HF's `generate` is with these options.
 
     Options are such as `{"top_k": 50, "temperature": 0.7}`; two names are OpenAI's:
-    `frequency_penalty` and `presence_penalty`. It compiles nothing. An option that is None, or has the value that
+    `frequency_penalty` and `presence_penalty`. An option that is None, or has the value that
     changes nothing, is left out. Nothing is cut that is not asked for: HF's own default is
-    `top_k=50`.
+    `top_k=50`. It compiles nothing.
 
     Args:
       options: HF's name of each option to its value.
