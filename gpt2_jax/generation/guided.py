@@ -108,6 +108,9 @@ class Guidance(SecondModel):
     ids: Any = None
     lengths: Any = None
 
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale, ranges.FINITE)
+
     def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Reading:
         """Returns the state after the other prompts."""
         n_rows = ids.shape[0]

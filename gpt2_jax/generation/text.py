@@ -16,7 +16,7 @@ from gpt2_jax.tokenizer import Tokenizer
 
 
 class Continuation:
-    """What follows a prompt, as it grows.
+    """What follows a prompt, as it grows. It is of the host, and compiles nothing.
 
     Attributes:
       prompt: the text that is continued.
