@@ -32,10 +32,10 @@ options |= {"top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "min_new_tokens": 2}
 sampler = gpt2_jax.sampler_from_options(options, do_sample=True, stop_ids=(0,))
 gpt2_jax.generate(params, ids, lengths, key, config=config, max_new_tokens=5, sampler=sampler)
 gpt2_jax.generate(params, ids, config=config, max_new_tokens=30, overflow="slide")
-guided = gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5))
 made = gpt2_jax.generate(
     params, ids, None, key, config=config, max_new_tokens=3, num_return_sequences=2,
-    sampler=guided, outputs=("scores", "embed")
+    sampler=gpt2_jax.Categorical(gpt2_jax.Guidance(params, config, 1.5)),
+    outputs=("scores", "embed"),
 )
 gpt2_jax.join(ids, lengths, made)
 jax.jit(lambda ids: gpt2_jax.generate(params, ids, config=config, max_new_tokens=3))(ids)

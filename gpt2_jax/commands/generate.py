@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -485,7 +486,7 @@ def make_sampler(args: argparse.Namespace, model: Pretrained) -> Any:
     if form is None:
         return sampler
     # Before the options, so that cuts count what the form allows.
-    return sampler.replace(transform=gpt2_jax.Chain((form, sampler.transform)))
+    return replace(sampler, transform=gpt2_jax.Chain((form, sampler.transform)))
 
 
 def read_form(args: argparse.Namespace, model: Pretrained) -> Any:

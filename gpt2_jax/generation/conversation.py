@@ -30,7 +30,7 @@ BLOCK = 32  # tokens that are read at a time
 
 
 class Conversation:
-    """A text that a user and the model write in turns.
+    """A text that a user and the model write in turns. Compiles itself.
 
     What was read stays in the cache: a turn reads its own part.
 

@@ -39,7 +39,7 @@ def load_generation_config(
 ) -> dict[str, Any]:
     """Reads a checkpoint's `generation_config.json` into arguments: `generate(..., **arguments)`.
 
-    If `num_beams` is one of them, they are those of `beam_search`.
+    If `num_beams` is one of them, they are those of `beam_search`. It compiles nothing.
 
     As in HF's `generate`, sampling is cut to the 50 likeliest tokens unless the file says
     otherwise.

@@ -92,7 +92,8 @@ class Guidance(SecondModel):
 
     `log p(x | other) + scale (log p(x | prompt) - log p(x | other))`, HF's `guidance_scale`: above
     1 the prompt counts more. The other prompt, HF's `negative_prompt_ids`, is followed by the same
-    new tokens. As in HF's list it comes before all other transforms.
+    new tokens. As in HF's list it comes before all other transforms:
+    `Categorical(Chain((Guidance(params, config, 1.5), TopK(40))))`.
 
     Args:
       params, config: the model, the same as that which generates.
@@ -106,6 +107,9 @@ class Guidance(SecondModel):
     scale: PerRow
     ids: Any = None
     lengths: Any = None
+
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale, ranges.FINITE)
 
     def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Reading:
         """Returns the state after the other prompts."""
@@ -134,7 +138,8 @@ class Contrastive(SecondModel):
     """Contrastive decoding (arXiv:2210.15097): what an expert likes and an amateur does not.
 
     `log p_expert - log p_amateur`, among the tokens that the expert finds at least `alpha` times as
-    likely as its likeliest. It comes before cuts, and has the scale of logits.
+    likely as its likeliest. It comes before cuts, and has the scale of logits:
+    `Greedy(Contrastive(amateur_params, amateur_config))`.
 
     Args:
       params, config: the amateur, a smaller model of the same vocabulary.

@@ -489,7 +489,7 @@ def sampler_from_options(
     Options are such as `{"top_k": 50, "temperature": 0.7}`; two names are OpenAI's:
     `frequency_penalty` and `presence_penalty`. An option that is None, or has the value that
     changes nothing, is left out. Nothing is cut that is not asked for: HF's own default is
-    `top_k=50`.
+    `top_k=50`. It compiles nothing.
 
     Args:
       options: HF's name of each option to its value.
@@ -551,8 +551,9 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(options.keys() - set(names))
     if unknown:
         listed = ", ".join(unknown)
+        supported = ", ".join(names)
         raise ValueError(
-            f"These options are not supported: {listed}. There are {', '.join(names)}."
+            f"These options are not supported: {listed}. There are {supported}.{_advice(unknown)}"
         )
     # In the order of the table, whatever order the user's are in: transforms do not commute.
     return {
@@ -560,6 +561,13 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
         for option in known
         if not changes_nothing(option, options.get(option.name))
     }
+
+
+def _advice(unknown: Sequence[str]) -> str:
+    """Returns what else there is for options that are no transforms made of a value."""
+    elsewhere = {name: here for name, here, _ in ELSEWHERE if here != "raises"}
+    known = [f"`{name}` is {elsewhere[name]}" for name in unknown if name in elsewhere]
+    return f" Elsewhere: {'; '.join(known)}." if known else ""
 
 
 def changes_nothing(option: Option, value: Any) -> bool:

@@ -576,7 +576,9 @@ class Sampler(Protocol):
     """What chooses the next token of each row: `Greedy`, `Categorical`, and those of `as_sampler`.
 
     `transform` is what it does to logits before it chooses, or None where that is not known. Beam
-    search and speculation need it: they choose by rules of their own.
+    search and speculation need it: they choose by rules of their own. A class of its own method
+    `pick(keys, scores)`, to which transformed logits are given, has these computed once, for the
+    choice and for what `generate` says of it.
     """
 
     draws: ClassVar[bool]  # whether its choice is random, so that it needs keys

@@ -16,7 +16,7 @@ from gpt2_jax.tokenizer import Tokenizer
 
 
 class Continuation:
-    """What follows a prompt, as it grows.
+    """What follows a prompt, as it grows. It is of the host, and compiles nothing.
 
     Attributes:
       prompt: the text that is continued.
@@ -187,7 +187,10 @@ def _grow(rows: list[Continuation], pieces: Iterator[Generation]) -> Iterator[li
 def complete(
     params: Params, tokenizer: Tokenizer, prompts: Sequence[str], *args: Any, **options: Any
 ) -> list[Continuation]:
-    """Returns the finished continuations of `stream_text`, whose arguments it takes."""
+    """Returns the finished continuations of `stream_text`, whose arguments it takes.
+
+    Compiles itself.
+    """
     # Each time the same rows, further on: the last have all of it.
     *_, rows = stream_text(params, tokenizer, prompts, *args, **options)
     return rows
@@ -201,6 +204,8 @@ def encode_batch(
     add_special_tokens: bool = True,
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns texts as `generate` takes them: ids, padded on the right, and lengths, in int32.
+
+    It compiles nothing.
 
     Args:
       tokenizer: of the model.

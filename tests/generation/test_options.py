@@ -442,6 +442,7 @@ def test_ids_of_a_generation_config_that_the_vocabulary_lacks_are_left_out(tmp_p
         ),
         ({"length_penalty": 2.0}, "length_penalty acts on beams: set `num_beams`"),
         ({"watermarking_config": {}}, "These options are not supported: watermarking_config"),
+        ({"prefix_allowed_tokens_fn": 1}, "_fn` is `PrefixAllowedTokens`"),
         ({"max_length": 30}, "`max_length` counts the prompt, so `prompt_length` must be given"),
         ({"temperature": 0.7}, "temperature acts on random draws: set `do_sample`"),
         (

@@ -11,6 +11,7 @@ from jax import export
 
 import gpt2_jax
 from gpt2_jax import Categorical, Chain, GPT2Config, Temperature, TopK, generate
+from gpt2_jax.cache import empty
 
 TINY = GPT2Config(
     vocab_size=61,
@@ -169,7 +170,7 @@ def test_what_needs_the_host_is_refused_by_name(params, prompts, function, chang
 
 
 def test_a_cache_is_refused_by_name(params, prompts):
-    _, cache = gpt2_jax.prefill(params, prompts[0][:, :9], config=TINY)
+    cache = empty(TINY, 3, 9)
     with pytest.raises(ValueError, match="`cache` is read on the host, so not inside `jax.jit`"):
         jax.jit(lambda ids: generate(params, ids, config=TINY, max_new_tokens=2, cache=cache))(
             prompts[0]
