@@ -24,7 +24,7 @@ from gpt2_jax.interpretability.reading import (
     check_donors,
     gradients_under,
 )
-from gpt2_jax.interpretability.taps import Acts, ChainedTaps, Edit, find_sites, make_tap
+from gpt2_jax.interpretability.taps import ChainedTaps, Edit, find_sites, make_tap
 from gpt2_jax.model import Params
 from gpt2_jax.modules import wide_dtype
 from gpt2_jax.pytrees import dataclass, static
@@ -101,10 +101,10 @@ def edge_attribution(
     edited = make_tap(edits or {}, config=config)
     donor_embed = jnp.asarray(donors["embed"])
 
-    def gradients_at(fraction: Float[ArrayLike, ""]) -> SiteGradients:
+    def gradients_at(fraction: Float[Array, ""]) -> SiteGradients:
         """Returns the gradients with the embeddings so far on their way to the donors'."""
         moved = make_tap({"embed": lambda x: x + fraction * (donor_embed - x)}, config=config)
-        return gradients_under(
+        found = gradients_under(
             params,
             ids,
             metric,
@@ -113,14 +113,18 @@ def edge_attribution(
             sites=(*senders, *receivers),
             tap=ChainedTaps((edited, moved)),
         )
+        return found._replace(gradients={site: found.gradients[site] for site in receivers})
 
-    def add_point(total: Acts, fraction: Float[Array, ""]) -> tuple[Acts, None]:
-        gradients = gradients_at(fraction).gradients
-        return jax.tree.map(jnp.add, total, gradients), None
+    def add_point(before: SiteGradients, fraction: Float[Array, ""]) -> tuple[SiteGradients, None]:
+        found = gradients_at(fraction)
+        total = jax.tree.map(jnp.add, before.gradients, found.gradients)
+        return found._replace(gradients=total), None
 
-    found = gradients_at(0.0)
-    fractions = jnp.arange(1, steps) / steps
-    total, _ = jax.lax.scan(add_point, found.gradients, fractions)
+    # The last point is the text itself, whose activations stay.
+    fractions = jnp.arange(steps)[::-1] / steps
+    shapes = jax.eval_shape(gradients_at, fractions[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    found, _ = jax.lax.scan(add_point, zeros, fractions)
     wide = wide_dtype(config)
     changes = []
     for site in senders:
@@ -130,7 +134,7 @@ def edge_attribution(
     columns = []
     for site in receivers:
         # By heads, of which an MLP and the logits are one.
-        read = total[site].astype(wide) / steps
+        read = found.gradients[site].astype(wide) / steps
         by_head = read if read.ndim == 4 else read[:, :, None]
         columns.append(jnp.einsum("ubtd,bthd->uh", written, by_head))
     scores = jnp.concatenate(columns, axis=1)  # [U, R]

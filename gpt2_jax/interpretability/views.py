@@ -1,8 +1,8 @@
 """What there is to see in one text: a lens, attention patterns, a patching sweep.
 
 Knows ids and sites, no tokenizer, no files and no pictures: callers turn ids into words, and the
-numpy arrays that come back into figures. Unlike the rest of this folder these functions compile
-what they run, and take one text at a time.
+numpy arrays that come back into figures. Unlike the rest of this folder, but for `capture_stream`,
+these functions compile what they run, and take one text at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
