@@ -249,6 +249,11 @@ def test_what_would_cost_something_is_computed_when_asked_for(tiny):
     ):
         text = program(partial(capture, config=config, sites=site), params, ids)
         assert text.count(operation) == plain.count(operation) + 1
+    # What each head reads is only shown: its own products come with an edit.
+    for edits, more in (({}, 0), ({"h.1.attn.q_in": 0.0}, 1)):
+        run = partial(capture, config=config, sites="h.*.attn.*in", edits=edits)
+        text = program(run, params, ids)
+        assert text.count("dot_general") == plain.count("dot_general") + more
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
