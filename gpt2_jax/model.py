@@ -122,6 +122,8 @@ def apply(
 ) -> Float[Array, "B T V"]:
     """Returns next-token logits of every position, in float32 (float64 in a float64 model).
 
+    Does not compile itself.
+
     Args:
       params: the parameters, as `init` or `load` return them.
       ids: token ids. Padding may hold any id of the vocabulary.
@@ -139,8 +141,8 @@ def apply(
       inputs_embeds: what the table of embeddings would give, in the place of `ids`, which must be
         None then.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
-        place. See `gpt2_jax.interpretability.taps` for the sites, and for `capture` and `patch`,
-        which are easier.
+        place. See `gpt2_jax.interpretability.taps` for the sites and the methods that a tap may
+        have, and for `capture` and `patch`, which are easier.
       dropout_key: turns dropout on.
       remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
         all but what dense layers give; or "full", all. True is "full".
@@ -180,7 +182,7 @@ def hidden_states(
 ) -> Float[Array, "rows T D"]:
     """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
 
-    There are as many rows as in `ids`, unless a tap makes the batch grow.
+    There are as many rows as in `ids`, unless a tap makes the batch grow. Does not compile itself.
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     layout = Layout(positions, mask, segment_ids)
@@ -273,6 +275,8 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads right-padded prompts; returns the logits after each row's last token, and the cache.
 
+    Does not compile itself.
+
     Args:
       params: the parameters.
       ids: token ids, padded on the right with any id of the vocabulary.
@@ -324,6 +328,8 @@ def extend(
     tap: Tap = no_tap,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """Reads `T` more tokens of each row onto a cache; returns the logits after each, and the cache.
+
+    Does not compile itself.
 
     Args:
       params: the parameters.
@@ -396,6 +402,7 @@ def decode_step(
     """Reads one more token of each row; returns the logits after it, and the cache that holds it.
 
     The cache must have a free slot, and each row a free position: that is the caller's to see to.
+    Does not compile itself.
     """
     shared = Pass(
         # Not bounded as in `extend`: what has no position left is its caller's to see to.
@@ -414,7 +421,10 @@ def decode_step(
 def unembed(
     params: Params, hidden: Float[Array, "... D"], *, config: GPT2Config
 ) -> Float[Array, "... V"]:
-    """Returns logits of final hidden states, in float32 or better, by the tied or separate head."""
+    """Returns logits of final hidden states, in float32 or better, by the tied or separate head.
+
+    Does not compile itself.
+    """
     logits = jnp.einsum(
         "nd,vd->nv",  # flat, as in `modules.Dense`
         hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),

@@ -1,7 +1,7 @@
 """Notices functions that are made anew for each call, and so compile anew each time.
 
 `jax.jit` knows a function by identity: two lambdas of the same text, or two optimizers made by the
-same line, are two programs.
+same line, are two programs. So a tap, which may be one, becomes an argument of programs here.
 """
 
 import warnings

@@ -9,6 +9,7 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import GPT2Config, rebuilt
+from gpt2_jax.interpretability.taps import Recorder
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.training import step
 
@@ -56,3 +57,15 @@ def test_an_optimizer_made_anew_for_each_step_is_named_once(params, monkeypatch)
             state, _ = gpt2_jax.train_step(state, IDS, config=CONFIG, tx=tx)
     assert len(caught) == 1
     assert "`tx` is a new optimizer at each step" in str(caught[0].message)
+
+
+def test_an_object_as_a_tap_keeps_what_it_knows():
+    recorder = Recorder(
+        ("h.0.attn.z",), gpt2_jax.make_tap({"embed": np.ones((2, 1, 8))}, config=CONFIG)
+    )
+    tap = rebuilt.as_pytree(recorder)
+    assert jax.tree.leaves(tap) == []
+    assert tap.wants("h.0.attn.z") and tap.wants("embed") and not tap.wants("h.0.attn.pattern")
+    assert tap.placed(np.arange(3)[None]).acts is recorder.acts
+    assert tap.repeated(3)("embed", np.zeros((6, 3, 8))).sum() == 6 * 3 * 8
+    assert jax.tree.structure(tap) == jax.tree.structure(rebuilt.as_pytree(recorder))

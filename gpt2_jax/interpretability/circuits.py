@@ -50,7 +50,8 @@ def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeigh
 def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
     """Returns the form by which a head scores: `q(x) @ k(y) = x @ form @ y`, biases apart.
 
-    `x` and `y` come out of `ln_1`; the scores are this times what the config scales them by.
+    `x` and `y` come out of `ln_1`; the scores are this times what the config scales them by. Does
+    not compile itself.
     """
     weights = head_weights(params, layer, config=config)
     query = weights.q[head]
@@ -60,7 +61,10 @@ def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
 
 @automatic
 def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> Float[Array, "D D"]:
-    """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart."""
+    """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart.
+
+    Does not compile itself.
+    """
     weights = head_weights(params, layer, config=config)
     value = weights.v[head]
     out = weights.o[head]
@@ -174,7 +178,8 @@ def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, 
     """Returns an equal model whose LayerNorms only normalise.
 
     Their weights and biases are in the layers that follow. The head has no bias that could take up
-    `ln_f`'s, so this one stays, divided by the weight. Weights of `ln_f` that are 0 stay too.
+    `ln_f`'s, so this one stays, divided by the weight. Weights of `ln_f` that are 0 stay too. Does
+    not compile itself.
     """
     config, params = untie(params, config=config)
     blocks = {name: _fold_block(block) for name, block in params["h"].items()}
@@ -230,7 +235,8 @@ def _behind_plain_norm(dense: Params, norm: Params) -> Params:
 def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
     """Returns an equal model that writes nothing along (1, 1, ..., 1).
 
-    Every LayerNorm takes that direction away, so that nobody reads what is written along it.
+    Every LayerNorm takes that direction away, so that nobody reads what is written along it. Does
+    not compile itself.
     """
     # Untied first: as the head, the centred table would give other logits.
     config, params = untie(params, config=config)
@@ -248,7 +254,10 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
 
 @automatic
 def center_unembed(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, Params]:
-    """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary."""
+    """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary.
+
+    Does not compile itself.
+    """
     # A number that is added to all logits alike is nothing to the softmax.
     config, params = untie(params, config=config)
     head = head_matrix(params, config=config)

@@ -7,7 +7,7 @@ Axes beside those of `modules.py`: U senders, R receivers.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from gpt2_jax.interpretability.reading import (
     check_donors,
     gradients_under,
 )
-from gpt2_jax.interpretability.taps import Acts, ChainedTaps, Edit, find_sites, make_tap
+from gpt2_jax.interpretability.taps import ChainedTaps, Edit, find_sites, make_tap
 from gpt2_jax.model import Params
 from gpt2_jax.modules import wide_dtype
 from gpt2_jax.pytrees import dataclass, static
@@ -101,10 +101,10 @@ def edge_attribution(
     edited = make_tap(edits or {}, config=config)
     donor_embed = jnp.asarray(donors["embed"])
 
-    def gradients_at(fraction: Float[ArrayLike, ""]) -> SiteGradients:
+    def gradients_at(fraction: Float[Array, ""]) -> SiteGradients:
         """Returns the gradients with the embeddings so far on their way to the donors'."""
         moved = make_tap({"embed": lambda x: x + fraction * (donor_embed - x)}, config=config)
-        return gradients_under(
+        found = gradients_under(
             params,
             ids,
             metric,
@@ -113,14 +113,9 @@ def edge_attribution(
             sites=(*senders, *receivers),
             tap=ChainedTaps((edited, moved)),
         )
+        return found._replace(gradients={site: found.gradients[site] for site in receivers})
 
-    def add_point(total: Acts, fraction: Float[Array, ""]) -> tuple[Acts, None]:
-        gradients = gradients_at(fraction).gradients
-        return jax.tree.map(jnp.add, total, gradients), None
-
-    found = gradients_at(0.0)
-    fractions = jnp.arange(1, steps) / steps
-    total, _ = jax.lax.scan(add_point, found.gradients, fractions)
+    found = _mean_gradients(gradients_at, steps)
     wide = wide_dtype(config)
     changes = []
     for site in senders:
@@ -129,15 +124,33 @@ def edge_attribution(
     written = jnp.concatenate(changes)  # [U, B, T, D]
     columns = []
     for site in receivers:
+        gradient = found.gradients[site].astype(wide)
         # By heads, of which an MLP and the logits are one.
-        read = total[site].astype(wide) / steps
-        by_head = read if read.ndim == 4 else read[:, :, None]
+        by_head = gradient if gradient.ndim == 4 else gradient[:, :, None]
         columns.append(jnp.einsum("ubtd,bthd->uh", written, by_head))
     scores = jnp.concatenate(columns, axis=1)  # [U, R]
     sender_names, sender_order = _named(senders, config)
     receiver_names, receiver_order = _named(receivers, config)
     is_behind = sender_order[:, None] < receiver_order[None]
     return EdgeScores(jnp.where(is_behind, scores, 0), sender_names, receiver_names)
+
+
+def _mean_gradients(at_point: Callable[[Array], SiteGradients], steps: int) -> SiteGradients:
+    """Returns the mean of the gradients on the way to the text, and the activations there."""
+
+    def add_point(before: SiteGradients, fraction: Float[Array, ""]) -> tuple[SiteGradients, None]:
+        found = at_point(fraction)
+        total = jax.tree.map(jnp.add, before.gradients, found.gradients)
+        return found._replace(gradients=total), None
+
+    # The last point, 0, is the text itself.
+    fractions = jnp.arange(steps)[::-1] / steps
+    shapes = jax.eval_shape(at_point, fractions[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # One program for a point, however many there are.
+    found, _ = jax.lax.scan(add_point, zeros, fractions)
+    mean = jax.tree.map(lambda total: total / steps, found.gradients)
+    return found._replace(gradients=mean)
 
 
 def _written(

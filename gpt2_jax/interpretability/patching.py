@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
@@ -303,12 +304,15 @@ def path_patch(
     senders = make_tap(edits, config=config)
 
     _, clean = capture(params, ids, config=config, sites=freeze)
+    # Outside a pass nobody else would tell it.
+    positions = jnp.arange(np.shape(ids)[1])[None]
+    placed_senders = senders.placed(positions)
     held: dict[str, Any] = dict(senders.by_site)
     for site, x in clean.items():
         # A receiver must hear, so it is not held. A sender among the frozen writes its edit of the
         # clean activation: what other senders would tell it does not reach it.
         if site not in received:
-            held[site] = senders(site, x)
+            held[site] = placed_senders(site, x)
     sites = tuple(received)
     _, carried = capture(params, ids, config=config, sites=sites, edits=held)
     arriving = {site: replace(carried[site], where) for site, where in received.items()}

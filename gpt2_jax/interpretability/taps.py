@@ -229,9 +229,7 @@ class Edits:
     """
 
     by_site: dict[str, Any]  # arrays, and callables that are pytrees
-    positions: Any = (
-        None  # `[#B, T]`, of the tokens of a pass, in which edits at positions are made
-    )
+    positions: Any = None  # `[#B, T]`, of the tokens of a pass, once it is `placed`
 
     def __call__(self, site: str, x: Array) -> Array:
         if site not in self.by_site:

@@ -1,11 +1,11 @@
 """What there is to see in one text: a lens, attention patterns, a patching sweep.
 
 Knows ids and sites, no tokenizer, no files and no pictures: callers turn ids into words, and the
-numpy arrays that come back into figures. Unlike the rest of this folder these functions compile
-what they run, and take one text at a time.
+numpy arrays that come back into figures. Unlike the rest of this folder, but for `capture_stream`,
+these functions compile what they run, and take one text at a time.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.patching import patch_each
 from gpt2_jax.interpretability.reading import stream_logits
-from gpt2_jax.interpretability.taps import Acts, axis_masks, capture, find_sites, site_axes
+from gpt2_jax.interpretability.taps import (
+    Acts,
+    Edit,
+    Edits,
+    axis_masks,
+    capture,
+    find_sites,
+    make_tap,
+    site_axes,
+)
 from gpt2_jax.model import Params, apply
 
 # Wraps batches of masks on their way, such as `tqdm`, to show how far a sweep is.
@@ -48,8 +57,11 @@ def view_lens(
     *,
     config: GPT2Config,
     sites: str | Sequence[str],
+    edits: Mapping[str, Edit] | None = None,
 ) -> LensView:
     """Returns what the streams at some sites say comes next: see `logit_lens`. Compiles itself.
+
+    With `edits` the model is edited, as in `capture`.
 
     Raises:
       ValueError: as `capture`, or a site is not of the model's width.
@@ -58,8 +70,8 @@ def view_lens(
     _check_axes(names, "B T D", config)
 
     @jax.jit
-    def read(params: Params, ids: Int[ArrayLike, "1 T"]) -> tuple[Array, Array]:
-        _, acts = capture(params, ids, config=config, sites=names)
+    def read(params: Params, ids: Int[ArrayLike, "1 T"], edited: Edits) -> tuple[Array, Array]:
+        _, acts = capture(params, ids, config=config, sites=names, edits=edited.by_site)
         best = []
         highest = []
         # Stream by stream: the logits of all at once would be N * T * V numbers.
@@ -71,7 +83,8 @@ def view_lens(
             highest.append(probabilities.max(axis=-1))
         return jnp.stack(best), jnp.stack(highest)
 
-    best, highest = jax.device_get(read(params, ids))
+    edited = make_tap(edits or {}, config=config)
+    best, highest = jax.device_get(read(params, ids, edited))
     return LensView(sites=names, best=best, probabilities=highest)
 
 
@@ -81,15 +94,19 @@ def view_patterns(
     *,
     config: GPT2Config,
     sites: str | Sequence[str],
+    edits: Mapping[str, Edit] | None = None,
 ) -> PatternsView:
     """Returns what the heads at some sites, as "h.2.attn.pattern", attend to. Compiles itself.
+
+    With `edits` the model is edited, as in `capture`.
 
     Raises:
       ValueError: as `capture`, or a site is not one of each query and key.
     """
     names = find_sites(sites, config)
     _check_axes(names, "B H T S", config)
-    acts = _capture_compiled(params, ids, config, names)
+    edited = make_tap(edits or {}, config=config)
+    acts = _capture_compiled(params, ids, edited, config, names)
     patterns = [np.asarray(acts[name][0]) for name in names]
     return PatternsView(sites=names, patterns=np.stack(patterns))
 
@@ -127,17 +144,20 @@ def contrast(
     answers: tuple[int, int] | None = None,
     *,
     config: GPT2Config,
+    edits: Mapping[str, Edit] | None = None,
 ) -> Contrast:
     """Returns two answers and the difference of their logits after two texts. Compiles itself.
 
     Without `answers` they are what the model predicts after the donor, and after the text, which
-    may be the same token: then there is nothing to tell apart.
+    may be the same token: then there is nothing to tell apart. With `edits` the model is edited, as
+    in `patch`.
 
     Raises:
-      ValueError: as `apply`.
+      ValueError: as `patch`.
     """
-    of_text = _next_logits(params, ids, config)
-    of_donor = _next_logits(params, donor_ids, config)
+    edited = make_tap(edits or {}, config=config)
+    of_text = _next_logits(params, ids, edited, config)
+    of_donor = _next_logits(params, donor_ids, edited, config)
     if answers is None:
         answers = (int(of_donor.argmax()), int(of_text.argmax()))
     return Contrast(
@@ -156,6 +176,7 @@ def view_patching(
     config: GPT2Config,
     plan: SweepPlan,
     progress: Progress = iter,
+    edits: Mapping[str, Edit] | None = None,
 ) -> PatchingView:
     """Patches a donor's activations into a text, one index at a time, and measures a contrast.
 
@@ -167,6 +188,7 @@ def view_patching(
       contrasted: what is measured: see `contrast`.
       plan: where to patch.
       progress: wraps the batches on their way.
+      edits: what is changed in every run, the donor's too: see `patching_sweep`.
 
     Raises:
       ValueError: as `patching_sweep`, or the texts differ in length.
@@ -175,7 +197,8 @@ def view_patching(
     _check_plan(plan, n_tokens, np.shape(donor_ids)[1])
     masks = axis_masks(f"h.0.{plan.site}", plan.over, n_tokens, config=config)  # [N, ...]
     donor_sites = find_sites(f"h.*.{plan.site}", config)
-    donors = _capture_compiled(params, donor_ids, config, donor_sites)
+    edited = make_tap(edits or {}, config=config)
+    donors = _capture_compiled(params, donor_ids, edited, config, donor_sites)
 
     def metric(logits: Float[Array, "1 V"]) -> Float[Array, ""]:
         return _difference(logits[0], contrasted.answers)
@@ -187,15 +210,25 @@ def view_patching(
         ids: Int[ArrayLike, "1 T"],
         donors: Acts,
         masks: Bool[Array, "N ..."],
+        edited: Edits,
     ) -> Float[Array, "L N"]:
-        return patch_each(params, ids, donors, masks, metric, config=config, site=plan.site)
+        return patch_each(
+            params,
+            ids,
+            donors,
+            masks,
+            metric,
+            config=config,
+            site=plan.site,
+            edits=edited.by_site,
+        )
 
     starts = range(0, len(masks), plan.batch_size)
     batches = [masks[start : start + plan.batch_size] for start in starts]
     # On the host, batch by batch: the device holds one at a time.
     measured = []
     for batch in progress(batches):
-        measured.append(np.asarray(measure(params, ids, donors, batch)))
+        measured.append(np.asarray(measure(params, ids, donors, batch, edited)))
     values = np.concatenate(measured, axis=1)
     return PatchingView(values=values, changes=values - contrasted.unpatched)
 
@@ -229,24 +262,25 @@ def sweep_labels(over: str, tokens: Sequence[str], *, n_heads: int, count: int) 
 def _capture_compiled(
     params: Params,
     ids: Int[ArrayLike, "1 T"],
+    edited: Edits,
     config: GPT2Config,
     sites: tuple[str, ...],
 ) -> Acts:
     # Its logits are left out of the program's results, and so are not computed.
     @jax.jit
-    def run(params: Params, ids: Int[ArrayLike, "1 T"]) -> Acts:
-        _, acts = capture(params, ids, config=config, sites=sites)
+    def run(params: Params, ids: Int[ArrayLike, "1 T"], edited: Edits) -> Acts:
+        _, acts = capture(params, ids, config=config, sites=sites, edits=edited.by_site)
         return acts
 
-    return run(params, ids)
+    return run(params, ids, edited)
 
 
 def _next_logits(
-    params: Params, ids: Int[ArrayLike, "1 T"], config: GPT2Config
+    params: Params, ids: Int[ArrayLike, "1 T"], edited: Edits, config: GPT2Config
 ) -> Float[Array, " V"]:
     """Returns the logits after a text's last token."""
     # A new `jit` of the same function finds the programs that an earlier one has compiled.
-    logits = jax.jit(apply)(params, ids, config=config)
+    logits = jax.jit(apply)(params, ids, config=config, tap=edited)
     return logits[0, -1]
 
 

@@ -12,8 +12,9 @@ from gpt2_jax.interpretability.patching import path_patch
 from gpt2_jax.interpretability.taps import add, find_sites, replace
 from tests.interpretability.hooks import near
 
-LAYERS, HEADS = 3, 3
+LAYERS, HEADS = 2, 3
 LENGTHS = np.array([5, 3])
+UNCHANGED = {"embed": replace(0.0, False)}  # so that one program serves other edits, too
 
 
 def metric(logits):
@@ -22,15 +23,23 @@ def metric(logits):
 
 
 @pytest.fixture(scope="module")
-def donors(tiny, acts):
+def small(tiny):
+    """The first two layers: config and params."""
+    config, params = tiny
+    layers = {name: params["h"][name] for name in ("0", "1")}
+    return config.replace(n_layer=LAYERS), params | {"h": layers}
+
+
+@pytest.fixture(scope="module")
+def donors(small, acts):
     """What the senders of the second batch write."""
-    config, _ = tiny
+    config, _ = small
     return {site: acts[1][site] for site in find_sites(EDGE_SITES, config)}
 
 
 @pytest.fixture(scope="module")
-def scores(tiny, texts, donors):
-    config, params = tiny
+def scores(small, texts, donors):
+    config, params = small
 
     @partial(jax.jit, static_argnames="steps")
     def run(donors, edits, steps):
@@ -52,9 +61,9 @@ def strengths_by_site(strengths, sites):
     return by_site
 
 
-def test_scores_are_the_derivatives_of_path_patching(tiny, texts, acts, donors, scores):
-    """Of each receiver alone, with respect to how much of its change each sender writes."""
-    config, params = tiny
+def test_scores_are_the_derivatives_of_path_patching(small, texts, acts, donors, scores, rng):
+    """Of each receiver alone, where each sender writes so much of its change."""
+    config, params = small
     senders = find_sites(EDGE_SITES, config)
     last = f"h.{LAYERS - 1}.resid_post"
     receivers = find_sites(("h.*.attn.[qkv]_in", "h.*.mlp.in", last), config)
@@ -67,11 +76,17 @@ def test_scores_are_the_derivatives_of_path_patching(tiny, texts, acts, donors, 
         logits = path_patch(params, texts[0], edits, config=config, receivers=masks)
         return metric(logits[jnp.arange(2), LENGTHS - 1])
 
-    found = scores({})
+    found = scores(UNCHANGED)
     n_senders, n_receivers = found.scores.shape
-    derivatives = jax.jit(jax.vmap(jax.grad(effect), (None, 0)))
-    expected = derivatives(jnp.zeros(n_senders), jnp.eye(n_receivers, dtype=bool))
-    near(found.scores, expected.T)
+    parts = rng.normal(size=n_senders)
+
+    @jax.jit
+    @jax.vmap
+    def derivative(is_receiver):
+        at_nothing = jnp.zeros(n_senders)
+        return jax.jvp(lambda x: effect(x, is_receiver), (at_nothing,), (parts,))[1]
+
+    near(parts @ found.scores, derivative(jnp.eye(n_receivers, dtype=bool)))
     assert n_senders == 1 + LAYERS * (HEADS + 1)
     assert n_receivers == LAYERS * (3 * HEADS + 1) + 1
 
@@ -89,13 +104,13 @@ def test_scores_are_the_derivatives_of_path_patching(tiny, texts, acts, donors, 
 def test_integrated_gradients_are_the_mean_on_the_way_to_the_text(acts, donors, scores):
     """For the embeddings, of which half way half of the change is left."""
     half = (acts[0]["embed"] + donors["embed"]) / 2
-    at_half = scores({"embed": replace(half)}).scores[0]
-    expected = (scores({}).scores[0] + 2 * at_half) / 2
-    near(scores({}, steps=2).scores[0], expected)
+    at_half = scores({"embed": replace(half, True)}).scores[0]
+    expected = (scores(UNCHANGED).scores[0] + 2 * at_half) / 2
+    near(scores(UNCHANGED, steps=2).scores[0], expected)
 
 
-def test_bad_donors_and_steps_are_named(tiny, texts, donors):
-    config, params = tiny
+def test_bad_donors_and_steps_are_named(small, texts, donors):
+    config, params = small
     run = partial(edge_attribution, params, texts[0], metric=metric, config=config)
     with pytest.raises(ValueError, match="must have every site, they lack embed, h.0.attn.z"):
         run({site: x for site, x in donors.items() if not site.startswith(("embed", "h.0"))})

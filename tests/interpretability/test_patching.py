@@ -257,7 +257,7 @@ def test_a_path_from_a_head_to_the_logits_is_its_direct_effect(tiny, texts, acts
 
 def test_a_receiver_is_not_held(tiny, texts):
     config, params = tiny
-    edits = {"h.0.attn.z": lambda x: 2 * x}
+    edits = {"h.0.attn.z": add(1.0, at=[1, 3])}
     run = partial(patching.path_patch, params, texts[0], edits, config=config)
     near(run(receivers={"h.1.mlp.out": True}), run(receivers={"h.1.mlp.pre": True}))
 

@@ -249,6 +249,11 @@ def test_what_would_cost_something_is_computed_when_asked_for(tiny):
     ):
         text = program(partial(capture, config=config, sites=site), params, ids)
         assert text.count(operation) == plain.count(operation) + 1
+    # What each head reads is only shown: its own products come with an edit.
+    for edits, more in (({}, 0), ({"h.1.attn.q_in": 0.0}, 1)):
+        run = partial(capture, config=config, sites="h.*.attn.*in", edits=edits)
+        text = program(run, params, ids)
+        assert text.count("dot_general") == plain.count("dot_general") + more
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -325,18 +330,24 @@ def test_what_a_head_or_mlp_reads_is_changed_for_it_alone(tiny, ids, everything,
     c_attn = block["attn"]["c_attn"]
     kernels = c_attn["kernel"].reshape(24, 3, 3, 8)
     biases = c_attn["bias"].reshape(3, 3, 8)
-    copies = acts["h.1.attn.in"] + rng.normal(size=acts["h.1.attn.in"].shape)
+    copies = acts["h.1.attn.in"] + rng.normal(size=(3, *acts["h.1.attn.in"].shape))
     normed = layer_norm(copies, block["ln_1"])
-    heads = {}
-    for kind, name in enumerate("qkv"):
-        head = np.einsum("bthd,dhk->bthk", normed, kernels[:, kind]) + biases[kind]
-        heads[f"h.1.attn.{name}"] = head
-        near(run({f"h.1.attn.{name}_in": copies}), run({f"h.1.attn.{name}": head}))
-    near(run({"h.1.attn.in": copies}), run(heads))
-    stream = copies[:, :, 0]
+
+    def heads(normed):
+        of_kinds = zip("qkv", normed, kernels.swapaxes(0, 1), biases, strict=True)
+        return {
+            f"h.1.attn.{kind}": np.einsum("bthd,dhk->bthk", x, kernel) + bias
+            for kind, x, kernel, bias in of_kinds
+        }
+
+    stream = copies[0, :, :, 1]
     c_fc = block["mlp"]["c_fc"]
     pre = layer_norm(stream, block["ln_2"]) @ c_fc["kernel"] + c_fc["bias"]
-    near(run({"h.1.mlp.in": stream}), run({"h.1.mlp.pre": pre}))
+    split = {f"h.1.attn.{kind}_in": x for kind, x in zip("qkv", copies, strict=True)}
+    apart = run(split | {"h.1.mlp.in": stream})
+    near(apart, run(heads(normed) | {"h.1.mlp.pre": pre}))
+    at_once = run({"h.1.attn.in": copies[2], "h.1.mlp.in": stream})
+    near(at_once, run(heads(normed[[2, 2, 2]]) | {"h.1.mlp.pre": pre}))
 
 
 def test_capture_sees_what_the_edits_made(tiny, ids):
@@ -348,41 +359,33 @@ def test_capture_sees_what_the_edits_made(tiny, ids):
     np.testing.assert_array_equal(logits, patch(params, ids, config=config, edits=edits))
 
 
-def test_left_padded_rows_are_edited_as_right_padded_ones(tiny, ids):
-    config, params = tiny
-    lengths, edits = np.array([7, 4]), {"h.0.mlp.out": lambda x: 2 * x}
-    right = patch(params, ids, lengths, config=config, edits=edits)
-    left_ids = np.stack([ids[0], np.roll(ids[1], 3)])
-    left = patch(params, left_ids, lengths, config=config, edits=edits, padding_side="left")
-    near(left[1, 3:], right[1, :4])
-
-
 # Edits at positions.
 
 
 def test_an_edit_at_positions_changes_these_tokens_alone(tiny, model, ids, everything, rng):
     config, params = tiny
-    run = jax.jit(lambda edits, rows: patch(params, rows, config=config, edits=edits))
-    vectors = rng.normal(size=(2, 24))
-    to_one, to_each = np.zeros((2, ROWS, LENGTH, 24))
-    to_one[:, 2] = vectors[0]
-    to_each[0, [5, 1]] = vectors
-    to_each[1, [0, 6]] = vectors
-    for at, values, offset in (
-        (2, vectors[0], to_one),
-        ([[5, 1], [0, 6]], vectors, to_each),
-        ([[20, 5, 1], [6, 0, 20]], np.stack([np.stack([vectors[0], *vectors]),
-                                             np.stack([*vectors[::-1], vectors[0]])]), to_each),
-    ):  # fmt: skip
-        expected = hooked(model, ids, {"h.0": lambda x, o=offset: x + torch.tensor(o)})
-        near(run({"h.0.resid_post": add(values, at=np.array(at))}, ids), expected)
+    vectors = rng.normal(size=(2, 3, 24))
+    offset = np.zeros((ROWS, LENGTH, 24))
+    offset[0, [5, 1]] = vectors[0, :2]
+    offset[1, [0, 6]] = vectors[1, 1:]
+    edit = add(vectors, at=[[5, 1, 20], [20, 0, 6]])  # positions 20 are beyond the text
+    logits = patch(params, ids, config=config, edits={"h.0.resid_post": edit})
+    near(logits, hooked(model, ids, {"h.0": lambda x: x + torch.tensor(offset)}))
 
+    # At one position for all rows, and of some heads' queries, the axes of which are others.
     pattern = everything[1]["h.1.attn.pattern"]
-    of_query = pattern.copy()
-    of_query[:, 1, 4] = pattern[::-1, 1, 4]
     head = np.array([False, True, False])[None, :, None, None]
-    edit = replace(pattern[::-1, :, 4:5], head, at=[4])
-    near(run({"h.1.attn.pattern": edit}, ids), run({"h.1.attn.pattern": of_query}, ids))
+    edits = {
+        "h.1.attn.pattern": replace(pattern[::-1, :, 4:5], head, at=[4]),
+        "h.0.mlp.out": add(vectors[0, 0], at=2),
+    }
+    tap = make_tap(edits, config=config).placed(jnp.arange(LENGTH)[None])
+    expected = pattern.copy()
+    expected[:, 1, 4] = pattern[::-1, 1, 4]
+    np.testing.assert_array_equal(tap("h.1.attn.pattern", pattern), expected)
+    x = everything[1]["h.0.mlp.out"]
+    is_second = (np.arange(LENGTH) == 2)[None, :, None]
+    near(tap("h.0.mlp.out", x), x + is_second * vectors[0, 0])
 
 
 def test_positions_are_those_of_the_text_wherever_its_tokens_are_read(tiny, ids, rng):
@@ -412,13 +415,9 @@ def test_positions_are_those_of_the_text_wherever_its_tokens_are_read(tiny, ids,
     near(first, whole[[0, 1], [3, 1]])
     near(rest[0], whole[0, 4:])
     near(rest[1, :1], whole[1, 2:3])
-    _, acts = jax.jit(lambda edits: capture(
-        params, ids, config=config, sites=("h.0.resid_post", "logits"), edits=edits
-    ))(edits)  # fmt: skip
-    near(acts["logits"], whole)
 
 
-def test_rows_that_are_repeated_keep_their_values(tiny, ids, rng):
+def test_rows_that_are_repeated_keep_their_values(tiny, ids, everything, rng):
     config, params = tiny
     per_row = rng.normal(size=(2, 1, 24))
     edits = {
@@ -430,7 +429,7 @@ def test_rows_that_are_repeated_keep_their_values(tiny, ids, rng):
     run = jax.jit(partial(gpt2_jax.apply, config=config))
     twice = run(params, np.repeat(ids, 2, axis=0), tap=repeated(tap, 2))
     near(twice, np.repeat(run(params, ids, tap=tap), 2, axis=0))
-    assert np.abs(twice[0] - run(params, ids)[0]).max() > 1e-3
+    assert np.abs(twice[0] - everything[0][0]).max() > 1e-3
 
 
 def test_positions_that_no_text_has_are_named(tiny, ids):

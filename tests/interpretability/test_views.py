@@ -6,6 +6,7 @@ import pytest
 
 from gpt2_jax.interpretability import views
 from gpt2_jax.interpretability.patching import patching_sweep
+from gpt2_jax.interpretability.taps import capture, replace
 from gpt2_jax.interpretability.views import Contrast, SweepPlan
 from tests.interpretability.hooks import near
 
@@ -27,8 +28,10 @@ def donor(texts):
 
 def test_the_last_line_of_a_lens_is_the_models_own_prediction(tiny, text, acts):
     config, params = tiny
-    view = views.view_lens(params, text, config=config, sites="h.*.resid_post")
-    probabilities = jax.nn.softmax(acts[0]["logits"][0])
+    # The last stream is another text's.
+    edits = {"h.2.resid_post": acts[1]["h.2.resid_post"][:1]}
+    view = views.view_lens(params, text, config=config, sites="h.*.resid_post", edits=edits)
+    probabilities = jax.nn.softmax(acts[1]["logits"][0])
     assert view.sites == tuple(f"h.{i}.resid_post" for i in range(LAYERS))
     np.testing.assert_array_equal(view.best[-1], probabilities.argmax(-1))
     near(view.probabilities[-1], probabilities.max(-1))
@@ -38,10 +41,11 @@ def test_the_last_line_of_a_lens_is_the_models_own_prediction(tiny, text, acts):
 def test_patterns_are_those_of_the_pass_in_its_order(tiny, text, acts):
     config, params = tiny
     sites = ("h.2.attn.pattern", "h.0.attn.pattern")
-    view = views.view_patterns(params, text, config=config, sites=sites)
+    edits = {"h.2.attn.pattern": acts[1]["h.0.attn.pattern"][:1]}
+    view = views.view_patterns(params, text, config=config, sites=sites, edits=edits)
     assert view.sites == ("h.0.attn.pattern", "h.2.attn.pattern")
-    for site, pattern in zip(view.sites, view.patterns, strict=True):
-        near(pattern, acts[0][site][0])
+    near(view.patterns[0], acts[0]["h.0.attn.pattern"][0])
+    near(view.patterns[1], acts[1]["h.0.attn.pattern"][0])
 
 
 def test_a_site_of_other_axes_is_refused(tiny, text):
@@ -55,9 +59,10 @@ def test_a_site_of_other_axes_is_refused(tiny, text):
 def test_a_contrast_is_a_difference_of_logits_after_each_text(tiny, text, donor, acts):
     config, params = tiny
     of_text, of_donor = (seen["logits"][0, -1] for seen in acts)
-    found = views.contrast(params, text, donor, ANSWERS, config=config)
-    near(found.unpatched, of_text[3] - of_text[8])
-    near(found.donor, of_donor[3] - of_donor[8])
+    edits = {"logits": lambda x: 2 * x}
+    found = views.contrast(params, text, donor, ANSWERS, config=config, edits=edits)
+    near(found.unpatched, 2 * (of_text[3] - of_text[8]))
+    near(found.donor, 2 * (of_donor[3] - of_donor[8]))
     assert found.answers == ANSWERS
 
 
@@ -73,6 +78,7 @@ def test_patching_is_the_sweep_in_batches_that_show_progress(
     tiny, text, donor, acts, over, batches
 ):
     config, params = tiny
+    edits = {"h.1.mlp.out": 0.0, "h.2.attn.z": replace(0.0, at=[1])}
     seen = []
 
     def progress(items):
@@ -88,13 +94,17 @@ def test_patching_is_the_sweep_in_batches_that_show_progress(
         config=config,
         plan=SweepPlan(site="attn.z", over=over, batch_size=2),
         progress=progress,
+        edits=edits,
     )
-    donors = {site: x[:1] for site, x in acts[1].items() if site.endswith("attn.z")}
+    sites = "h.*.attn.z"
+    _, donors = jax.jit(lambda ids: capture(params, ids, config=config, sites=sites, edits=edits))(
+        donor
+    )
 
     def difference(logits):
         return logits[0, 3] - logits[0, 8]
 
-    options = {"config": config, "site": "attn.z", "over": over}
+    options = {"config": config, "site": "attn.z", "over": over, "edits": edits}
     sweep = jax.jit(lambda: patching_sweep(params, text, donors, difference, **options))
     near(view.values, np.reshape(sweep(), (LAYERS, -1)))
     near(view.changes, view.values - 0.25)
