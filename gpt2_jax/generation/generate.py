@@ -235,7 +235,8 @@ def join(
 ) -> tuple[Int[Array, "R T"], Int[Array, " R"]]:
     """Returns prompts with what followed them, as one batch padded on the right with 0.
 
-    It is what `apply`, `capture` or `token_logprobs` take: `apply(params, *join(ids, None, out))`.
+    It is what `apply`, `capture` or `token_logprobs` take:
+    `apply(params, *join(ids, None, out), config=config)`.
     Runs op by op; wrap it in `jax.jit` where that counts.
 
     Args:
@@ -263,7 +264,8 @@ def join(
         )
     if padding_side == "left":
         ids = on_the_right(ids, lengths)
-    sources = jnp.arange(n_texts) * n_prompts // max(1, n_texts)
+    n_each = max(1, n_texts // max(1, n_prompts))
+    sources = jnp.arange(n_texts) // n_each
     starts = lengths[sources]
     room = jnp.pad(ids[sources], ((0, 0), (0, n_new)))
     whole = kv_cache.put(room, new_ids.astype(jnp.int32), starts)
@@ -303,7 +305,6 @@ def _read_job(
     slides = overflow == "slide" and prompts.longest + n_new > full
     if slides:
         check_stateless(request.rules.sampler, '`overflow="slide"`, which reads texts anew,')
-    request = remember(request, Room(prompts.longest, n_new))
     traced = is_traced((params, request, wishes.cache))
     if slides and wishes.cache is not None:
         raise ValueError('`overflow="slide"` reads texts anew: leave out `cache`.')
@@ -323,6 +324,8 @@ def _read_job(
     past = None
     if wishes.cache is not None:
         past = read_past(prompts, wishes.cache, config=config)
+    # Last of all, as it may read the prompts by a second model.
+    request = remember(request, Room(prompts.longest, n_new))
     return _Job(request, plan, prompts, past, slides, traced)
 
 
