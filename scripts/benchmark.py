@@ -346,12 +346,12 @@ def bench_plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for mesh in args.mesh:
             # A process each, as the number of simulated devices is one of a process.
             command = [sys.executable, str(Path(__file__).with_name("plan.py"))]
-            command += ["--model", model, "--mesh", mesh, "--chip", args.chip]
-            command += ["--rows", str(args.rows), "--remat", args.remat]
+            command += ["--model", model, "--mesh", mesh, "--rows", str(args.rows)]
+            command += ["--remat", args.remat, "--chip", *args.chip]
             made = subprocess.run(command, check=True, capture_output=True, text=True)
             *shown, numbers = made.stdout.splitlines()
             print("\n".join(shown), flush=True)
-            results[f"{model} on {mesh} of {args.chip}"] = json.loads(numbers)
+            results[f"{model} on {mesh}"] = json.loads(numbers)
     return results
 
 
@@ -406,7 +406,9 @@ def main() -> None:
     parser.add_argument(
         "--mesh", nargs="+", default=["fsdp=8"], metavar="AXES", help="plan: as data=16,fsdp=16"
     )
-    parser.add_argument("--chip", default="v5e", help="plan: v5e or h100")
+    parser.add_argument(
+        "--chip", nargs="+", default=["v5e", "h100"], metavar="NAME", help="plan: v5e, h100"
+    )
     parser.add_argument("--rows", type=int, default=4, help="plan: windows of a device")
     parser.add_argument("--remat", default="full", help="plan: none, dots or full")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as JSON")

@@ -1,11 +1,12 @@
 """Predicts a training step on many chips, from its program compiled for as many simulated devices.
 
-    python scripts/plan.py --model gpt2-xl --mesh data=16,fsdp=16 --chip v5e
+    python scripts/plan.py --model gpt2-xl --mesh data=16,fsdp=16
 
 No chip is asked. XLA partitions the step for so many devices of this machine's CPU, which it
 compiles for and never runs. From the program come the memory of a device, the operations and bytes
 of a step, and what devices send each other; from the chip's data sheet, how long each of these
-takes at least. The longest of the three bounds the step.
+takes at the chip's full speed. The longest of the three bounds the step. Bytes are those of the
+program for CPU, which fuses less than a chip's does: as a bound they are too pessimistic.
 
 Operations, bytes and collectives are those of models of two and three layers, continued to the
 whole depth: XLA counts the body of a loop once, and layers in a row would take minutes to compile.
@@ -30,7 +31,7 @@ class Chip(NamedTuple):
     memory_speed: float
     memory: float
     link_speed: float  # of all links together, one way
-    source: str
+    source: str  # where the figures are from
 
 
 CHIPS = {
@@ -175,29 +176,30 @@ def n_devices(mesh: str) -> int:
 
 def show(args: argparse.Namespace, plan: dict[str, Any]) -> None:
     """Prints a plan."""
-    chip = CHIPS[args.chip]
-    times = {
-        "operations": plan["flops"] / chip.flops,
-        "memory": plan["bytes"] / chip.memory_speed,
-        "links": plan["sent"] / chip.link_speed,
-    }
-    bound = max(times, key=times.__getitem__)
     batch_parts = n_devices(re.sub(r"tensor=\d+", "", args.mesh))
     tokens = args.rows * batch_parts * args.micro_batches * 1024
-    needed = (plan["arguments"] + plan["temporaries"]) / 2**30
-    fits = "fits" if needed * 2**30 < chip.memory else "does not fit"
     print(
-        f"{args.model} on {args.mesh} of {args.chip} ({chip.source}), {args.dtype}, by simulation"
+        f"{args.model} on {args.mesh}, {tokens:,} tokens a step, {args.dtype}, remat {args.remat}"
     )
-    print(f"  a step: {tokens:,} tokens, remat {args.remat}")
     print(
-        f"  memory of a device: {plan['arguments'] / 2**30:.1f} GiB of state and"
-        f" {plan['temporaries'] / 2**30:.1f} of temporaries: {fits} into {chip.memory / 1e9:.0f} GB"
+        f"  a device: {plan['arguments'] / 2**30:.1f} GiB of state,"
+        f" {plan['temporaries'] / 2**30:.1f} GiB of temporaries; {plan['flops'] / 1e12:.2f} TFLOP,"
+        f" {plan['bytes'] / 1e9:.0f} GB from memory, {plan['sent'] / 1e9:.2f} GB sent"
     )
-    for name, seconds in times.items():
-        print(f"  {name}: {1000 * seconds:.1f} ms")
-    seconds = times[bound]
-    print(f"  bound by {bound}: {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s at most")
+    for name in args.chip:
+        chip = CHIPS[name]
+        times = {
+            "operations": plan["flops"] / chip.flops,
+            "memory": plan["bytes"] / chip.memory_speed,
+            "links": plan["sent"] / chip.link_speed,
+        }
+        bound = max(times, key=times.__getitem__)
+        fits = plan["arguments"] + plan["temporaries"] < chip.memory
+        each = ", ".join(f"{what} {1000 * seconds:.0f} ms" for what, seconds in times.items())
+        print(
+            f"  {name}: {'fits' if fits else 'does not fit'} into {chip.memory / 1e9:.0f} GB;"
+            f" {each}; bound by {bound}, {tokens / times[bound]:,.0f} tokens/s"
+        )
 
 
 def main() -> None:
@@ -205,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Predict a training step on many chips.")
     parser.add_argument("--model", choices=MODELS, default="gpt2-xl")
     parser.add_argument("--mesh", default="fsdp=8", help="such as data=16,fsdp=16")
-    parser.add_argument("--chip", choices=CHIPS, default="v5e")
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--rows", type=int, default=1, help="windows of a device at a time")
     parser.add_argument("--micro_batches", type=int, default=1)
     parser.add_argument("--remat", default="full", help="none, dots or full")
