@@ -105,7 +105,12 @@ def compiled_step(options: dict[str, Any], args: argparse.Namespace, *, stacked:
     from gpt2_jax.training import step as training
 
     config = gpt2_jax.GPT2Config(
-        **options, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, dtype=args.dtype
+        **options,
+        vocab_size=args.vocab_size,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        dtype=args.dtype,
     )
     mesh = sharding.make_mesh(args.mesh)
     tx = gpt2_jax.make_optimizer(1e-4)
@@ -212,6 +217,8 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=1)
     parser.add_argument("--remat", default="full", help="none, dots or full")
     parser.add_argument("--dtype", default="bfloat16")
+    # 50,257 divides by no number of devices: see docs/devices.md.
+    parser.add_argument("--vocab_size", type=int, default=50_304)
     args = parser.parse_args()
     # Before JAX is imported, which reads it once.
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_devices(args.mesh)}"
