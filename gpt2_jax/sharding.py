@@ -113,22 +113,36 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
         A leaf without axes, or that no rule names, is on all devices.
 
     Raises:
-      ValueError: an axis of a leaf does not divide by the devices that it is to lie on, or a rule
-        of the caller's finds no leaf.
+      ValueError: an axis of a leaf does not divide by the devices that it is to lie on; or a rule
+        of the caller's finds no leaf, or names an axis twice or one that no mesh here has.
     """
-    names = [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-    for pattern, _ in rules or ():
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"`rules` must find leaves of the tree, {pattern!r} finds none of {len(names)}:"
-                f" names are such as {', '.join(names[:4])}."
-            )
-    rules = RULES if rules is None else rules
+    if rules is None:
+        rules = RULES
+    else:
+        _check_rules(rules, [_name(path) for path, _ in jax.tree.leaves_with_path(tree)], mesh)
 
     def of_leaf(path: Any, leaf: Any) -> NamedSharding:
         return leaf_sharding(_name(path), leaf.shape, mesh, rules)
 
     return jax.tree.map_with_path(of_leaf, tree)
+
+
+def _check_rules(rules: Rules, names: list[str], mesh: Mesh) -> None:
+    """Raises `ValueError` for a rule of a caller's that cannot be meant."""
+    for pattern, specs in rules:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"`rules` must find leaves of the tree, {pattern!r} finds none of {len(names)}:"
+                f" names are such as {', '.join(names[:4])}."
+            )
+        for spec in (specs,) if isinstance(specs, P) else specs:
+            axes = [axis for part in spec for axis in _axes_of(part)]
+            unknown = [axis for axis in axes if axis not in (*mesh.axis_names, *AXES)]
+            if unknown:
+                there = ", ".join(mesh.axis_names)
+                raise ValueError(f"`rules` of axes {there} cannot spread {pattern!r} by {spec}.")
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"`rules` must name each axis once, {pattern!r} has {spec}.")
 
 
 def leaf_sharding(

@@ -113,6 +113,12 @@ def test_the_first_rule_counts_and_each_must_find_a_leaf(params):
     assert {spec for name, spec in specs.items() if name != "h.0.mlp.c_fc.kernel"} == {P()}
     with pytest.raises(ValueError, match="'gate' finds none of 16: names are such as h.0.attn"):
         sharding.shardings(params, mesh, [("gate", P("tensor")), ("", P())])
+    with pytest.raises(
+        ValueError, match=r"axes data, fsdp, tensor cannot spread 'wte' by P.*tensr"
+    ):
+        sharding.shardings(params, mesh, [("wte", P("tensr"))])
+    with pytest.raises(ValueError, match=r"each axis once, 'wte' has P.*'tensor', 'tensor'"):
+        sharding.shardings(params, mesh, [("wte", P("tensor", "tensor"))])
 
 
 @pytest.mark.parametrize(
