@@ -405,7 +405,7 @@ def _initial_model(
 ) -> tuple[GPT2Config, Params | None]:
     """Returns the config of a run's model, and the params if these are pretrained."""
     if from_pretrained is not None:
-        return _pretrained_model(recipe, corpus, from_pretrained)
+        return _pretrained_model(recipe, corpus, from_pretrained, mesh)
     # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
@@ -433,7 +433,7 @@ def _n_parameters(config: GPT2Config) -> int:
 
 
 def _pretrained_model(
-    recipe: Recipe, corpus: Corpus, from_pretrained: str
+    recipe: Recipe, corpus: Corpus, from_pretrained: str, mesh: Mesh | None
 ) -> tuple[GPT2Config, Params]:
     """Returns a pretrained model's config, with the recipe's dropout and dtype, and its params.
 
@@ -442,7 +442,7 @@ def _pretrained_model(
     """
     folder = resolve(from_pretrained)  # once: both of what follows come from one revision
     # Like fresh ones, whatever dtype the file has: small updates would vanish in 16 bits.
-    config, params = load(folder, dtype="float32")
+    config, params = load(folder, dtype="float32", mesh=mesh)
     try:
         tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
@@ -535,16 +535,9 @@ def _beginning(plan: Plan, pretrained: Params | None) -> Beginning:
     if plan.mesh is None:
         return Beginning(partial(make, source), shapes)
     places = shardings(shapes, plan.mesh)
-    if pretrained is not None:
-        source = jax.tree.map(_cut, pretrained, places.params)
     # Under `jit` each device makes its own parts: none holds the whole.
     make = partial(jax.jit(make, out_shardings=places), source)
     return Beginning(make, jax.tree.map(placed_shape, shapes, places))
-
-
-def _cut(leaf: Array, sharding: NamedSharding) -> Array:
-    """Returns an array that each process has whole, in parts on the devices of a mesh."""
-    return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
 
 
 def _on_mesh(
