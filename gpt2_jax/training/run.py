@@ -92,6 +92,8 @@ SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 200
 TRAINING_BYTES = 12  # of each parameter, at the least: its value, gradient and mean in float32
 
+ReadRows = Callable[[int, int], np.ndarray]  # `(start, stop)` to rows of a batch
+
 
 class Summary(NamedTuple):
     """How a call of `fit` ended."""
@@ -349,8 +351,8 @@ def validation_loss(
     total = 0.0
     count = 0.0
     for batch in windows(tokens, batch_size=n_rows, length=length):
-        ids = _on_mesh(batch.ids.__getitem__, batch.ids.shape, mesh)
-        weights = _on_mesh(batch.weights.__getitem__, batch.weights.shape, mesh)
+        ids = _on_mesh(partial(_rows_of, batch.ids), batch.ids.shape, mesh)
+        weights = _on_mesh(partial(_rows_of, batch.weights), batch.weights.shape, mesh)
         loss, weight = _mean_and_weight(params, ids, weights, config=config)
         total += float(loss) * float(weight)
         count += float(weight)
@@ -540,19 +542,20 @@ def _beginning(plan: Plan, pretrained: Params | None) -> Beginning:
     return Beginning(make, jax.tree.map(placed_shape, shapes, places))
 
 
-def _on_mesh(
-    read: Callable[[Any], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None
-) -> Array | np.ndarray:
+def _on_mesh(read: ReadRows, shape: tuple[int, ...], mesh: Mesh | None) -> Array | np.ndarray:
     """Returns a batch with its rows spread over a mesh; each process reads those of its devices.
 
-    Args:
-      read: takes the index of a part, slices of rows and columns.
-      shape: of the whole.
-      mesh: without one, the whole is read, and stays on the host.
+    Without a mesh the whole is read, and stays on the host.
     """
+    n_rows = shape[0]
     if mesh is None:
-        return read(slice(None))
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
+        return read(0, n_rows)
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(n_rows)
+        return read(start, stop)
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), read_part)
 
 
 def _check_agreement(plan: Plan, resume: bool) -> None:
@@ -821,9 +824,13 @@ def _batch(plan: Plan, cursor: int) -> Array | np.ndarray:
     return _on_mesh(partial(_read_rows, plan.batches, cursor), shape, plan.mesh)
 
 
-def _read_rows(batches: Batches, cursor: int, part: Any) -> np.ndarray:
-    """Returns some rows of the batch at a cursor."""
-    return batches(cursor)[part]
+def _read_rows(batches: Batches, cursor: int, start: int, stop: int) -> np.ndarray:
+    """Returns rows `start` to `stop` of the batch at a cursor."""
+    return batches(cursor)[start:stop]
+
+
+def _rows_of(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return array[start:stop]
 
 
 def _checkpoint_meta(plan: Plan, position: Position) -> dict[str, Any]:
