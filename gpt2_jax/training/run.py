@@ -94,6 +94,8 @@ SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 200
 TRAINING_BYTES = 12  # of each parameter, at the least: its value, gradient and mean in float32
 
+ReadRows = Callable[[int, int], np.ndarray]  # `(start, stop)` to rows of a batch
+
 
 class Summary(NamedTuple):
     """How a call of `fit` ended."""
@@ -351,8 +353,8 @@ def validation_loss(
     total = 0.0
     count = 0.0
     for batch in windows(tokens, batch_size=n_rows, length=length):
-        ids = _on_mesh(batch.ids.__getitem__, batch.ids.shape, mesh)
-        weights = _on_mesh(batch.weights.__getitem__, batch.weights.shape, mesh)
+        ids = _on_mesh(partial(_rows_of, batch.ids), batch.ids.shape, mesh)
+        weights = _on_mesh(partial(_rows_of, batch.weights), batch.weights.shape, mesh)
         loss, weight = _mean_and_weight(params, ids, weights, config=config)
         total += float(loss) * float(weight)
         count += float(weight)
@@ -407,7 +409,7 @@ def _initial_model(
 ) -> tuple[GPT2Config, Params | None]:
     """Returns the config of a run's model, and the params if these are pretrained."""
     if from_pretrained is not None:
-        return _pretrained_model(recipe, corpus, from_pretrained)
+        return _pretrained_model(recipe, corpus, from_pretrained, mesh)
     # The config's ends of a text: what `generate` stops at once the model is exported.
     eot_id = corpus.tokenizer.eot_id if corpus.tokenizer else None
     config = recipe.config(vocab_size=corpus.vocab_size, eot_id=eot_id)
@@ -435,7 +437,7 @@ def _n_parameters(config: GPT2Config) -> int:
 
 
 def _pretrained_model(
-    recipe: Recipe, corpus: Corpus, from_pretrained: str
+    recipe: Recipe, corpus: Corpus, from_pretrained: str, mesh: Mesh | None
 ) -> tuple[GPT2Config, Params]:
     """Returns a pretrained model's config, with the recipe's dropout and dtype, and its params.
 
@@ -444,7 +446,7 @@ def _pretrained_model(
     """
     folder = resolve(from_pretrained)  # once: both of what follows come from one revision
     # Like fresh ones, whatever dtype the file has: small updates would vanish in 16 bits.
-    config, params = load(folder, dtype="float32")
+    config, params = load(folder, dtype="float32", mesh=mesh)
     try:
         tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
@@ -537,8 +539,6 @@ def _beginning(plan: Plan, pretrained: Params | None) -> Beginning:
     if plan.mesh is None:
         return Beginning(partial(make, source), shapes)
     places = shardings(shapes, plan.mesh)
-    if pretrained is not None:
-        source = jax.tree.map(_cut, pretrained, shardings(pretrained, plan.mesh))
     # Under `jit` each device makes its own parts: none holds the whole.
     make = partial(jax.jit(make, out_shardings=places), source)
     return Beginning(make, jax.tree.map(placed_shape, shapes, places))
@@ -556,24 +556,20 @@ def _apart(params: Params) -> Params:
     return unstack_layers(params) if is_stacked(params) else params
 
 
-def _cut(leaf: Array, sharding: NamedSharding) -> Array:
-    """Returns an array that each process has whole, in parts on the devices of a mesh."""
-    return jax.make_array_from_callback(leaf.shape, sharding, np.asarray(leaf).__getitem__)
-
-
-def _on_mesh(
-    read: Callable[[Any], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None
-) -> Array | np.ndarray:
+def _on_mesh(read: ReadRows, shape: tuple[int, ...], mesh: Mesh | None) -> Array | np.ndarray:
     """Returns a batch with its rows spread over a mesh; each process reads those of its devices.
 
-    Args:
-      read: takes the index of a part, slices of rows and columns.
-      shape: of the whole.
-      mesh: without one, the whole is read, and stays on the host.
+    Without a mesh the whole is read, and stays on the host.
     """
+    n_rows = shape[0]
     if mesh is None:
-        return read(slice(None))
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
+        return read(0, n_rows)
+
+    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(n_rows)
+        return read(start, stop)
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), read_part)
 
 
 def _check_agreement(plan: Plan, resume: bool) -> None:
@@ -845,13 +841,13 @@ def _batch(plan: Plan, cursor: int) -> Array | np.ndarray:
     return _on_mesh(partial(_read_rows, plan.batches, cursor), shape, plan.mesh)
 
 
-def _read_rows(batches: Batches, cursor: int, part: Any) -> np.ndarray:
-    """Returns some rows of the batch at a cursor."""
-    if part == slice(None):
-        return batches(cursor)
-    rows, columns = part
-    start, stop, _ = rows.indices(batches.batch_size)
-    return batches.rows(cursor, start, stop)[:, columns]
+def _read_rows(batches: Batches, cursor: int, start: int, stop: int) -> np.ndarray:
+    """Returns rows `start` to `stop` of the batch at a cursor."""
+    return batches.rows(cursor, start, stop)
+
+
+def _rows_of(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return array[start:stop]
 
 
 def _checkpoint_meta(plan: Plan, position: Position) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def stop_after(n_steps, advance, states):
     [
         ("data=9", "A mesh of data=9,fsdp=1,tensor=1 needs 9 devices, there are 8"),
         ("data=2,fsdp=2", "`batch_size` 4 in `micro_batches` 2 are 2 rows at a time, .* of the 4"),
-        ("tensor=3", r"attn.c_proj.kernel \[16, 16\]: axis 0, of 16, must divide by the 3"),
+        ("tensor=3", r"attn.c_attn.kernel \[16, 48\]: axis 0, of 16, must divide by the 3"),
         ("pipeline=2", "axes of data, fsdp, tensor, got 'pipeline'"),
         (jax.make_mesh((2,), ("x",)), r"axes of data, fsdp, tensor, got \['x'\]"),
     ],
