@@ -565,7 +565,7 @@ def _on_mesh(read: ReadRows, shape: tuple[int, ...], mesh: Mesh | None) -> Array
     if mesh is None:
         return read(0, n_rows)
 
-    def read_part(index: tuple[slice, ...]) -> np.ndarray:
+    def read_part(index: Any) -> np.ndarray:  # slices of rows and columns
         start, stop, _ = index[0].indices(n_rows)
         return read(start, stop)
 
