@@ -14,6 +14,7 @@ whole depth: XLA counts the body of a loop once, and layers in a row would take 
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -54,6 +55,7 @@ COLLECTIVES = {
     "collective-permute": lambda n: 1,
 }
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # XLA's names
 
 
 class Cost(NamedTuple):
@@ -68,8 +70,12 @@ class Cost(NamedTuple):
         return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(self, other, strict=True)))
 
 
-def sent_bytes(program: str) -> float:
-    """Returns the bytes that a device sends in the collectives of a compiled program."""
+def sent_bytes(program: str, dtype: str) -> float:
+    """Returns the bytes that a device sends in the collectives of a compiled program.
+
+    For CPU a program of bfloat16 sends float32, as its products are; on a chip they are not.
+    """
+    item = ITEM_BYTES | {"f32": ITEM_BYTES[DTYPES[dtype]]}
     total = 0.0
     kinds = "|".join(COLLECTIVES)
     for line in program.splitlines():
@@ -78,21 +84,27 @@ def sent_bytes(program: str) -> float:
             continue
         made = 0
         for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
-            count = 1
-            for size in filter(None, sizes.split(",")):
-                count *= int(size)
-            made += count * ITEM_BYTES.get(dtype, 8)
+            made += math.prod(int(size) for size in sizes.split(",") if size) * item[dtype]
         total += made * COLLECTIVES[found[2]](group_size(line))
     return total
 
 
 def group_size(line: str) -> int:
     """Returns how many devices take part in each group of a collective."""
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    if iota:
-        return int(iota[2])
+    if "source_target_pairs" in line:
+        return 2
+    # Written as axes of a mesh and those that take part, as a shape, or one by one.
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if mesh:
+        sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
+    shape = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    if shape:
+        return int(shape[2])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return len(listed[1].split(",")) if listed else 2
+    if listed:
+        return len(listed[1].split(","))
+    raise ValueError(f"Expected the groups of a collective, got {line.strip()[:200]}")
 
 
 def compiled_step(options: dict[str, Any], args: argparse.Namespace, *, stacked: bool) -> Any:
@@ -159,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         jax.clear_caches()
         program = compiled_step(options | {"n_layer": depth}, args, stacked=False)
         analysis = program.cost_analysis()
-        sent = sent_bytes(program.as_text())
+        sent = sent_bytes(program.as_text(), args.dtype)
         costs.append(Cost(analysis["flops"], analysis["bytes accessed"], sent))
     cost = costs[0].continued(costs[1], n_layers)
     return {
@@ -216,7 +228,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="windows of a device at a time")
     parser.add_argument("--micro_batches", type=int, default=1)
     parser.add_argument("--remat", default="full", help="none, dots or full")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     # 50,257 divides by no number of devices: see docs/devices.md.
     parser.add_argument("--vocab_size", type=int, default=50_304)
     args = parser.parse_args()
