@@ -704,7 +704,7 @@ def _locked_alone(out: Path) -> Iterator[None]:
 def _check_same_run(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raises `CheckpointError`, naming it all, where two runs differ in what shapes the curve."""
     now = _flat(ours)
-    then = _flat(theirs)
+    then = _flat(theirs | {"recipe": _as_of_now(theirs.get("recipe"))})
     free = {f"recipe.{name}" for name in changeable_fields()}
     differences = []
     # Of both: a field that a version before or after this one knows is a difference too.
@@ -717,6 +717,15 @@ def _check_same_run(folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) 
     if differences:
         listed = "\n  ".join(differences)
         raise CheckpointError(f"{folder} is of another run:\n  {listed}")
+
+
+def _as_of_now(recipe: Any) -> Any:
+    """Returns a saved recipe in today's fields: one that it lacks did what its default does."""
+    try:
+        return dataclasses.asdict(Recipe.from_dict(recipe))
+    # Of another version, with fields that are none of ours: these are differences.
+    except (AttributeError, TypeError, ValueError):
+        return recipe
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -223,6 +223,16 @@ def test_resuming_something_else_says_what_differs(corpus, finished, tmp_path):
     assert "log_every" not in str(error.value)
 
 
+def test_a_run_begun_before_a_field_was_there_is_the_same_run(tmp_path):
+    now = {"recipe": dataclasses.asdict(SMALL), "data": {}}
+    then = {"recipe": now["recipe"] | {"remat": False}, "data": {}}
+    del then["recipe"]["stack_layers"]
+    run_module._check_same_run(tmp_path, now, then)
+    then["recipe"]["remat"] = True
+    with pytest.raises(CheckpointError, match="recipe.remat: 'full' then, 'none' now"):
+        run_module._check_same_run(tmp_path, now, then)
+
+
 def test_resuming_with_other_data_says_so(corpus, finished, tmp_path):
     changed = tmp_path / "corpus"
     changed.mkdir()
