@@ -222,7 +222,7 @@ def share(cache: KVCache, n: int) -> KVCache:
       ValueError: `n` is less than 1.
     """
     n = as_count("n", n)
-    return select(cache, jnp.repeat(jnp.arange(len(cache.valid)), n))
+    return select(cache, jnp.repeat(jnp.arange(cache.valid.shape[0]), n))
 
 
 @automatic
@@ -232,7 +232,7 @@ def select(cache: KVCache, rows: Int[Array, " R"]) -> KVCache:
 
     def take(x, groups):  # [BH, ...] -> [RH, ...]
         # By rows: all heads of a row go together.
-        separate = _apart(x, n_rows, len(x) // max(n_rows, 1), groups)
+        separate = _apart(x, n_rows, x.shape[0] // max(n_rows, 1), groups)
         return _joined(separate[rows], groups)
 
     layers = tuple(

@@ -85,7 +85,7 @@ def test_weights_are_read_while_the_vocabulary_is_parsed(monkeypatch):
     parsing = threading.Event()
     reading = threading.Event()
 
-    def load(folder, *, dtype, config, heads):
+    def load(folder, **options):
         reading.set()
         assert parsing.wait(timeout=60)
         return PRESETS["gpt2"], {}
