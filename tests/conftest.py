@@ -1,5 +1,6 @@
 """Settings and small models that the tests share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Traced programs are millions of small objects, which Python's collector would look through again
+# and again.
+gc.set_threshold(200_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Drops the programs of a file with it: together they take many gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -22,11 +22,7 @@ lengths = np.array([6, 4])
 key = jax.random.key(1)
 """
 WALK = """
-gpt2_jax.apply(params, ids, lengths, config=config, padding_side="left")
-gpt2_jax.apply(params, ids, config=config, dropout_key=key, remat=True)
 jax.jit(gpt2_jax.apply)(params, ids, config=config)
-logits, cache = gpt2_jax.prefill(params, ids, lengths, config=config, cache_len=12)
-gpt2_jax.decode_step(params, logits.argmax(-1), cache, config=config)
 options = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "temperature": 0.9, "top_k": 9}
 options |= {"top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "min_new_tokens": 2}
 sampler = gpt2_jax.sampler_from_options(options, do_sample=True, stop_ids=(0,))
@@ -43,29 +39,35 @@ gpt2_jax.beam_search(params, ids, config=config, max_new_tokens=3, num_beams=2)
 gpt2_jax.speculate(params, ids, lengths, key, config=config, max_new_tokens=3, sampler=sampler)
 draft = {"draft_params": params, "draft_config": config}
 gpt2_jax.speculate(params, ids, lengths, config=config, max_new_tokens=3, **draft)
-gpt2_jax.token_logprobs(params, ids, config=config)
 gpt2_jax.score(params, [([1, 2, 3], 2), ([4, 5], 1)], config=config)
 gpt2_jax.perplexity(params, list(range(1, 40)), config=config, bytes=80)
 gpt2_jax.score_choices(params, [1, 2], [[3], [4, 5]], config=config)
 tx = gpt2_jax.make_optimizer(1e-3)
 state = gpt2_jax.init_state(params, tx)
 gpt2_jax.train_step(state, ids, key, config=config, tx=tx, micro_batches=2)
-_, acts = gpt2_jax.capture(params, ids, config=config, sites="*")
-gpt2_jax.patch(params, ids, config=config, edits={"h.0.attn.z": 0.0})
-gpt2_jax.logit_lens(params, ids, config=config)
-gpt2_jax.attention_patterns(params, ids, config=config)
-gpt2_jax.direct_logit_attribution(params, ids, ids, config=config)
-metric = lambda logits: logits[:, 3] - logits[:, 4]
-gpt2_jax.patching_sweep(params, ids, acts, metric, lengths, config=config, site="attn.z", over="TH")
-total = lambda logits: metric(logits).sum()
-gpt2_jax.attribution(params, ids, total, lengths, config=config, sites="h.*.mlp.out")
-gpt2_jax.qk_circuit(params, 0, 1, config=config)
 tap = gpt2_jax.make_tap({"h.*.resid_pre": gpt2_jax.add(np.ones(24), at=[1, 3])}, config=config)
 gpt2_jax.score(params, [([1, 2, 3], 2)], config=config, tap=tap)
 next(gpt2_jax.capture_stream(params, ids.ravel(), config=config, sites="embed", length=5))
 
 
 def traced():  # no need to compile
+    gpt2_jax.apply(params, ids, lengths, config=config, padding_side="left")
+    gpt2_jax.apply(params, ids, config=config, dropout_key=key, remat=True)
+    logits, cache = gpt2_jax.prefill(params, ids, lengths, config=config, cache_len=12)
+    gpt2_jax.decode_step(params, logits.argmax(-1), cache, config=config)
+    gpt2_jax.token_logprobs(params, ids, config=config)
+    _, acts = gpt2_jax.capture(params, ids, config=config, sites="*")
+    gpt2_jax.patch(params, ids, config=config, edits={"h.0.attn.z": 0.0})
+    gpt2_jax.logit_lens(params, ids, config=config)
+    gpt2_jax.attention_patterns(params, ids, config=config)
+    gpt2_jax.direct_logit_attribution(params, ids, ids, config=config)
+    metric = lambda logits: logits[:, 3] - logits[:, 4]
+    gpt2_jax.patching_sweep(
+        params, ids, acts, metric, lengths, config=config, site="attn.z", over="TH"
+    )
+    total = lambda logits: metric(logits).sum()
+    gpt2_jax.attribution(params, ids, total, lengths, config=config, sites="h.*.mlp.out")
+    gpt2_jax.qk_circuit(params, 0, 1, config=config)
     gpt2_jax.apply(params, ids, config=config, tap=tap)
     gpt2_jax.edge_attribution(params, ids, acts, total, lengths, config=config, steps=2)
     gpt2_jax.resid_stack(params, ids, lengths, config=config, by="neuron", last_only=True)

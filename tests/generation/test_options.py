@@ -202,7 +202,7 @@ def chain_hf(options):
     return any_model()._get_logits_processor(config, PROMPT, device="cpu")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(options=ANY_OPTIONS, step=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
 def test_any_options_together_are_hfs_chain(options, step, seed):
     assume(options.get("forced_eos_token_id") not in options.get("suppress_tokens", ()))

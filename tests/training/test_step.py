@@ -158,9 +158,8 @@ def test_one_batch_is_learnt_by_heart(params, batch):
     assert metrics["loss"] < 0.02
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_micro_batches_and_remat_change_only_rounding(params, batch, rng, weighted):
-    counts = rng.random(batch.shape) if weighted else None
+def test_micro_batches_and_remat_change_only_rounding(params, batch, rng):
+    counts = rng.random(batch.shape)  # parts that weigh differently
 
     def step(**options):
         state, metrics = train_step(
@@ -169,7 +168,7 @@ def test_micro_batches_and_remat_change_only_rounding(params, batch, rng, weight
         return state.params, metrics
 
     whole = step()
-    for options in ({"micro_batches": 3}, {"micro_batches": 6, "remat": True}, {"remat": True}):
+    for options in ({"micro_batches": 3}, {"micro_batches": 6, "remat": True}):
         chex.assert_trees_all_close(step(**options), whole, rtol=1e-7, atol=1e-9)
 
 
