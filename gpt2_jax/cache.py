@@ -199,7 +199,7 @@ def visible(cache: KVCache, count: int) -> Bool[Array, "B 1 T S"]:
 
 @automatic
 def lengthen(cache: KVCache, slots: int) -> KVCache:
-    """Returns the cache with room for `slots` tokens.
+    """Returns the cache with room for `slots` tokens. Does not compile itself.
 
     Raises:
       ValueError: it has more already.
@@ -217,6 +217,7 @@ def share(cache: KVCache, n: int) -> KVCache:
     """Returns a cache with each row `n` times: one prefix, read once, for many continuations.
 
     Row `b * n + i` of the result is row `b`. Each has its own copy, in which others see nothing.
+    Does not compile itself.
 
     Raises:
       ValueError: `n` is less than 1.

@@ -36,7 +36,7 @@ def stack_layers(params: Params) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """Undoes `stack_layers`.
+    """Undoes `stack_layers`. It does not compile itself.
 
     Raises:
       ValueError: the layers are no stack.

@@ -94,7 +94,7 @@ def group_size(line: str) -> int:
     if "source_target_pairs" in line:
         return 2
     # Written as axes of a mesh and those that take part, as a shape, or one by one.
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", line)
     if mesh:
         sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))

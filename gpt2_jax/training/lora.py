@@ -26,6 +26,8 @@ def lora(
 ) -> Params:
     """Returns fresh adapters of a model, with which it computes what it does without.
 
+    Does not compile itself.
+
     Under the names of the layers, each has `lora_A`, `[I, R]`, uniform within `1 / sqrt(I)`, and
     `lora_B`, `[R, O]`, zeros (PEFT's initial values; its matrices are the transposes). Leaves are
     float32, or float64 where the kernel is.

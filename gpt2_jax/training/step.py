@@ -95,7 +95,7 @@ def init_state(
     *,
     trainable: str | Sequence[str] | None = None,
 ) -> TrainState:
-    """Returns the state before the first step.
+    """Returns the state before the first step. Does not compile itself.
 
     It holds a copy of the params, as `train_step` donates its state. Params of 16 bits that are
     trained become float32: small updates would vanish in them. `config.dtype` says what a step

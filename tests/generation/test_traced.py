@@ -122,7 +122,8 @@ def test_a_sampler_is_exported_and_runs_without_this_library(params, prompts, ou
     arguments = [sys.executable, "-c", ELSEWHERE, str(program), str(inputs), str(outputs)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    made = np.load(outputs)
+    with np.load(outputs) as file:
+        made = dict(file)
     expected = generate(params, *prompts, keys[0], num_return_sequences=2, **OPTIONS)
     np.testing.assert_array_equal(made["arr_0"], expected.ids)
     np.testing.assert_array_equal(made["arr_1"], expected.lengths)
