@@ -379,6 +379,8 @@ def _leave(out: Any, mesh: AbstractMesh) -> Any:
             place: Any = None if isinstance(leaf, Tracer) else leaf.sharding
             if isinstance(place, NamedSharding):
                 spec = place.spec  # it is there already, and stays
+            elif place is not None:
+                return leaf  # on no mesh, and so welcome beside arrays of any
             else:
                 spec = _fitting(P(first), leaf.shape, mesh)
             return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))

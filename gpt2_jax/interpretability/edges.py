@@ -28,6 +28,7 @@ from gpt2_jax.interpretability.taps import ChainedTaps, Edit, find_sites, make_t
 from gpt2_jax.model import Params
 from gpt2_jax.modules import wide_dtype
 from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.sharding import automatic
 
 # What the donors of `edge_attribution` must hold: what each sender writes, heads before `c_proj`.
 EDGE_SITES = ("embed", "h.*.attn.z", "h.*.mlp.out")
@@ -62,6 +63,7 @@ class EdgeScores:
         return edges
 
 
+@automatic
 def edge_attribution(
     params: Params,
     ids: Int[ArrayLike, "B T"],

@@ -25,6 +25,7 @@ from gpt2_jax.interpretability.taps import (
 from gpt2_jax.model import Params
 from gpt2_jax.modules import dense_kernel
 from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.sharding import automatic
 
 # Into what the writers of each layer are divided.
 BY = ("layer", "head", "neuron")
@@ -38,6 +39,7 @@ class ResidStack:
     names: tuple[str, ...] = static()  # sites; "h.0.attn.result[3]" is that of a head
 
 
+@automatic
 def resid_stack(
     params: Params,
     ids: Int[ArrayLike, "B T"],
