@@ -433,7 +433,7 @@ def unembed(
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
         preferred_element_type=wide_dtype(config),
     )
-    logits = logits.reshape(*hidden.shape[:-1], -1)
+    logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
     between = [None] * (logits.ndim - 2)
     return constrain(logits, BATCH_AXES, *between, TENSOR)
 

@@ -27,7 +27,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--recipe shakespeare_char",
     )
     out.add_argument(
-        "data", help="folder with train.bin, as the command prepare or nanoGPT writes it"
+        "data", help="folder of token files, as the command prepare, nanoGPT or llm.c write them"
     )
     out.add_argument(
         "--out",

@@ -161,7 +161,7 @@ def fit(
 
     Args:
       recipe: what to do.
-      data: a folder with `train.bin`, and perhaps `val.bin` and a tokenizer.
+      data: a folder of token files, `train.bin` or many (docs/data.md), and perhaps a tokenizer.
       out: the run's folder.
       from_pretrained: start from these weights, which bring their own shape, instead of fresh ones.
       resume: go on from the last checkpoint in `out`, if there is one, bit for bit as if there had
