@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from gpt2_jax import cache as kv_cache
+from gpt2_jax import quantised
 from gpt2_jax.cache import KVCache, LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import (
@@ -38,6 +39,7 @@ from gpt2_jax.modules import (
     prefixed,
     wide_dtype,
 )
+from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import (
     BATCH_AXES,
     TENSOR,
@@ -425,14 +427,19 @@ def unembed(
 
     Does not compile itself.
     """
-    logits = jnp.einsum(
-        "nd,vd->nv",  # flat, as in `modules.Dense`
-        hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
-        gathered(head_matrix(params, config=config).astype(config.dtype)),
-        precision=config.precision,
-        # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
-        preferred_element_type=wide_dtype(config),
-    )
+    tokens = hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype)  # flat, as in `Dense`
+    head = params[head_name(config)]["embedding"]
+    if isinstance(head, Quantised):
+        logits = quantised.product(tokens, gathered(head), config.precision)
+    else:
+        logits = jnp.einsum(
+            "nd,vd->nv",
+            tokens,
+            gathered(head.astype(config.dtype)),
+            precision=config.precision,
+            # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
+            preferred_element_type=wide_dtype(config),
+        )
     logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
     between = [None] * (logits.ndim - 2)
     return constrain(logits, BATCH_AXES, *between, TENSOR)
@@ -440,13 +447,19 @@ def unembed(
 
 def head_matrix(params: Params, *, config: GPT2Config) -> Float[Array, "V D"]:
     """Returns the matrix of the head, tied or separate."""
+    return quantised.rows_of(params[head_name(config)]["embedding"])
+
+
+def head_name(config: GPT2Config) -> str:
+    """Returns the name of the table that is the head."""
     # Tied, there is no second array: what both uses of the one learn adds up in its gradient.
-    table = "wte" if config.tie_word_embeddings else "lm_head"
-    return params[table]["embedding"]
+    return "wte" if config.tie_word_embeddings else "lm_head"
 
 
-def gathered(table: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def gathered(table: Any) -> Any:
     """Returns a table of embeddings with what is spread along `fsdp` on all of its devices."""
+    if isinstance(table, Quantised):
+        return Quantised(gathered(table.values), constrain(table.scale, TENSOR))
     # As the rules have it: by width where the vocabulary does not divide.
     by_token = n_parts(table, TENSOR, len(table)) > 1
     return constrain(table, TENSOR) if by_token else constrain(table, None, TENSOR)
@@ -476,7 +489,7 @@ def forward(
     # Linen refuses params that no module takes; a separate head is `unembed`'s, and others that
     # were loaded with the model are their users'.
     body = {name: leaf for name, leaf in params.items() if name not in ("lm_head", "heads")}
-    body["wte"] = jax.tree.map(gathered, body["wte"])
+    body["wte"] = {"embedding": gathered(body["wte"]["embedding"])}
     body["wpe"] = jax.tree.map(constrain, body["wpe"])
     if is_stacked(params):
         _check_stack_serves(shared, tap, config)

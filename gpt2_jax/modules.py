@@ -23,10 +23,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax import cache as kv_cache
+from gpt2_jax import quantised
 from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kernels import normal, product, query_parts
 from gpt2_jax.pytrees import dataclass, static
+from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, mesh_of, n_batch_shards, n_parts
 from gpt2_jax.stack import is_stacked
 
@@ -83,7 +85,7 @@ def wide_dtype(config: GPT2Config) -> jnp.dtype:
 
 def dense_kernel(layer: Params) -> Float[Array, "I O"]:
     """Returns the kernel of a `Dense` layer's params, for those who only read weights."""
-    return layer["kernel"]
+    return quantised.kernel_of(layer["kernel"])
 
 
 # Taps.
@@ -201,13 +203,18 @@ class Dense(nn.Module):
         n_columns = self.parts * self.features
         # Fresh params are wide even where the model computes in 16 bits; those that are given stay
         # in the dtype they came in.
-        kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], n_columns), wide)
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Quantised):
+            kernel = self.param("kernel", normal(self.stddev), (x.shape[-1], n_columns), wide)
 
         if self.cut == "O":
             # Whole on each device: else XLA cuts what comes before, and sums there, too.
             x = constrain(x, BATCH_AXES)
         tokens = x.reshape(-1, x.shape[-1]).astype(config.dtype)
-        out = self.product(tokens, kernel.astype(config.dtype))
+        if isinstance(kernel, Quantised):
+            out = self.quantised_product(tokens, kernel)
+        else:
+            out = self.product(tokens, kernel.astype(config.dtype))
         if config.bias:
             bias = self.param("bias", nn.initializers.zeros, (n_columns,), wide)
             # With its row axis, for programs that forbid ranks to be promoted in silence.
@@ -237,6 +244,15 @@ class Dense(nn.Module):
         by_columns = self.cut == "O" and self.parts == 1
         kernel = constrain(kernel, None, TENSOR) if by_columns else constrain(kernel, TENSOR)
         return product(tokens, kernel, precision=config.precision)
+
+    def quantised_product(
+        self, tokens: Float[Array, "N I"], kernel: Quantised
+    ) -> Float[Array, "N PO"]:
+        """Returns what `product` does, by a kernel of 8 bits, in `config.dtype`."""
+        by_columns = self.cut == "O" and self.parts == 1
+        place = (TENSOR,) if by_columns else (None, TENSOR)
+        kernel = Quantised(constrain(kernel.values, *place), constrain(kernel.scale, *place[:1]))
+        return quantised.product(tokens, kernel, self.config.precision).astype(self.config.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -561,7 +577,7 @@ class GPT2(nn.Module):
         if jnp.issubdtype(tokens.dtype, jnp.integer):
             # An id beyond the table reads NaN, not the last row, as `jnp.take` does, which linen
             # calls.
-            tokens = self.embed("wte", config.vocab_size)(tokens)
+            tokens = self.embed_tokens(tokens)
         tokens = constrain(tokens, BATCH_AXES)
         tokens = tap("wte.out", tokens.astype(config.dtype))  # [B, T, D]
         places = self.embed("wpe", config.n_positions)(shared.positions)  # [B or 1, T, D]
@@ -576,6 +592,13 @@ class GPT2(nn.Module):
             blocks = Blocks(config, name="h")
             x, presents = blocks(x, shared, prefixed(tap, "h"), blocks_key, remat)
         return LayerNorm(config, name="ln_f")(x, prefixed(tap, "ln_f")), presents
+
+    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the embeddings of tokens."""
+        table = self.variables.get("params", {}).get("wte", {}).get("embedding")
+        if isinstance(table, Quantised):
+            return quantised.take(table, ids)
+        return self.embed("wte", self.config.vocab_size)(ids)
 
     def embed(self, name: str, rows: int) -> nn.Embed:
         """Returns an embedding table of `rows` rows."""
