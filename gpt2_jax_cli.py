@@ -1,10 +1,10 @@
 """The first lines of every command: they answer Ctrl-C before anything slow is imported.
 
-A module of its own beside the package, because whoever imports a part of `gpt2_jax` imports all of
-it, and with it JAX, which takes seconds. What the commands do, and all their other messages and
-exit codes, stand in `gpt2_jax.commands`.
+A module of its own beside the package, so that nothing of it, nor JAX, is imported before. What the
+commands do, and all their other messages and exit codes, stand in `gpt2_jax.commands`.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -40,6 +40,9 @@ def main(command: str | None = None, program: str = "gpt2-jax") -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, end_interrupted)
     sys.unraisablehook = end_if_interrupted
+    # Until all is imported: the collector would look through every module's objects again and
+    # again, for a tenth of a start, and none of them is ever garbage.
+    gc.disable()
     try:
         from gpt2_jax.commands.main import run
 

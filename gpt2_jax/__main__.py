@@ -1,7 +1,7 @@
 """The command `gpt2-jax` as `python -m gpt2_jax`.
 
-Python imports the package before this line, so that Ctrl-C during the first second or two ends in
-its own traceback; `gpt2-jax` has no such gap.
+Python imports the package before this line, so that Ctrl-C during its first hundredths of a second
+ends in Python's own traceback; `gpt2-jax` has no such gap.
 """
 
 from gpt2_jax_cli import main

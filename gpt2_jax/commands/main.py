@@ -14,6 +14,7 @@ error that explains each but the first, are decided here:
 Any other exception is a defect here and ends in its traceback.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -84,6 +85,10 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
     """Runs a command and returns the exit code of what went well."""
     # The one that is run: another may import an extra that is not installed.
     module = importlib.import_module(f"gpt2_jax.commands.{command}")
+    # Where `gpt2_jax_cli` has stopped the collector: what was imported stays, and is not looked at.
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     try:
         args = module.parser(program).parse_args(arguments)
     except SystemExit as end:  # `argparse` has printed the help, with 0, or a mistake, with 2

@@ -7,14 +7,13 @@ imported only to read a `pytorch_model.bin`.
 
 import contextlib
 import json
-import math
 import os
 import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,6 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a number, by safetensors' names
 # Safetensors' names of dtypes.
 SAFETENSORS_DTYPES = {
     "float64": "F64",
@@ -57,6 +55,8 @@ SAFETENSORS_DTYPES = {
     "bool": "BOOL",
     "complex64": "C64",
 }
+NUMPY_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+ALIGNMENT = 64  # bytes; XLA's `cpu_function_runtime::MinAlign()`
 # Pages of a mapped file count as this process's memory once they are read. After so many bytes the
 # file is mapped anew, which gives them back; a new map for each tensor would take too long.
 MAX_MAPPED_BYTES = 2**25
@@ -87,8 +87,20 @@ class TensorReader(Protocol):
         ...
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies in a file of safetensors."""
+
+    dtype: str  # safetensors' name of it
+    start: int  # byte of the file
+    n_bytes: int
+
+
 class SafetensorsFile:
-    """One file of safetensors, opened anew for each tensor: the pages of an open map would pile up.
+    """One file of safetensors, opened anew for each tensor.
+
+    Its header is safetensors' own to judge. Whole tensors are read past it, straight into memory
+    that JAX takes over on CPU as it is, in half of its time, and other threads go on meanwhile: a
+    map's pages, as safetensors has them, are copied twice and count as memory of the process.
 
     Raises:
       CheckpointError: the file is missing, cut off or something else; on reading, a dtype that
@@ -103,10 +115,11 @@ class SafetensorsFile:
             self.metadata |= opened.metadata() or {}  # `None` where a file has none
             for name in opened.keys():
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+            self._stored = _stored_in(file)
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor."""
-        return self._read(name, lambda opened: opened.get_tensor(name), self.shapes[name])
+        return self._whole(name)
 
     def parts(self, name: str) -> ReadPart:
         """Returns what reads parts of a tensor, and of the file these alone."""
@@ -114,20 +127,41 @@ class SafetensorsFile:
 
         def read_part(index: Index) -> Tensor:
             part_shape = tuple(len(range(n)[part]) for n, part in zip(shape, index, strict=True))
-            return self._read(name, lambda opened: opened.get_slice(name)[index], part_shape)
+            if part_shape == shape:
+                return self._whole(name)
+            dtype = self._dtype_of(name)
+            # Safetensors would end in a panic of its own, and print pages about it.
+            np.empty(part_shape, dtype)
+            with self._open() as opened:
+                return opened.get_slice(name)[index]
 
         return read_part
 
-    def _read(self, name: str, get: Callable[[Any], Tensor], shape: Shape) -> Tensor:
-        with self._open() as opened:
-            dtype = opened.get_slice(name).get_dtype()
-            # Safetensors would end in a panic of its own, and print pages about it.
-            np.empty(math.prod(shape) * BYTES.get(dtype, 1), np.uint8)
-            try:
-                return get(opened)
-            except (AttributeError, TypeError):  # it asks numpy for float8 by a name that it lacks
-                expected = f"one of {', '.join(DTYPES)}"
-                raise CheckpointError(f"{name}: expected {expected}, got {dtype}.") from None
+    def _whole(self, name: str) -> Tensor:
+        dtype = self._dtype_of(name)
+        stored = self._stored[name]
+        memory = _aligned(stored.n_bytes)
+        missing = memoryview(memory)
+        try:
+            # Without a buffer: a copy less.
+            with self.file.open("rb", buffering=0) as opened:
+                opened.seek(stored.start)
+                # Systems read no more than 2 GiB at once.
+                while missing:
+                    n_read = opened.readinto(missing)
+                    if not n_read:
+                        raise OSError(f"{len(missing)} bytes less of {name} than its header says")
+                    missing = missing[n_read:]
+        except OSError as error:  # it was whole when it was opened
+            raise self._damaged(error) from error
+        return memory.view(dtype).reshape(self.shapes[name])
+
+    def _dtype_of(self, name: str) -> np.dtype:
+        found = self._stored[name].dtype
+        if found not in NUMPY_DTYPES:
+            expected = f"one of {', '.join(DTYPES)}"
+            raise CheckpointError(f"{name}: expected {expected}, got {found}.")
+        return jnp.dtype(NUMPY_DTYPES[found])
 
     def file_of(self, name: str) -> Path:
         """Returns this file."""
@@ -136,15 +170,36 @@ class SafetensorsFile:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
-        expected = "a whole safetensors file"
         try:
             check_content(self.file, allowed=(GZIP_MAGIC,))  # may be the length of a header
             with safe_open(self.file, framework="np") as opened:
                 yield opened
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.file}: expected {expected}, got no file.") from error
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.file}: expected {expected}, got {error}.") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        got = "no file" if isinstance(error, FileNotFoundError) else error
+        return CheckpointError(f"{self.file}: expected a whole safetensors file, got {got}.")
+
+
+def _stored_in(file: Path) -> dict[str, _Stored]:
+    """Returns where the tensors of a file lie, whose header safetensors has found to be sound."""
+    with file.open("rb") as opened:
+        n_bytes = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(n_bytes))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]  # behind the header
+        stored[name] = _Stored(entry["dtype"], 8 + n_bytes + first, end - first)
+    return stored
+
+
+def _aligned(n_bytes: int) -> np.ndarray:
+    """Returns memory that begins where XLA's CPU wants it, so that it need not copy it."""
+    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % ALIGNMENT
+    return memory[offset : offset + n_bytes]
 
 
 class TorchFile:
