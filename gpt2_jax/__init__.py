@@ -42,6 +42,7 @@ from gpt2_jax.interpretability.circuits import (
     qk_circuit,
 )
 from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
+from gpt2_jax.interpretability.page import Page, inspect_page
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
     patch_each,
@@ -127,6 +128,7 @@ __all__ = [
     "Likelihood",
     "LogitAttribution",
     "MinP",
+    "Page",
     "PrefixAllowedTokens",
     "Pretrained",
     "ResidStack",
@@ -165,6 +167,7 @@ __all__ = [
     "head_scores",
     "init",
     "init_state",
+    "inspect_page",
     "join",
     "lengthen",
     "load",
