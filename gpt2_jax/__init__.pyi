@@ -45,6 +45,7 @@ from gpt2_jax.interpretability.circuits import (
     qk_circuit,
 )
 from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
+from gpt2_jax.interpretability.page import Page, inspect_page
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
     patch_each,
@@ -130,6 +131,7 @@ __all__ = [
     "Likelihood",
     "LogitAttribution",
     "MinP",
+    "Page",
     "PrefixAllowedTokens",
     "Pretrained",
     "ResidStack",
@@ -168,6 +170,7 @@ __all__ = [
     "head_scores",
     "init",
     "init_state",
+    "inspect_page",
     "join",
     "lengthen",
     "load",

@@ -1,8 +1,8 @@
 """The command `inspect`: draws what a GPT-2 computes for a prompt, or prints the numbers.
 
 What is drawn follows from the site: a residual stream's logit lens, an attention pattern's heads,
-or, with a second prompt that gives its activations, the heat map of patching them in. What is
-computed stands in `interpretability/views.py`.
+or, with a second prompt that gives its activations, the heat map of patching them in. A file ending
+in .html becomes a page to point at. What is computed stands in `interpretability/views.py`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gpt2_jax.commands.common import add_model_arguments, check_numbers, unwinding
 from gpt2_jax.files import replacing
 from gpt2_jax.generation import ranges
-from gpt2_jax.interpretability import plot, views
+from gpt2_jax.interpretability import page, plot, views
 from gpt2_jax.interpretability.taps import find_sites, site_axes
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
 from gpt2_jax.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150  # of pictures made of pixels: labels of 7 points stay readable
+PAGE_ENDINGS = (".html", ".htm")
 
 
 class Text(NamedTuple):
@@ -42,8 +43,8 @@ class View(NamedTuple):
     """What there is to see."""
 
     numbers: dict[str, Any]  # for JSON
-    # Not yet a figure: who wants the numbers alone need not have matplotlib.
-    draw: Callable[[], "Figure"]
+    # Not yet drawn: who wants the numbers alone need not have matplotlib.
+    write: Callable[[Path], None]  # the picture or the page, to a file
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -60,8 +61,8 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--site",
         metavar="SITE",
         help='"h.*.resid_post" for a logit lens (the default), "h.2.attn.pattern" for the heads of '
-        'a layer; with --donor, a site within each layer, such as "resid_pre" (the default) or '
-        '"attn.z"',
+        'a layer; for a page, the patterns it shows (default: "h.*.attn.pattern"); with --donor, a '
+        'site within each layer, such as "resid_pre" (the default) or "attn.z"',
     )
     out.add_argument(
         "--donor",
@@ -84,7 +85,12 @@ def parser(program: str) -> argparse.ArgumentParser:
     out.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="places patched at once (default: 8)"
     )
-    out.add_argument("--out", metavar="FILE", help="the picture: .png, .svg or .pdf")
+    out.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the picture: .png, .svg or .pdf; or .html, a page that shows each token's "
+        "probability and each head's attention where one points",
+    )
     out.add_argument("--json", action="store_true", help="print the numbers as a JSON object")
     out.add_argument("--quiet", action="store_true", help="no progress")
     return out
@@ -99,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     # An empty donor was given: it is not the same as none.
     if not args.prompt or args.donor == "":
         raise ValueError("The texts must not be empty.")
+    if is_page(args) and args.donor is not None:
+        raise ValueError(f"A page shows one text: --out {args.out} takes no --donor.")
     model = load_pretrained(
         args.from_pretrained,
         dtype="float32",  # figures are to show the model, not the rounding of its storage
@@ -110,11 +118,16 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         # A picture is whole or not there; what is in its place gives way, as with any plot.
         with unwinding(), replacing(Path(args.out), overwrite=True) as file:
-            view.draw().savefig(file, dpi=DOTS_PER_INCH)
+            view.write(file)
     if args.json:
         # In ASCII, as `json` has it by itself: tokens may hold what a terminal cannot spell.
         print(json.dumps(view.numbers))
     return 0
+
+
+def is_page(args: argparse.Namespace) -> bool:
+    """Returns whether a page is asked for, not a picture."""
+    return args.out is not None and Path(args.out).suffix.lower() in PAGE_ENDINGS
 
 
 def choose_view(model: Pretrained, args: argparse.Namespace) -> View:
@@ -125,6 +138,8 @@ def choose_view(model: Pretrained, args: argparse.Namespace) -> View:
     """
     if args.donor is not None:
         return patching(model, args)
+    if is_page(args):
+        return text_page(model, args)
     sites = args.site or "h.*.resid_post"
     # As a set: several sites are one picture only if all are of one kind.
     axes = {site_axes(site, model.config) for site in find_sites(sites, model.config)}
@@ -141,9 +156,7 @@ def lens(model: Pretrained, prompt: str, sites: str) -> View:
     """Returns the likeliest next tokens by every stream."""
     text = encode(model.tokenizer, prompt)
     view = views.view_lens(model.params, text.ids, config=model.config, sites=sites)
-    best = []
-    for ids in view.best.tolist():
-        best.append(decode_each(model.tokenizer, ids))
+    best = page.spelled_rows(model.tokenizer, view.best)
     # As Python's numbers: `json` knows none of numpy's.
     numbers = {
         "tokens": text.tokens,
@@ -152,7 +165,7 @@ def lens(model: Pretrained, prompt: str, sites: str) -> View:
         "probabilities": view.probabilities.tolist(),
     }
     draw = partial(plot.plot_lens, best, view.probabilities, text.tokens, view.sites, "logit lens")
-    return View(numbers, draw)
+    return View(numbers, partial(save_figure, draw))
 
 
 def patterns(model: Pretrained, args: argparse.Namespace) -> View:
@@ -169,7 +182,7 @@ def patterns(model: Pretrained, args: argparse.Namespace) -> View:
         by_site[site] = pattern.tolist()
     numbers = {"tokens": text.tokens, "patterns": by_site}
     draw = partial(plot.plot_patterns, view.patterns[0], text.tokens, first_site)
-    return View(numbers, draw)
+    return View(numbers, partial(save_figure, draw))
 
 
 def patching(model: Pretrained, args: argparse.Namespace) -> View:
@@ -189,7 +202,7 @@ def patching(model: Pretrained, args: argparse.Namespace) -> View:
         config=model.config,
     )
     # Before the sweep, which takes long.
-    first, second = decode_each(model.tokenizer, contrast.answers)
+    first, second = page.spelled(model.tokenizer, contrast.answers)
     if first == second:
         raise ValueError(f"Both texts go on with {first!r}: give two --answers to tell apart.")
     swept = views.view_patching(
@@ -217,19 +230,41 @@ def patching(model: Pretrained, args: argparse.Namespace) -> View:
     }
     title = f"patching {plan.site}"
     draw = partial(plot.plot_sweep, swept.changes, labels, title, f"change of the {quantity}")
-    return View(numbers, draw)
+    return View(numbers, partial(save_figure, draw))
+
+
+def text_page(model: Pretrained, args: argparse.Namespace) -> View:
+    """Returns how likely each token is, what was likelier, and what each head attends to."""
+    text = encode(model.tokenizer, args.prompt)
+    sites = find_sites(args.site or "h.*.attn.pattern", model.config)
+    # Before the pass, which takes long where the text is.
+    page.check_size(len(sites), model.config.n_head, len(text.tokens))
+    view = views.view_text(model.params, text.ids, config=model.config, sites=sites)
+    best = page.spelled_rows(model.tokenizer, view.best)
+    by_site = {}
+    for site, pattern in zip(view.sites, view.patterns, strict=True):
+        by_site[site] = pattern.tolist()
+    numbers = {
+        "tokens": text.tokens,
+        "probabilities": view.probabilities.tolist(),
+        "best": best,
+        "best_probabilities": view.best_probabilities.tolist(),
+        "patterns": by_site,
+    }
+    # The name that it was asked for by: a page is opened among others.
+    made = page.text_page(view, text.tokens, best, title=f"{args.from_pretrained}: inspected")
+    return View(numbers, made.save)
+
+
+def save_figure(draw: Callable[[], "Figure"], file: Path) -> None:
+    """Draws a figure and writes it; the file's ending says how."""
+    draw().savefig(file, dpi=DOTS_PER_INCH)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Text:
     """Returns a text's ids, and each token's text."""
     ids = tokenizer.encode(text)
-    return Text(np.array([ids], np.int32), decode_each(tokenizer, ids))
-
-
-def decode_each(tokenizer: Tokenizer, ids: list[int] | tuple[int, ...]) -> list[str]:
-    """Returns each token's text."""
-    # Each by itself, for it stands in a cell: part of a character becomes U+FFFD.
-    return [tokenizer.decode([token]) for token in ids]
+    return Text(np.array([ids], np.int32), page.spelled(tokenizer, ids))
 
 
 def first_tokens(tokenizer: Tokenizer, answers: list[str] | None) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ MOST_COLUMNS = 4  # of squares in a row
 def plot_patterns(
     patterns: Float[ArrayLike, "H T T"], tokens: Sequence[str], title: str = ""
 ) -> "matplotlib.figure.Figure":
-    """Returns a figure of attention patterns: a square for each head, rows attending to columns."""
+    """Returns a figure of attention patterns: a square for each head, queries down, keys across."""
     # matplotlib draws no bfloat16.
     patterns = np.asarray(patterns, np.float32)
     n_heads = len(patterns)
@@ -33,14 +33,20 @@ def plot_patterns(
     n_rows = math.ceil(n_heads / n_columns)
     side = max(2.4, CELL * len(tokens))  # inches; a short text is not a stamp
     # Beside a square stand its tokens; below it too, and its title above.
-    width = n_columns * (side + 0.6)
-    height = n_rows * (side + 1.2)
+    width = n_columns * (side + 0.8) + 1  # the scale
+    height = n_rows * (side + 1.4)
     figure = _figure(width, height, title)
+    squares = []
     for head in range(n_heads):
         axes = figure.add_subplot(n_rows, n_columns, head + 1)
         axes.set_title(f"head {head}")
-        axes.imshow(patterns[head], cmap="Blues", vmin=0, vmax=1)
+        # The same shades in all: one scale serves them.
+        image = axes.imshow(patterns[head], cmap="Blues", vmin=0, vmax=1)
+        axes.set_xlabel("key (attended to)")
+        axes.set_ylabel("query (attending)")
         _label(axes, tokens, tokens)
+        squares.append(axes)
+    figure.colorbar(image, ax=squares, label="attention", shrink=1 / n_rows)
     return figure
 
 
@@ -86,8 +92,10 @@ def plot_lens(
                 fontsize=FONT_SIZE,
                 parse_math=False,  # a token may be "$"
             )
+    axes.set_xlabel("token read last")
+    axes.set_ylabel("stream")
     _label(axes, tokens, names)
-    figure.colorbar(image, label="probability")
+    figure.colorbar(image, label="probability of the likeliest next token")
     return figure
 
 
@@ -96,6 +104,7 @@ def plot_sweep(
     labels: Sequence[str],
     title: str = "",
     quantity: str = "",
+    patched: str = "patched at",
 ) -> "matplotlib.figure.Figure":
     """Returns a heat map of changes: layers upwards, what was patched to the right; blue is more.
 
@@ -104,6 +113,7 @@ def plot_sweep(
       labels: of the `N` columns.
       title: stands above.
       quantity: what the values are, beside the scale.
+      patched: what the columns are, below them.
     """
     values = np.asarray(values, np.float32)
     n_layers = len(values)
@@ -111,6 +121,7 @@ def plot_sweep(
     height = 1.8 + CELL * n_layers
     figure = _figure(width, height, title)
     axes = figure.add_subplot()
+    axes.set_xlabel(patched)
     axes.set_ylabel("layer")
     # Never 0: where nothing changes the map is white, not an error.
     largest = np.abs(values).max(initial=1e-9)

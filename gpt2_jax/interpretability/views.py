@@ -1,4 +1,4 @@
-"""What there is to see in one text: a lens, attention patterns, a patching sweep.
+"""What there is to see in one text: probabilities, a lens, attention patterns, a patching sweep.
 
 Knows ids and sites, no tokenizer, no files and no pictures: callers turn ids into words, and the
 numpy arrays that come back into figures. Unlike the rest of this folder, but for `capture_stream`,
@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.config import GPT2Config
+from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.interpretability.patching import patch_each
 from gpt2_jax.interpretability.reading import stream_logits
 from gpt2_jax.interpretability.taps import (
@@ -48,6 +48,16 @@ class PatternsView(NamedTuple):
     """How much each token attends to each, by the heads of N layers."""
 
     sites: tuple[str, ...]  # in the order of the forward pass
+    patterns: Float[np.ndarray, "N H T T"]  # rows attend to columns
+
+
+class TextView(NamedTuple):
+    """What was expected in a text's places, and what the heads of N layers attend to."""
+
+    probabilities: Float[np.ndarray, " T-1"]  # of each token but the first, after those before it
+    best: Int[np.ndarray, "T C"]  # ids of the likeliest next tokens after each, likeliest first
+    best_probabilities: Float[np.ndarray, "T C"]  # theirs
+    sites: tuple[str, ...]  # of the patterns, in the order of the forward pass
     patterns: Float[np.ndarray, "N H T T"]  # rows attend to columns
 
 
@@ -109,6 +119,52 @@ def view_patterns(
     acts = _capture_compiled(params, ids, edited, config, names)
     patterns = [np.asarray(acts[name][0]) for name in names]
     return PatternsView(sites=names, patterns=np.stack(patterns))
+
+
+def view_text(
+    params: Params,
+    ids: Int[ArrayLike, "1 T"],
+    *,
+    config: GPT2Config,
+    sites: str | Sequence[str] = "h.*.attn.pattern",
+    count: int = 5,
+    edits: Mapping[str, Edit] | None = None,
+) -> TextView:
+    """Returns how likely a text's tokens are, what else was, and attention. Compiles itself.
+
+    Args:
+      params, ids, config: as for `apply`, of one text.
+      sites: of the patterns; `()` for none.
+      count: `C`, how many of the likeliest tokens to tell; all, if the vocabulary is smaller.
+      edits: the model is edited, as in `capture`.
+
+    Raises:
+      ValueError: as `capture`, or a site is not one of each query and key, or `count` is less
+        than 1.
+    """
+    count = min(as_count("count", count), config.vocab_size)
+    names = find_sites(sites, config)
+    _check_axes(names, "B H T S", config)
+
+    # One pass for both: a pattern costs little beside the logits.
+    @jax.jit
+    def read(
+        params: Params, ids: Int[ArrayLike, "1 T"], edited: Edits
+    ) -> tuple[Array, Array, Array, Acts]:
+        logits, acts = capture(params, ids, config=config, sites=names, edits=edited.by_site)
+        probabilities = jax.nn.softmax(logits[0])  # [T, V]
+        next_ids = jnp.asarray(ids)[0, 1:]
+        of_text = jnp.take_along_axis(probabilities[:-1], next_ids[:, None], axis=1)[:, 0]
+        best_probabilities, best = jax.lax.top_k(probabilities, count)
+        return of_text, best, best_probabilities, acts
+
+    edited = make_tap(edits or {}, config=config)
+    of_text, best, best_probabilities, acts = jax.device_get(read(params, ids, edited))
+    n_tokens = np.shape(ids)[1]
+    patterns = np.zeros((len(names), config.n_head, n_tokens, n_tokens), np.float32)
+    for index, name in enumerate(names):
+        patterns[index] = acts[name][0]
+    return TextView(of_text, best, best_probabilities, names, patterns)
 
 
 # Patching.

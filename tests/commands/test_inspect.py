@@ -1,6 +1,8 @@
 """The pictures and numbers of the command `inspect`, on the packaged model."""
 
+import base64
 import json
+import re
 
 import jax
 import numpy as np
@@ -66,6 +68,19 @@ def test_the_heat_map_ends_in_the_donors_value(look, tmp_path):
     assert picture.stat().st_size > 1000
 
 
+def test_a_page_holds_the_numbers_that_are_printed(look, tmp_path):
+    file = tmp_path / "page.html"
+    found = numbers_of(look(GIRL, "--out", str(file), "--json"))
+    written = file.read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', written)[1])
+    assert data["tokens"] == found["tokens"] == ["The", " little", " girl", " took"]
+    assert data["probabilities"] == found["probabilities"]
+    assert data["best"][-1][0] == [found["best"][-1][0], found["best_probabilities"][-1][0]]
+    packed = np.frombuffer(base64.b64decode(data["patterns"][1]), np.uint8).reshape(4, 4, 4)
+    np.testing.assert_allclose(packed / 255, found["patterns"]["h.1.attn.pattern"], atol=0.002)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -90,6 +105,14 @@ def test_the_heat_map_ends_in_the_donors_value(look, tmp_path):
         (
             [GIRL, "--out", "heads.png", "--site", "h.*.attn.pattern"],
             "--out draws the heads of one layer, got the sites h.0.attn.pattern, ",
+        ),
+        (
+            [GIRL, "--out", "page.html", "--donor", BOY],
+            "A page shows one text: --out page.html takes no --donor.",
+        ),
+        (
+            [GIRL, "--out", "page.HTM", "--site", "h.1.attn.z"],
+            "`sites` must have the axes B H T S, got B T H K at h.1.attn.z.",
         ),
         (["", "--json"], "The texts must not be empty."),
         ([GIRL, "--json", "--batch_size", "0"], "--batch_size must be at least 1, got 0."),

@@ -48,12 +48,31 @@ def test_patterns_are_those_of_the_pass_in_its_order(tiny, text, acts):
     near(view.patterns[1], acts[1]["h.0.attn.pattern"][0])
 
 
+def test_a_text_has_its_own_probabilities_and_those_likeliest(tiny, text, acts):
+    config, params = tiny
+    # Its last token is read off another text's last stream.
+    edits = {"h.2.resid_post": replace(acts[1]["h.2.resid_post"][:1, 3:4], at=[3])}
+    view = views.view_text(params, text, config=config, sites="h.1.*.pattern", edits=edits)
+    own, other = (jax.nn.softmax(seen["logits"][0]) for seen in acts)
+    expected = np.array([own[i, text[0, i + 1]] for i in range(3)] + [other[3, text[0, 4]]])
+    near(view.probabilities, expected)
+    order = np.argsort(-own[4])[:5]
+    np.testing.assert_array_equal(view.best[4], order)
+    near(view.best_probabilities[4], own[4][order])
+    assert view.sites == ("h.1.attn.pattern",)
+    np.testing.assert_allclose(view.patterns[0], acts[0]["h.1.attn.pattern"][0], rtol=1e-6)
+
+
 def test_a_site_of_other_axes_is_refused(tiny, text):
     config, params = tiny
     with pytest.raises(ValueError, match="must have the axes B T D, got B T H K at h.1.attn.z"):
         views.view_lens(params, text, config=config, sites=("h.0.resid_pre", "h.1.attn.z"))
     with pytest.raises(ValueError, match="must have the axes B H T S, got B T D at ln_f.out"):
         views.view_patterns(params, text, config=config, sites="ln_f.out")
+    with pytest.raises(ValueError, match="must have the axes B H T S, got B T D at ln_f.out"):
+        views.view_text(params, text, config=config, sites="ln_f.out")
+    with pytest.raises(ValueError, match="`count` must be a positive integer, got 0"):
+        views.view_text(params, text, config=config, count=0)
 
 
 def test_a_contrast_is_a_difference_of_logits_after_each_text(tiny, text, donor, acts):
