@@ -87,6 +87,7 @@ from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
 from gpt2_jax.pretrained.peft import load_lora, save_lora
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
+from gpt2_jax.quantised import Quantised, dequantize, quantize
 from gpt2_jax.resize import resize_vocab
 from gpt2_jax.stack import stack_layers, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer
@@ -134,6 +135,7 @@ __all__ = [
     "Page",
     "PrefixAllowedTokens",
     "Pretrained",
+    "Quantised",
     "ResidStack",
     "SiteGradients",
     "Speculation",
@@ -157,6 +159,7 @@ __all__ = [
     "complete",
     "composition_scores",
     "decode_step",
+    "dequantize",
     "direct_logit_attribution",
     "edge_attribution",
     "encode_batch",
@@ -193,6 +196,7 @@ __all__ = [
     "perplexity",
     "prefill",
     "qk_circuit",
+    "quantize",
     "replace",
     "resample_ablation",
     "resid_stack",

@@ -57,7 +57,7 @@ def quantize(params: dict[str, Any], *, config: GPT2Config) -> dict[str, Any]:
     Raises:
       ValueError: they are quantised already.
     """
-    refuse_quantised(params, "`quantize`")
+    refuse_quantised(params, "Params that `quantize` takes")
     quantised = dict(params)
     for table in TABLES if not config.tie_word_embeddings else TABLES[:1]:
         quantised[table] = {"embedding": of_rows(params[table]["embedding"])}
@@ -91,20 +91,32 @@ def _map_kernels(layers: dict[str, Any], change: Any) -> dict[str, Any]:
 
 def is_quantised(params: Any) -> bool:
     """Returns whether any matrix of a tree is one of 8 bits."""
-    return any(isinstance(node, Quantised) for node in _nodes(params))
+    # One without leaves stands where another part of a divided tree has them.
+    return any(isinstance(node, Quantised) and jax.tree.leaves(node) for node in _nodes(params))
+
+
+def n_weights(params: Any) -> int:
+    """Returns how many weights a tree has, whatever they are stored as."""
+    return sum(getattr(node, "values", node).size for node in _nodes(params))
+
+
+def _nodes(params: Any) -> list[Any]:
+    return jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Quantised))
 
 
 def refuse_quantised(params: Any, what: str) -> None:
-    """Raises `ValueError` for params of 8 bits, in a sentence that begins with `what`."""
+    """Raises `ValueError` for params of 8 bits; `what` is the subject of the sentence."""
     if is_quantised(params):
         raise ValueError(
-            f"{what} needs params of floats, got quantised ones (int8): load the checkpoint in"
-            " float32, or use `dequantize(params)`, which has what was rounded away no more."
+            f"{what} must be of floats, got quantised params (int8): load the checkpoint in"
+            " float32, or take `dequantize(params)`, which has the rounded weights."
         )
 
 
-def _nodes(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Quantised))
+def is_matrix(path: str) -> bool:
+    """Returns whether `quantize` changes the leaf of this path, as "h.0.mlp.c_fc.kernel"."""
+    *_, layer, leaf = path.split(".")
+    return leaf == "kernel" or (leaf == "embedding" and layer in TABLES)
 
 
 # One matrix.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.modules import Params
+from gpt2_jax.quantised import refuse_quantised
 
 SPREAD = 1e-9  # of new rows, as a share of the old ones' covariance: HF's
 
@@ -27,9 +28,10 @@ def resize_vocab(
       key: the source of the draws; without one, all new rows are the mean itself.
 
     Raises:
-      ValueError: `size` is less than 1.
+      ValueError: `size` is less than 1, or the params are quantised.
     """
     size = as_count("size", size)
+    refuse_quantised(params, "Params with another number of tokens")
     resized = dict(params)
     for number, name in enumerate(("wte", "lm_head")):
         if name in params:

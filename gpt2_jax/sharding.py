@@ -52,7 +52,16 @@ RULES: Rules = (
     (r"mlp\.c_fc\.bias$", P("tensor")),
     (r"mlp\.c_proj\.kernel$", P("tensor", "fsdp")),
     # By width where the vocabulary does not divide: 50,257 tokens divide by 29 and 1,733 alone.
-    (r"(wte|lm_head)\.embedding$", (P("tensor", "fsdp"), P(None, ("tensor", "fsdp")))),
+    (
+        r"(wte|lm_head)\.embedding(\.values)?$",
+        (P("tensor", "fsdp"), P(None, ("tensor", "fsdp"))),
+    ),
+    # Kernels of 8 bits lie as `[O, I]`, with a scale for each output: see `quantised.Quantised`.
+    (r"attn\.c_attn\.kernel\.values$", P(None, ("tensor", "fsdp"))),
+    (r"c_proj\.kernel\.values$", P("fsdp", "tensor")),
+    (r"mlp\.c_fc\.kernel\.values$", P("tensor", "fsdp")),
+    (r"mlp\.c_fc\.kernel\.scale$", P("tensor")),
+    (r"(wte|lm_head)\.embedding\.scale$", (P("tensor"), P())),
     (r"wpe\.embedding$", P(None, "fsdp")),
     (r"", P()),
 )

@@ -49,7 +49,9 @@ def parser(program: str) -> argparse.ArgumentParser:
     add_model_arguments(out)
     add_mesh_argument(out)
     # Without float64, for which JAX would have to be set to 64 bits before anything else.
-    out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    out.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32"
+    )
     out.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
     )

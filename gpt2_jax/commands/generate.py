@@ -39,6 +39,7 @@ from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
+from gpt2_jax.quantised import n_weights
 from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
 
 # An option's kind in the table of generation options -> how `argparse` reads it.
@@ -133,9 +134,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.set_defaults(from_pretrained=None)
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=(*DTYPES, "int8"),
         default="float32",
-        help="parameters and compute (default: float32)",
+        help="parameters and compute; int8: weights of 8 bits (default: float32)",
     )
     group.add_argument(
         "--device", choices=("cpu", "gpu", "tpu"), help="where to run (default: the best there is)"
@@ -505,7 +506,7 @@ def read_form(args: argparse.Namespace, model: Pretrained) -> Any:
 
 def describe(model: Pretrained, args: argparse.Namespace, seed: int, seconds: float) -> str:
     """Returns a line about the model and where it runs."""
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    n_parameters = n_weights(model.params)
     size = f"{n_parameters:,} parameters, {model.config.n_layer} layers, {args.dtype}"
     where = f"on {jax.devices()[0].device_kind}; ready after {seconds:.1f} s"
     drawn = f"; seed {seed}" if args.do_sample else ""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, head_matrix
 from gpt2_jax.modules import dense_kernel
+from gpt2_jax.quantised import dequantize
 from gpt2_jax.sharding import automatic
 
 
@@ -239,7 +240,7 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
     not compile itself.
     """
     # Untied first: as the head, the centred table would give other logits.
-    config, params = untie(params, config=config)
+    config, params = untie(dequantize(params), config=config)
 
     def center(path: Any, leaf: Array) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -71,6 +71,7 @@ def convert(
       CheckpointError: the source is no sound GPT-2, the target is in use, PyTorch is not installed,
         or the logits differ.
     """
+    dtype = weights.checked_dtype(dtype)  # which are fewer than `load` takes
     place = hub.resolve(source, revision=revision)
     brings_tokenizer = bool(files_in(find.folder_of(place))) or find.has_tokenizer(place)
     keep = None

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,13 @@ from gpt2_jax.pretrained.formats import (
     save_file,
 )
 from gpt2_jax.pretrained.hub import naming_download, resolve
+from gpt2_jax.quantised import (
+    Quantised,
+    is_matrix,
+    of_kernel,
+    of_rows,
+    refuse_quantised,
+)
 from gpt2_jax.sharding import Rules, leaf_sharding, shardings
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import is_tokenizer_file
@@ -68,8 +75,11 @@ LEAF = {
 }
 HEADS = "heads."  # before the names of other heads, in the tree of params
 PREFIX = "transformer."  # before all names of a `GPT2LMHeadModel` but the head's
+QUANTISED = "int8"  # the name that asks for matrices of 8 bits
+LOADED = (*DTYPES, QUANTISED)  # what checkpoints may be loaded in
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
 ROWS_AT_ONCE = 8192  # of two tables that are compared
+QUANTISED_AT_ONCE = 1024  # rows of a matrix that is brought to 8 bits: few stay in the CPU's cache
 MAX_DEPTH = 100  # of a tree in a file of params; a model's is 5
 MAX_MISSING_LAYERS = 1000  # that are listed one by one before the report is cut
 MAX_PROBLEMS = 50  # lines in one error, about a screen; a wrong `n_layer` gives twelve a layer
@@ -82,7 +92,8 @@ OUR_METADATA = {"format": "gpt2_jax"}
 class Target(NamedTuple):
     """What becomes of the tensors of a file, and where."""
 
-    dtype: np.dtype | None  # None for the file's own
+    # None for the file's own; int8 for matrices of 8 bits, and float32 for what is no matrix.
+    dtype: np.dtype | None
     mesh: Mesh | None = None  # None for JAX's default device
     rules: Rules | None = None  # of where params lie on the mesh
 
@@ -108,7 +119,9 @@ def load(
       name_or_path: "demo" (comes with the package), a hub id such as "gpt2", or a folder or file in
         any of the formats that docs/checkpoints.md lists. The format is told by the content.
       dtype: dtype of the params; by default the file's own, but float32 for "demo", whose file is
-        float16 to be small. The config's `dtype` follows it.
+        float16 to be small. The config's `dtype` follows it. "int8" is `quantize` while reading, a
+        tensor at a time: 8 bits for each weight of the matrices, float32 for the rest and the
+        config.
       config: to take instead of the checkpoint's own, or where it has none.
       heads: also loads what stands beside a whole GPT-2, such as `score.weight` of a classifier or
         TRL's `v_head`: as `params["heads"]`, under HF's names. `apply` passes over them, `save`
@@ -177,7 +190,9 @@ def save(
 
     Raises:
       CheckpointError: the params are not `config`'s, or `folder` is in use.
+      ValueError: the params are quantised: nobody else reads them.
     """
+    refuse_quantised(params, "Params that `save` writes")
     _check_depth(config, len(jax.tree.leaves(params)))
     state = _whole_state(params, config)
     if jax.process_index() > 0:
@@ -275,7 +290,9 @@ def save_params(
 
     Raises:
       CheckpointError: the file exists and `overwrite` is not set.
+      ValueError: the params are quantised.
     """
+    refuse_quantised(params, "Params that `save_params` writes")
     leaves = dict(flatten_dict(params, sep="."))
     metadata = dict(OUR_METADATA)
     if config is not None:
@@ -341,17 +358,22 @@ def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | Non
       state: arrays by HF's names, with or without prefixes such as `transformer.` and `module.`;
         kernels as HF's, or as `nn.Linear` has them.
       config: the config that they should fit.
-      dtype: dtype of the params; by default that of the arrays.
+      dtype: dtype of the params, or "int8", as in `load`; by default that of the arrays.
 
     Raises:
       CheckpointError: names are missing or unexpected or have another shape (all are reported
         together), a weight is not a finite float, or a tied head differs from `wte`.
     """
-    return _from_reader(upright(StateDict(state)), config, Target(checked_dtype(dtype)))
+    return _from_reader(upright(StateDict(state)), config, Target(checked_dtype(dtype, LOADED)))
 
 
 def to_hf(params: Params) -> dict[str, Tensor]:
-    """Returns the state dict that `GPT2LMHeadModel.save_pretrained` writes for these params."""
+    """Returns the state dict that `GPT2LMHeadModel.save_pretrained` writes for these params.
+
+    Raises:
+      ValueError: the params are quantised.
+    """
+    refuse_quantised(params, "Params that become HF's")
     return {name: on_host(leaf) for name, leaf in _by_hf_name(params).items()}
 
 
@@ -375,6 +397,7 @@ def _whole_state(params: Params, config: GPT2Config) -> dict[str, Any]:
     Raises:
       CheckpointError: the params are not `config`'s.
     """
+    refuse_quantised(params, "Params that become HF's")
     state = _by_hf_name(params)
     heads = _by_hf_name({"heads": params["heads"]}) if "heads" in params else {}
     shapes = {
@@ -498,7 +521,7 @@ def _from_reader(
     if target.mesh is not None:
         shapes = {}
         for bare, shape in expected.items():
-            shapes[_our_path(bare)] = jax.ShapeDtypeStruct(shape, np.float32)
+            shapes[_our_path(bare)] = _shaped(_our_path(bare), shape, target)
         shardings(shapes, target.mesh, target.rules)  # raises where they do not fit
     # Before the weights, as these are small: one that is no zero is told soon.
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
@@ -653,7 +676,8 @@ def _check_tied(read_wte: ReadPart, read_head: ReadPart, shape: Shape) -> None:
     n_differing = 0
     # Some rows at a time: where parts are read alone, the whole may be more than a host holds.
     for start in range(0, shape[0], ROWS_AT_ONCE):
-        rows = (slice(start, start + ROWS_AT_ONCE), slice(None))
+        # Not beyond the last: safetensors takes no such slice.
+        rows = (slice(start, min(start + ROWS_AT_ONCE, shape[0])), slice(None))
         n_differing += np.count_nonzero(read_wte(rows) != read_head(rows))
     if n_differing:
         raise CheckpointError(
@@ -685,14 +709,14 @@ def asked_dtype(name_or_path: str | Path, dtype: DTypeLike | None) -> np.dtype |
     # What is loaded by this name may be trained, which in float16 nobody would have asked for.
     if dtype is None and name_or_path == "demo":
         return np.dtype("float32")
-    return checked_dtype(dtype)
+    return checked_dtype(dtype, LOADED)
 
 
-def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+def checked_dtype(dtype: DTypeLike | None, allowed: Sequence[str] = DTYPES) -> np.dtype | None:
     """Returns a dtype of params as numpy's, or `None`, which stands for the file's own.
 
     Raises:
-      CheckpointError: it is none of the floats that a model computes in.
+      CheckpointError: it is none of those that are allowed: the floats that a model computes in.
     """
     if dtype is None:
         return None
@@ -700,24 +724,87 @@ def checked_dtype(dtype: DTypeLike | None) -> np.dtype | None:
         target = jnp.dtype(dtype)
     except TypeError:  # it names no dtype at all
         target = None
-    if target is None or target.name not in DTYPES:
-        expected = f"one of {', '.join(DTYPES)}"
+    if target is None or target.name not in allowed:
+        expected = f"one of {', '.join(allowed)}"
         raise CheckpointError(f"`dtype` must be {expected}; got {target or dtype!r}.")
     return target
 
 
 def _dtype_of(params: Params) -> str:
-    """Returns the dtype of params, by its name: that of `wte`, should they differ."""
-    return params["wte"]["embedding"].dtype.name
+    """Returns the dtype of params, by its name: that of `wte`, should they differ.
+
+    That of `wpe` where `wte` is quantised.
+    """
+    table = params["wte"]["embedding"]
+    if isinstance(table, Quantised):
+        table = params["wpe"]["embedding"]
+    return table.dtype.name
 
 
-def _as_param(read_part: ReadPart, named: _Named, target: Target) -> Shaped[Array, "..."]:
+def _is_quantised(path: str, target: Target) -> bool:
+    """Returns whether a weight, by its path in the tree, becomes a matrix of 8 bits."""
+    return target.dtype == QUANTISED and is_matrix(path)
+
+
+def _shaped(path: str, shape: Shape, target: Target) -> Any:
+    """Returns what a weight will be, without its numbers."""
+    if not _is_quantised(path, target):
+        return jax.ShapeDtypeStruct(shape, np.float32)
+    made = of_kernel if path.endswith(".kernel") else of_rows
+    return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, np.float32))
+
+
+def _as_param(read_part: ReadPart, named: _Named, target: Target) -> Any:
     """Returns a weight on its devices, in the target's dtype or its own, all values finite."""
+    if _is_quantised(named.path, target):
+        return _place_quantised(_quantised(read_part, named), named, target)
+    if target.dtype == QUANTISED:
+        target = target._replace(dtype=np.dtype(np.float32))
     if target.mesh is None:
         whole = (slice(None),) * len(named.shape)
         return _to_jax(_checked(read_part(whole), named.name, target.dtype), named.name)
     sharding = leaf_sharding(named.path, named.shape, target.mesh, target.rules)
     return _spread(read_part, named, sharding, target.dtype)
+
+
+def _quantised(read_part: ReadPart, named: _Named) -> Quantised:
+    """Returns a matrix of 8 bits on the host, made of some of its rows after the others."""
+    if named.path.endswith(".kernel"):
+        whole = read_part((slice(None), slice(None)))
+        n_rows = named.shape[1]
+        n_columns = named.shape[0]
+
+        def read_rows(rows: slice) -> Tensor:
+            return np.ascontiguousarray(whole[:, rows].T)
+    else:
+        n_rows, n_columns = named.shape
+
+        def read_rows(rows: slice) -> Tensor:
+            return read_part((rows, slice(None)))
+
+    # Numpy's arrays, for now, which the type does not know.
+    values: Any = np.empty((n_rows, n_columns), np.int8)
+    scale: Any = np.empty(n_rows, np.float32)
+    for start in range(0, n_rows, QUANTISED_AT_ONCE):
+        rows = slice(start, min(start + QUANTISED_AT_ONCE, n_rows))
+        read: Any = _checked(read_rows(rows), named.name, np.dtype(np.float32))
+        part = of_rows(read)
+        values[rows] = part.values
+        scale[rows] = part.scale
+    return Quantised(values, scale)
+
+
+def _place_quantised(matrix: Quantised, named: _Named, target: Target) -> Quantised:
+    """Returns a matrix of 8 bits on its devices."""
+    mesh = target.mesh
+    if mesh is None:
+        return jax.device_put(matrix)
+
+    def place(field: str, array: Any) -> Array:
+        sharding = leaf_sharding(f"{named.path}.{field}", array.shape, mesh, target.rules)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return Quantised(place("values", matrix.values), place("scale", matrix.scale))
 
 
 def _spread(

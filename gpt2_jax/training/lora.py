@@ -17,6 +17,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from gpt2_jax.config import as_count
 from gpt2_jax.modules import Params
+from gpt2_jax.quantised import refuse_quantised
 
 TARGETS = ("*.attn.c_attn",)  # PEFT's for GPT-2
 
@@ -39,9 +40,11 @@ def lora(
       targets: patterns of layers that have kernels, such as "*.attn.*" or "h.11.mlp.c_fc".
 
     Raises:
-      ValueError: a pattern matches no layer with a kernel, or `rank` is less than 1.
+      ValueError: a pattern matches no layer with a kernel, or `rank` is less than 1;
+        or the params are quantised.
     """
     rank = as_count("rank", rank)
+    refuse_quantised(params, "Params with adapters")
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     kernels = _kernels(params)
     for pattern in patterns:
@@ -83,8 +86,10 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
       alpha: as in PEFT's `lora_alpha`, whose default is 8 too.
 
     Raises:
-      ValueError: an adapter belongs to no kernel, or to one of another shape.
+      ValueError: an adapter belongs to no kernel, or to one of another shape, or the params are
+        quantised.
     """
+    refuse_quantised(params, "Params with adapters")
     # A new tree around the same arrays: only the adapted kernels are made anew.
     flat_params: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
     flat_adapters: dict[str, Any] = traverse_util.flatten_dict(adapters, sep=".")

@@ -35,6 +35,7 @@ from gpt2_jax.inputs import Layout, check_ids
 from gpt2_jax.kernels import summed_cross_entropy
 from gpt2_jax.model import apply, gathered, head_matrix, hidden_states, unembed
 from gpt2_jax.modules import Params, Tap, checked_remat, no_tap, wants, wide_dtype
+from gpt2_jax.quantised import refuse_quantised
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.sharding import (
     BATCH_AXES,
@@ -108,7 +109,7 @@ def init_state(
         by default. See `partition`.
 
     Raises:
-      ValueError: a pattern matches no leaf.
+      ValueError: a pattern matches no leaf, or params that are trained are quantised.
     """
 
     def widened_copy(leaf: Array | np.ndarray) -> Array:
@@ -116,6 +117,7 @@ def init_state(
         return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
     trained, frozen = partition(params, trainable)
+    refuse_quantised(trained, "What is trained")
     trained = jax.tree.map(widened_copy, trained)
     frozen = jax.tree.map(jnp.array, frozen)  # copies: these are donated, too
     state = TrainState(
