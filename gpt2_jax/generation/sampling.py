@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
-from gpt2_jax.kernels import argmax, kth_largest, outside_nucleus
+from gpt2_jax.kernels import argmax, categorical, kth_largest, outside_nucleus, smallest_holding
 from gpt2_jax.pytrees import dataclass, static
 
 Logits = Float[Array, "B V"]
@@ -244,17 +244,10 @@ class Typical(Transform):
         del history
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         distance = jnp.abs(-logprobs - _entropy(logprobs))
-        order = jnp.argsort(distance, axis=-1)  # [B, V], the most typical first
-        in_order = jnp.take_along_axis(logprobs, order, axis=-1)
-        held = jnp.cumsum(jnp.exp(in_order), axis=-1)
-
+        mass = as_column(self.mass, logits).reshape(-1, 1)  # [1, 1] or [B, 1]
         # The token that reaches the mass is the last to stay, and with it all at its distance.
-        n_before = (held < as_column(self.mass, logits)).sum(axis=-1, keepdims=True)
-        # Rounding may leave the sum of all below a mass near 1.
-        last = jnp.minimum(n_before, logits.shape[-1] - 1)
-        last = jnp.maximum(last, self.min_tokens_to_keep - 1)
-        last_token = jnp.take_along_axis(order, last, axis=-1)
-        limit = jnp.take_along_axis(distance, last_token, axis=-1)
+        limit = smallest_holding(distance, jnp.exp(logprobs), mass)
+        limit = jnp.maximum(limit, -kth_largest(-distance, self.min_tokens_to_keep))
         return jnp.where(distance > limit, -jnp.inf, logits)
 
 
@@ -621,13 +614,7 @@ class Categorical:
         """Returns the ids drawn from logits that are transformed already."""
         if keys is None:
             raise ValueError("Categorical draws: `keys` must hold a key for each row, got None.")
-
-        # Row by row, so that a row draws the same in any batch.
-        def gumbel(key: Array) -> Float[Array, " V"]:
-            return jax.random.gumbel(key, scores.shape[1:], scores.dtype)
-
-        # As `jax.random.categorical` draws, but with the faster argmax.
-        return argmax(scores + jax.vmap(gumbel)(keys))
+        return categorical(keys, scores)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from gpt2_jax.generation.sampling import (
     Suppress,
     as_sampler,
 )
-from gpt2_jax.kernels import FEW, argmax, ascending
+from gpt2_jax.kernels import FEW, argmax, smallest_holding
 
 CASES = {
     "temperature": (Temperature(0.7), hf.TemperatureLogitsWarper(0.7)),
@@ -116,12 +116,20 @@ def test_argmax_equals_numpys(rng):
     np.testing.assert_array_equal(found, rows.argmax(-1))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_sorting_as_integers_is_sorting(dtype, rng):
-    large = rng.normal(size=(2, 50)) * 1e30
-    rows = jnp.asarray(np.concatenate([logits_with_ties(rng), large]), dtype)
-    rows = rows.at[0, :4].set(jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], dtype))
-    np.testing.assert_array_equal(ascending(rows), np.sort(rows, axis=-1))
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_value_up_to_which_a_mass_is_held_is_that_of_a_sort(dtype, rng):
+    x = np.concatenate([logits_with_ties(rng), rng.normal(size=(2, 50)) * 1e30]).astype(dtype)
+    x[0, :4] = [0.0, -0.0, np.inf, -np.inf]
+    weights = rng.random(x.shape).astype(dtype)
+    weights[:, ::3] = 0.0
+    order = np.argsort(x, axis=-1, kind="stable")
+    held = np.take_along_axis(weights, order, axis=-1).cumsum(axis=-1)
+    for mass in (0.0, 1e-3, 0.4 * held[:, -1:], 0.99 * held[:, -1:], 2 * held[:, -1:]):
+        reaches = held >= mass
+        place = np.where(reaches.any(axis=-1), reaches.argmax(axis=-1), 49)
+        expected = np.take_along_axis(x, order, axis=-1)[np.arange(len(x)), place]
+        found = smallest_holding(jnp.asarray(x), jnp.asarray(weights), jnp.asarray(mass))
+        np.testing.assert_array_equal(found[:, 0], expected)
 
 
 def test_top_k_does_not_sort_the_vocabulary():
@@ -129,11 +137,33 @@ def test_top_k_does_not_sort_the_vocabulary():
     assert "topk" in text.lower() and " sort(" not in text
 
 
-def test_draws_are_those_of_jax_random_categorical(rng):
-    logits = jnp.asarray(logits_with_ties(rng))
-    keys = jax.random.split(jax.random.key(5), len(logits))
-    expected = jax.vmap(jax.random.categorical)(keys, logits)
-    np.testing.assert_array_equal(Categorical()(keys, logits), expected)
+@pytest.mark.parametrize("size", [1, 2, 10, 23])
+def test_draws_follow_the_softmax_at_every_place_of_the_vocabulary(size, rng):
+    n_draws = 40_000
+    logits = (rng.normal(size=size) * 1.5).astype(np.float32)
+    logits[1::5] = -np.inf
+    keys = jax.random.split(jax.random.key(size), n_draws)
+    draws = np.asarray(jax.jit(Categorical())(keys, jnp.broadcast_to(logits, (n_draws, size))))
+    expected = n_draws * np.asarray(jax.nn.softmax(logits))
+    seen = np.bincount(draws, minlength=size)
+    possible = expected > 0
+    assert not seen[~possible].any()
+    chi2 = ((seen[possible] - expected[possible]) ** 2 / expected[possible]).sum()
+    # The mean and four standard deviations of chi-squared.
+    freedom = possible.sum() - 1
+    assert chi2 <= freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_draws_from_what_is_no_distribution():
+    none = np.full(10, -np.inf)
+    infinite, lost = none.copy(), np.zeros(10)
+    infinite[[4, 8]] = np.inf
+    lost[6] = np.nan
+    far = np.full(10, -1e30)
+    far[7] = 1e30
+    keys = jax.random.split(jax.random.key(0), 4)
+    logits = jnp.asarray(np.stack([none, infinite, lost, far]), jnp.float32)
+    assert Categorical()(keys, logits).tolist() == [0, 4, 0, 7]
 
 
 def test_top_1_sampling_is_greedy(rng):
