@@ -4,7 +4,6 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import secrets
@@ -32,8 +31,9 @@ from gpt2_jax.commands.common import (
     reporter,
     unwinding,
 )
+from gpt2_jax.commands.interactive import converse
 from gpt2_jax.config import DTYPES
-from gpt2_jax.files import BYTE_ORDER_MARK, decode_text, lines_of, read_json_object
+from gpt2_jax.files import decode_text, lines_of, read_json_object
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
@@ -69,10 +69,6 @@ NUMBERS = {
 FALLBACK = (
     f"{DEFAULT_MODEL} is not here and the hub cannot be reached: this is demo, the package's small"
     " story model. For GPT-2, connect once, or give a folder with --from_pretrained."
-)
-GREETING = (
-    "Begin a text, and the model goes on. Enter alone lets it write more; /new begins another text,"
-    " Ctrl-C ends a turn, Ctrl-D ends all."
 )
 DEFAULT_GUESSES = 5  # at a time, HF's `num_assistant_tokens` having no fixed number of its own
 
@@ -353,7 +349,7 @@ def run(args: argparse.Namespace) -> int:
     sampler = make_sampler(args, model)
     session = Session(args, model, sampler, jax.random.key(seed), report)
     if args.interactive:
-        converse(session)
+        talk(session)
     elif args.num_beams > 1 or args.assistant_model or args.prompt_lookup_num_tokens:
         search(session, prompts)
     else:
@@ -667,8 +663,8 @@ def _merge_rows(x: Any) -> np.ndarray:
     return x.reshape(-1, x.shape[-1])
 
 
-def converse(session: Session) -> None:
-    """Continues the prompts of the command line, then each line that is typed, until none comes."""
+def talk(session: Session) -> None:
+    """Continues the prompts of the command line, then each line that is typed."""
     args = session.args
     conversation = gpt2_jax.Conversation(
         session.model.params,
@@ -679,64 +675,7 @@ def converse(session: Session) -> None:
         stop=args.stop,
         add_special_tokens=not args.no_special_tokens,
     )
-    given = list(args.prompt)
-    if sys.stdin.isatty():
-        session.report(GREETING)
-        # Arrow keys and history, where Python was built with them.
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401
-    while True:
-        if given:
-            text = given.pop(0)
-            print(text, end="", flush=True)
-        else:
-            try:
-                text = read_line()
-            except EOFError:
-                return
-        if text == "/new":
-            conversation.reset()
-        # An empty line lets the model go on, if there is something to go on from.
-        elif text or conversation.ids:
-            answer(session, conversation, text)
-
-
-def read_line() -> str:
-    """Returns a line that is typed, or piped in.
-
-    Raises:
-      EOFError: there is none.
-    """
-    # Interrupted, `input` must have its chance to restore the terminal.
-    with unwinding():
-        line = input("> " if sys.stdin.isatty() else "")
-    return line.removeprefix(BYTE_ORDER_MARK)  # before the first, where a file is piped in
-
-
-def answer(session: Session, conversation: gpt2_jax.Conversation, text: str) -> None:
-    """Prints the model's turn as it grows; Ctrl-C ends the turn."""
-    args = session.args
-    begun = time.perf_counter()
-    n_tokens = 0
-    stopped = False
-    # What is typed is a line of its own. Enter alone goes on, in the middle of a word if need be.
-    addition = "\n" + text if conversation.ids and text else text
-    # The context keeps what has been written when a turn is broken off.
-    try:
-        with unwinding():
-            for row in conversation.reply(addition, max_new_tokens=args.max_tokens):
-                print(row.new, end="", flush=True)
-                n_tokens = len(row.ids)
-                stopped = row.finish_reason == "stop"
-    except KeyboardInterrupt:
-        pass
-    # Behind a turn that was broken off as well: what follows begins a line.
-    print(flush=True)
-    rate = n_tokens / (time.perf_counter() - begun)
-    n_known = len(conversation.ids)
-    # Without stop texts, only the model's own end of text stops a turn.
-    what_next = "; the text ends here: add a line, or /new" if stopped and not args.stop else ""
-    session.report(f"{n_tokens} tokens, {rate:.1f} tokens/s; {n_known} in the context{what_next}")
+    converse(conversation, args.prompt, max_new_tokens=args.max_tokens, report=session.report)
 
 
 # Printing.
