@@ -9,6 +9,7 @@ followed whatever class goes with it, where transformers 5 takes parts of it fro
 import fnmatch
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,7 +197,7 @@ def _read_own_kind(
     return TokenizerFiles(
         vocab=vocab,
         # Lists since `tokenizers` 0.20, and strings before.
-        merges=[_as_pair(merge, file) for merge in model["merges"]],
+        merges=_as_pairs(model["merges"], file),
         added_tokens=added_tokens,
         roles=roles,
         template=template,
@@ -269,17 +270,21 @@ def _read_merges(file: Path) -> list[Pair]:
     # The first line alone, and by the whole word: merges may begin with "#" as well.
     if lines[0].startswith("#version"):
         del lines[0]
-    return [_as_pair(line, file) for line in lines if line]
+    return _as_pairs([line for line in lines if line], file)
 
 
-def _as_pair(merge: Any, file: Path) -> Pair:
-    text = merge if isinstance(merge, str) else " ".join(merge)
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2:
-        expected = "a merge of two tokens with a space between"
-        raise ValueError(f"{file}: expected {expected}, got {text!r}.")
-    left, right = parts
-    return left, right
+def _as_pairs(merges: list[Any], file: Path) -> list[Pair]:
+    """Returns merges, each a text or two tokens, as pairs."""
+    pairs: list[Any] = []
+    for merge in merges:
+        pairs.append(tuple(merge.split(" ") if isinstance(merge, str) else merge))
+    kinds = set(map(type, chain.from_iterable(pairs)))
+    for pair in pairs:
+        if len(pair) != 2 or kinds - {str}:
+            got = " ".join(map(str, pair))
+            expected = "a merge of two tokens with a space between"
+            raise ValueError(f"{file}: expected {expected}, got {got!r}.")
+    return pairs
 
 
 # Whether a `tokenizer.json` does with a text what GPT-2's tokenizer does.

@@ -55,3 +55,35 @@ def test_nothing_heavy_is_imported_by_the_library_itself():
     code = f"import gpt2_jax, sys; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_public_names_are_those_of_the_stub_and_are_imported_when_asked_for():
+    code = """
+import ast, importlib, pathlib, sys, types
+import gpt2_jax
+
+stub = ast.parse(pathlib.Path(gpt2_jax.__file__).with_suffix(".pyi").read_text())
+homes = {}
+for node in stub.body:
+    if isinstance(node, ast.ImportFrom):
+        homes |= {alias.name: node.module for alias in node.names}
+    elif isinstance(node, ast.Assign):
+        assert sorted(ast.literal_eval(node.value)) == sorted(homes) == gpt2_jax.__all__
+assert homes.keys() <= set(dir(gpt2_jax))
+
+tokenizer = gpt2_jax.Tokenizer
+assert "jax" not in sys.modules
+gpt2_jax.generate, gpt2_jax.load_pretrained
+for idle in ("optax", "gpt2_jax.training.step", "gpt2_jax.interpretability.taps"):
+    assert idle not in sys.modules, idle
+
+for name, home in homes.items():
+    # Before anything has asked the package for the name.
+    assert getattr(importlib.import_module(home), name) is getattr(gpt2_jax, name), name
+    assert not isinstance(getattr(gpt2_jax, name), types.ModuleType), name
+assert gpt2_jax.Tokenizer is tokenizer
+assert gpt2_jax.training.run.__name__ == "gpt2_jax.training.run"
+for missing in ("no_such_name", "_no_such_name"):
+    assert not hasattr(gpt2_jax, missing) and not hasattr(gpt2_jax.training, missing)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -70,9 +70,54 @@ HF = tokenizers.ByteLevelBPETokenizer(str(ASSETS / "vocab.json"), str(ASSETS / "
 
 @given(st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"])))
 def test_the_fast_pattern_cuts_as_the_whole_one_does(text):
-    fast, whole = tokenizer.splitter("plain"), tokenizer.splitter("\U0001f600")
+    fast, whole = tokenizer.splitter("\xe9"), tokenizer.splitter("\U0001f600")
     assert isinstance(fast, re.Pattern) and isinstance(whole, regex.Pattern)
     assert fast.findall(text) == whole.findall(text)
+
+
+@given(st.text(st.characters(max_codepoint=0x7F)))
+def test_the_pattern_of_ascii_cuts_as_the_whole_one_does(text):
+    assert tokenizer.splitter("plain") is not tokenizer.splitter("\xe9")
+    whole = tokenizer.splitter("\U0001f600")
+    assert tokenizer.splitter("plain").findall(text) == whole.findall(text)
+
+
+# All that decides where a text may be cut, and a few letters.
+SPACED = [
+    " ",
+    "\n",
+    "\t",
+    "\r",
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u3000",
+    "a",
+    "the",
+    "'s",
+    "1",
+    "!",
+    "\xe9",
+]
+
+
+@given(st.lists(st.sampled_from(SPACED), max_size=12).map("".join), st.integers(1, 4))
+def test_words_are_cut_where_pieces_are(text, block):
+    gpt2 = Tokenizer.gpt2()
+    pieces = regex.findall(tokenizer.PATTERN, text)
+    expected = [id for piece in pieces for id in gpt2._merge(piece)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "BLOCK", block)
+        assert gpt2.encode(text) == expected
+
+
+@given(st.text("ab ", max_size=64))
+def test_short_and_long_pieces_are_merged_alike(text):
+    gpt2 = Tokenizer.gpt2()
+    ids = gpt2._ids_of_bytes(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "SHORT", 64)
+        assert gpt2._merge(text) == gpt2._merge_long(ids)
 
 
 def test_every_character_is_of_one_class_in_both_patterns():
@@ -81,9 +126,9 @@ def test_every_character_is_of_one_class_in_both_patterns():
         "".join(f"{char}a" for char in plane),
         "".join(f" {char}1 \t{char}" for char in plane),
     ):
-        assert tokenizer.splitter("plain").findall(text) == tokenizer.splitter(
-            "\U0001f600"
-        ).findall(text)
+        assert tokenizer.splitter("\xe9").findall(text) == tokenizer.splitter("\U0001f600").findall(
+            text
+        )
 
 
 def test_merges_follow_their_rank_from_left_to_right(toy):
@@ -269,7 +314,7 @@ def test_a_long_piece_takes_no_quadratic_work():
 
 
 def test_memory_is_bounded(toy, monkeypatch):
-    monkeypatch.setattr(tokenizer, "REMEMBERED_PIECES", 2)
+    monkeypatch.setattr(tokenizer, "REMEMBERED_TEXTS", 2)
     assert [toy.encode(text) for text in ("l", "o", "w", "w")] == [[0], [1], [2], [2]]
     assert len(toy._pieces) == 2
 

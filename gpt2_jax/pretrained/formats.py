@@ -141,7 +141,7 @@ class SafetensorsFile:
         dtype = self._dtype_of(name)
         stored = self._stored[name]
         memory = _aligned(stored.n_bytes)
-        missing = memoryview(memory)
+        missing = memory.data
         try:
             # Without a buffer: a copy less.
             with self.file.open("rb", buffering=0) as opened:
