@@ -404,7 +404,7 @@ SEARCHES = (
         name="early_stopping",
         kind="early_stopping",  # HF's three values: False, True and "never"
         metavar=None,
-        help="when beams are done, see README (default: false)",
+        help="when beams are done, see docs/generation.md (default: false)",
         here="`beam_search`",
         neutral=(False,),
         needs="num_beams",
@@ -527,7 +527,7 @@ def sampler_from_options(
 
 def options_table() -> str:
     """Returns the documentation's table of options, as Markdown."""
-    # A test holds the README to it.
+    # A test holds docs/generation.md to it.
     rows = [("option (HF's name)", "here", "differs from HF"), ("---", "---", "---")]
     for option in OPTIONS.values():
         rows.append((f"`{option.name}`", option.here, option.differs))

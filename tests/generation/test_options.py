@@ -544,11 +544,6 @@ def test_the_order_of_options_given_is_of_no_matter():
     assert kinds == [RepetitionPenalty, Temperature, gpt2_jax.TopP]
 
 
-def test_the_readmes_table_is_the_tables():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert options_table() in readme
-
-
 def test_the_table_is_read_without_jax():
     # `gpt2_jax` itself imports JAX: a bare package in its place has the same modules.
     code = f"""
