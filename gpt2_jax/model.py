@@ -26,6 +26,7 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
+from gpt2_jax.kernels import contract
 from gpt2_jax.modules import (
     GPT2,
     Blocks,
@@ -425,13 +426,13 @@ def unembed(
 
     Does not compile itself.
     """
-    logits = jnp.einsum(
-        "nd,vd->nv",  # flat, as in `modules.Dense`
-        hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),
+    logits = contract(
+        hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype),  # flat, as in `modules.Dense`
         gathered(head_matrix(params, config=config).astype(config.dtype)),
-        precision=config.precision,
+        (1, 1),
         # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
-        preferred_element_type=wide_dtype(config),
+        dtype=wide_dtype(config),
+        precision=config.precision,
     )
     logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
     between = [None] * (logits.ndim - 2)
