@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.kernels import contract
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts, own_values
 
@@ -110,14 +111,10 @@ def scores(
 ) -> Float[Array, "B H T S"]:
     """Returns the product of each query with each key, in `dtype`."""
     rows, _, heads, _ = q.shape
-    products = jnp.einsum(
-        "ntk,nks->nts",
-        _by_head(q, layer.groups),
-        layer.keys,
-        precision=precision,
-        # Accumulated and returned wide: rounded to 16 bits, near scores would tie in the softmax.
-        preferred_element_type=dtype,
-    )
+    # Returned wide: rounded to 16 bits, near scores would tie in the softmax.
+    products = contract(
+        _by_head(q, layer.groups), layer.keys, (1, 0), dtype=dtype, precision=precision
+    )  # [BH, T, S]
     return _apart(products, rows, heads, layer.groups)
 
 
@@ -128,7 +125,7 @@ def mix(
     rows, heads = pattern.shape[:2]
     # As in HF's code: the softmax is wide, its product with the values is in their dtype.
     pattern = _joined(pattern.astype(layer.values.dtype), layer.groups)
-    mixed = jnp.einsum("nts,nsk->ntk", pattern, layer.values, precision=precision)
+    mixed = contract(pattern, layer.values, (1, 0), dtype=pattern.dtype, precision=precision)
     return _apart(mixed, rows, heads, layer.groups).swapaxes(1, 2)
 
 

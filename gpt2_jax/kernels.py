@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain
 
 ROW_PARTS = 8  # into how many parts a product with one row divides its sum
+BFLOAT16_ROW_PARTS = 4  # likewise in bfloat16
 QUERY_PARTS = 4  # into how many parts attention divides its queries
 SMALLEST_QUERY_PART = 64  # the fewest queries that are worth a part of their own
 FEW = 128  # so many of the likeliest tokens are sorted where they hold enough
@@ -38,8 +42,8 @@ def product(
     sum gets longer.
     """
     one_row = x.shape[0] == 1 and x.shape[1] % ROW_PARTS == 0
-    if not one_row:
-        return lax.dot(x, kernel, precision=precision)
+    if not one_row or _is_bfloat16(x, kernel):
+        return contract(x, kernel, (1, 0), dtype=x.dtype, precision=precision)
     # Chosen when the program is lowered, not by JAX's default device: a call may run on another.
     return lax.platform_dependent(
         x,
@@ -59,6 +63,134 @@ def _row_product_in_parts(
     # [P, O], a sum for each part.
     products = lax.dot_general(row_parts, kernel_parts, contract_within_parts, precision=precision)
     return products.sum(axis=0, keepdims=True)
+
+
+def contract(
+    a: Num[Array, "*n M K"],
+    b: Num[Array, "*n K N"],
+    axes: tuple[int, int],
+    *,
+    dtype: DTypeLike,
+    precision: str | None,
+) -> Num[Array, "*n M N"]:
+    """Returns the matrix product of two arrays in `dtype`, summed over one axis of each.
+
+    `axes` are those, of the last two: `(1, 0)` is `a @ b`, `(1, 1)` is `a @ b.T` and `(0, 0)` is
+    `a.T @ b`. One axis before them may number matrices. It is `lax.dot_general`, but for bfloat16
+    on CPU: see `_bfloat16_on_cpu`.
+    """
+    if _is_bfloat16(a, b):
+        return _BFLOAT16_PRODUCT.bind(a, b, axes=axes, dtype=jnp.dtype(dtype), precision=precision)
+    return _dot(a, b, axes=axes, dtype=dtype, precision=precision)
+
+
+def _is_bfloat16(a: Array, b: Array) -> bool:
+    return a.dtype == jnp.bfloat16 and b.dtype == jnp.bfloat16
+
+
+def _dot(
+    a: Array, b: Array, *, axes: tuple[int, int], dtype: DTypeLike, precision: str | None
+) -> Array:
+    """Returns what `contract` does, in XLA's own words."""
+    n_before = a.ndim - 2
+    numbering = tuple(range(n_before))
+    summed = ((n_before + axes[0],), (n_before + axes[1],))
+    return lax.dot_general(
+        a,
+        b,
+        (summed, (numbering, numbering)),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+# Products in bfloat16: a primitive, as `lax.dot_general` is one, for two reasons. The cotangent of
+# a product that returns float32 is float32, and JAX would multiply it as such: here it is rounded
+# first, as the operands were. And one platform has its own program.
+_BFLOAT16_PRODUCT = Primitive("bfloat16_product")
+
+
+def _bfloat16_on_cpu(
+    a: Array, b: Array, *, axes: tuple[int, int], dtype: DTypeLike, precision: str | None
+) -> Array:
+    """Returns what `_dot` does, as XLA on CPU is fast.
+
+    Processors multiply bfloat16 twice as fast as float32, if they can (AVX512-BF16, AMX). XLA makes
+    use of it where three things hold, and else converts to float32 first: the product returns
+    float32; `a` is summed over its last axis as it lies in memory; and it has two rows at least.
+    Rounding to bfloat16 is a step of its own, then; a gradient of a kernel, `(0, 0)`, turns its
+    first operand over in memory; and a row goes twice.
+
+    Of a layer of 3072, with 1024 rows, the product took 5.7 ms where that in float32 took 11.2 and
+    one that returned bfloat16 13.2; the gradient of the kernel 8.1, 12.0 and 12.7.
+    """
+    multiply = partial(_dot, dtype=jnp.float32, precision=precision)
+    if axes[0] == 0:
+        return multiply(_turned(a), b, axes=(1, axes[1])).astype(dtype)
+    if a.shape[-2] != 1:
+        return multiply(a, b, axes=axes).astype(dtype)
+    if a.ndim == 2 and axes[1] == 0 and a.shape[1] % BFLOAT16_ROW_PARTS == 0:
+        # In parts, as in float32.
+        a_parts = a.reshape(BFLOAT16_ROW_PARTS, 1, -1)
+        b_parts = b.reshape(BFLOAT16_ROW_PARTS, -1, b.shape[1])
+        sums = multiply(_twice(a_parts), b_parts, axes=axes)  # [P, 2, N]
+        return sums[:, 0].sum(axis=0, keepdims=True).astype(dtype)
+    return multiply(_twice(a), b, axes=axes)[..., :1, :].astype(dtype)
+
+
+def _turned(a: Array) -> Array:
+    """Returns an array with its last two axes exchanged in memory."""
+    # Not the transpose alone: XLA would only read the array in another order. An axis more, and a
+    # barrier that it comes from behind, are what makes it write a new one.
+    turned = lax.expand_dims(a.swapaxes(-1, -2), (0,))
+    return lax.squeeze(lax.optimization_barrier(turned), (0,))
+
+
+def _twice(a: Num[Array, "*n 1 K"]) -> Num[Array, "*n 2 K"]:
+    """Returns an array with its one row twice, which XLA does not see."""
+    return lax.optimization_barrier(jnp.concatenate([a, a], axis=-2))
+
+
+@cache
+def _bfloat16_aval(a: Any, b: Any, **options: Any) -> Any:
+    """Returns the abstract value of `_dot`, with its place on a mesh."""
+    return jax.make_jaxpr(partial(_dot, **options))(a, b).out_avals[0]
+
+
+def _bfloat16_for_a(cotangent: Array, a: Any, b: Array, *, axes: Any, dtype: Any, precision: Any):
+    """Returns the cotangent of `a`, which is not known here."""
+    del a, dtype
+    cotangent = cotangent.astype(b.dtype)
+    if axes[0] == 1:
+        return contract(cotangent, b, (1, 1 - axes[1]), dtype=b.dtype, precision=precision)
+    return contract(b, cotangent, (1 - axes[1], 1), dtype=b.dtype, precision=precision)
+
+
+def _bfloat16_for_b(cotangent: Array, a: Array, b: Any, *, axes: Any, dtype: Any, precision: Any):
+    """Returns the cotangent of `b`, which is not known here."""
+    del b, dtype
+    cotangent = cotangent.astype(a.dtype)
+    if axes[1] == 0:
+        return contract(a, cotangent, (1 - axes[0], 0), dtype=a.dtype, precision=precision)
+    return contract(cotangent, a, (0, 1 - axes[0]), dtype=a.dtype, precision=precision)
+
+
+def _bfloat16_batched(operands: Any, batch_axes: Any, **options: Any) -> tuple[Array, int]:
+    """Returns the product of operands with one axis more, and where that is in the result."""
+    return jax.vmap(partial(_dot, **options), in_axes=batch_axes)(*operands), 0
+
+
+_BFLOAT16_PRODUCT.def_abstract_eval(_bfloat16_aval)
+# Outside of `jit`, a program of its own for each of these.
+_BFLOAT16_PRODUCT.def_impl(
+    jax.jit(_BFLOAT16_PRODUCT.bind, static_argnames=("axes", "dtype", "precision"))
+)
+ad.defbilinear(_BFLOAT16_PRODUCT, _bfloat16_for_a, _bfloat16_for_b)
+batching.primitive_batchers[_BFLOAT16_PRODUCT] = _bfloat16_batched
+mlir.register_lowering(_BFLOAT16_PRODUCT, mlir.lower_fun(_dot, multiple_results=False))
+mlir.register_lowering(
+    _BFLOAT16_PRODUCT, mlir.lower_fun(_bfloat16_on_cpu, multiple_results=False), platform="cpu"
+)
 
 
 def query_parts(length: int) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
+from gpt2_jax.kernels import contract
 from gpt2_jax.modules import (
     GPT2,
     Blocks,
@@ -432,13 +433,13 @@ def unembed(
     if isinstance(head, Quantised):
         logits = quantised.product(tokens, gathered(head), config.precision)
     else:
-        logits = jnp.einsum(
-            "nd,vd->nv",
+        logits = contract(
             tokens,
             gathered(head.astype(config.dtype)),
-            precision=config.precision,
+            (1, 1),
             # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
-            preferred_element_type=wide_dtype(config),
+            dtype=wide_dtype(config),
+            precision=config.precision,
         )
     logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
     between = [None] * (logits.ndim - 2)
