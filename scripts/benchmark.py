@@ -27,6 +27,7 @@ from typing import Any
 Spec = dict[str, Any]  # what is to be done: the same for all contenders
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "gpt2_jax" / "assets" / "demo"
 VOCABULARY = ROOT / "gpt2_jax" / "assets" / "gpt2"
 MODELS = {
     "gpt2": {},
@@ -47,6 +48,15 @@ TRAIN = {
 DECODE = ((1, 32, 128, False), (8, 32, 128, False), (1, 900, 100, True))
 SAMPLE = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 PREFILL = (512, 1023)
+MEMORY = ((1, 32, 128), (8, 32, 128), (1, 1023, 1))  # batch, prompt, new tokens
+LAYERS = (6, 12, 24, 48)
+PLACES = (
+    ("load", "fsdp=8"),
+    ("load", "data=2,fsdp=2,tensor=2"),
+    ("save", "fsdp=8"),
+    ("save", "data=2,fsdp=2,tensor=2"),
+    ("init", "fsdp=8"),
+)
 PROMPT = "The quick brown fox jumps over the lazy dog and runs into the forest, where"
 
 
@@ -338,6 +348,147 @@ def bench_programs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def bench_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The most memory of a process that decodes, or reads a long prompt, through the public API."""
+    results = {}
+    for model in args.models or ["gpt2"]:
+        path = make_checkpoint(model, folder)
+        weights = Path(path, "model.safetensors").stat().st_size / 2**20
+        print(f"\n{model}, float32, most memory in MiB; the weights are {weights:,.0f}")
+        for batch, length, new in MEMORY:
+            spec = {"folder": path, "batch": batch, "length": length, "new": new, "after": False}
+            found = {}
+            for name in decoders(batch):
+                # Twice: the first may convert the weights, in this very process.
+                for _ in range(2):
+                    contender = Contender("decode", name, spec | {"sample": {}})
+                    found[name] = contender.once()["peak"]
+                    contender.close()
+            title = f"memory {model}, batch {batch}, {new} tokens after {length}, float32"
+            shown = ", ".join(f"{name} {peak:,.0f}" for name, peak in found.items())
+            print(f"batch {batch}, {new} tokens after {length}: {shown}", flush=True)
+            results[title] = found
+    return results
+
+
+def decoders(batch: int) -> list[str]:
+    """Returns the contenders that are installed and decode so many texts at once."""
+    names = ["ours", "transformers"]
+    if importlib.util.find_spec("ctranslate2"):
+        names.append("CTranslate2")
+    if batch == 1 and importlib.util.find_spec("llama_cpp"):
+        names.append("llama.cpp")
+    return names
+
+
+def bench_speculate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Speculation beside `generate`, greedy, on the model in the package and on random weights."""
+    results = {}
+    for model in ("demo", *(args.models or ["gpt2"])):
+        path = str(DEMO) if model == "demo" else make_checkpoint(model, folder)
+        draft = make_draft(path, folder / f"draft of {model}")
+        print(f"\nspeculate {model}, greedy, 5 guesses to a pass, float32")
+        for batch in args.batches or (1, 8):
+            spec = {"folder": path, "draft": draft, "batch": batch, "length": 32, "new": 96}
+            names = ["generate", "lookup", "draft"]
+            contenders = {name: Contender("speculate", name, spec) for name in names}
+            turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for _ in range(args.rounds):
+                for name, contender in contenders.items():
+                    turns[name].append(contender.once())
+            for contender in contenders.values():
+                contender.close()
+            for name in names[1:]:
+                pairs = zip(turns["generate"], turns[name], strict=True)
+                ratio = median(plain["seconds"] / mine["seconds"] for plain, mine in pairs)
+                per_pass = turns[name][-1]["numbers"][-1]
+                title = f"speculate {model}, batch {batch}, {name}"
+                print(f"{title}: {per_pass:.2f} tokens a pass, {ratio:.2f}x generate", flush=True)
+                results[title] = {"per_pass": per_pass, "ratio": ratio}
+    return results
+
+
+def make_draft(path: str, target: Path) -> str:
+    """Writes the first layers of a model, a sixth of them, as a model of its own."""
+    if not target.exists():
+        code = (
+            "import sys, gpt2_jax; path, target = sys.argv[1:];"
+            "config, params = gpt2_jax.load(path, dtype='float32');"
+            "n = max(1, config.n_layer // 6);"
+            "params['h'] = {str(layer): params['h'][str(layer)] for layer in range(n)};"
+            "gpt2_jax.save(target, params, config.replace(n_layer=n))"
+        )
+        subprocess.run([sys.executable, "-c", code, path, str(target)], check=True)
+    return str(target)
+
+
+def bench_growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """How cost grows: decoding and reading by the size of the model, compiling by its layers."""
+    results = {}
+    for model in args.models or ["gpt2", "gpt2-medium", "gpt2-large"]:
+        path = make_checkpoint(model, folder)
+        names = peers(args, "transformers")
+        spec = {"folder": path, "batch": 1, "length": 32, "new": 32, "after": False, "sample": {}}
+        result = race("decode", spec, names, args.rounds, 0)
+        title = f"decode {model}, batch 1, 32 tokens after 32, greedy, float32"
+        n_matrix = matrix_parameters(model)
+        show(title, "tokens/s", result, flops=2 * n_matrix, bytes=4 * n_matrix)
+        results[title] = result
+        result = race("prefill", spec | {"length": 512}, names, args.rounds, 1e-4)
+        title = f"prefill {model}, 512 tokens, float32"
+        show(title, "tokens/s", result, flops=2 * n_matrix)
+        results[title] = result
+    return results
+
+
+def bench_compile(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What a program takes to trace and to compile, by the number of layers, 256 wide."""
+    del folder
+    results = {}
+    print(f"\n{'program':>16} {'layers':>7} {'traced s':>9} {'compiled s':>11}")
+    for program in ("decoding", "step", "step, stacked"):
+        for layers in LAYERS:
+            spec = {"program": program, "layers": layers, "width": 256}
+            contender = Contender("compile", "ours", spec)
+            turns = [contender.once()["numbers"] for _ in range(min(3, args.rounds))]
+            contender.close()
+            traced = median(turn[0] for turn in turns)
+            compiled = median(turn[1] for turn in turns)
+            print(f"{program:>16} {layers:7} {traced:9.2f} {compiled:11.2f}", flush=True)
+            results[f"{program}, {layers} layers"] = {"traced": traced, "compiled": compiled}
+    return results
+
+
+def bench_loss(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A training step whose loss goes by chunks, beside one that holds all logits."""
+    results = {}
+    for model in args.models or ["gpt2"]:
+        batch, length, steps = TRAIN[model]
+        spec = {"folder": make_checkpoint(model, folder), "batch": batch, "length": length}
+        spec |= {"steps": steps, "learning_rate": 3e-4}
+        result = race("loss", spec, ["ours", "in one piece"], args.rounds, 1e-4)
+        title = f"loss {model}, batch {batch} x {length}, a training step, float32"
+        show(title, "tokens/s", result)
+        results[title] = result
+    return results
+
+
+def bench_places(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The host memory of loading, saving and initialising on a mesh of eight CPU devices."""
+    results = {}
+    print(f"\n{'':44} {'peak MB':>9} {'params MB':>10}")
+    for model in args.models or ["gpt2-medium"]:
+        for what, mesh in PLACES:
+            spec = {"folder": make_checkpoint(model, folder), "mesh": mesh, "what": what}
+            contender = Contender("places", "ours", spec | {"config": MODELS[model]})
+            peak, params = contender.ready["numbers"]
+            contender.close()
+            title = f"{what} {model}, {mesh}"
+            print(f"{title:44} {peak:9,.0f} {params:10,.0f}", flush=True)
+            results[title] = {"peak": peak, "params": params}
+    return results
+
+
 def bench_plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What a training step would take on many chips: a prediction, made by `plan.py`."""
     del folder
@@ -370,6 +521,12 @@ BENCHES = {
     "tokenizer": bench_tokenizer,
     "cold": bench_cold,
     "programs": bench_programs,
+    "memory": bench_memory,
+    "speculate": bench_speculate,
+    "growth": bench_growth,
+    "compile": bench_compile,
+    "loss": bench_loss,
+    "places": bench_places,
     "plan": bench_plan,
 }
 
@@ -387,7 +544,11 @@ def main() -> None:
         help="of which size (default: what the README quotes)",
     )
     parser.add_argument(
-        "--batches", nargs="+", type=int, metavar="N", help="train, programs: of which batch sizes"
+        "--batches",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="train, programs, speculate: of which batch sizes",
     )
     parser.add_argument(
         "--prompts",

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -586,6 +587,156 @@ def ours_programs(spec: Spec) -> Once:
     return once
 
 
+# Several tokens to a pass.
+
+
+def plain_speculate(spec: Spec) -> Once:
+    """`gpt2_jax.generate`, which speculation is to beat."""
+    return ours_decode(spec | {"sample": {}, "after": False})
+
+
+def lookup_speculate(spec: Spec) -> Once:
+    """`gpt2_jax.speculate`, guesses from the text."""
+    return speculating(spec, {})
+
+
+def draft_speculate(spec: Spec) -> Once:
+    """`gpt2_jax.speculate`, guesses of the model's own first layers."""
+    import gpt2_jax
+
+    draft_config, draft_params = gpt2_jax.load(spec["draft"])
+    return speculating(spec, {"draft_params": draft_params, "draft_config": draft_config})
+
+
+def speculating(spec: Spec, draft: dict[str, Any]) -> Once:
+    """Returns a turn of speculation; its numbers are the texts, then the tokens of a pass."""
+    import numpy as np
+
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(spec["folder"])
+    ids = tokens_of(spec, config.vocab_size)
+    options = {"config": config, "max_new_tokens": spec["new"], "stop_ids": ()}
+
+    def once():
+        made = gpt2_jax.speculate(params, ids, **options, **draft)
+        passes = np.asarray(made.lengths - made.accepted)  # each adds one token of the model's own
+        per_pass = float(np.mean(np.asarray(made.lengths) / passes))
+        return Done(spec["batch"] * spec["new"], [*np.ravel(made.ids).tolist(), per_pass])
+
+    return once
+
+
+# What compiling takes, by the number of layers.
+
+
+def ours_compile(spec: Spec) -> Once:
+    """A training step or a decoding loop; its numbers are seconds of tracing and of compiling."""
+    import jax
+    import jax.numpy as jnp
+
+    import gpt2_jax
+
+    width = spec["width"]
+    config = gpt2_jax.GPT2Config(
+        vocab_size=1024, n_positions=128, n_embd=width, n_layer=spec["layers"], n_head=width // 64
+    )
+    params = gpt2_jax.init(jax.random.key(0), config)
+    ids = jnp.zeros((4, 65), jnp.int32)
+    if spec["program"] == "decoding":
+        program = jax.jit(gpt2_jax.generate, static_argnames="max_new_tokens")
+        arguments = (params, ids)
+        options = {"config": config, "max_new_tokens": 32}
+    else:
+        tx = gpt2_jax.make_optimizer(1e-3)
+        stacked = spec["program"] == "step, stacked"
+        state = gpt2_jax.init_state(gpt2_jax.stack_layers(params) if stacked else params, tx)
+        program = gpt2_jax.train_step
+        arguments = (state, ids)
+        options = {"config": config, "tx": tx}
+
+    def once():
+        jax.clear_caches()
+        begun = time.perf_counter()
+        lowered = program.lower(*arguments, **options)
+        traced = time.perf_counter()
+        lowered.compile()
+        compiled = time.perf_counter()
+        return Done(1, [traced - begun, compiled - traced], compiled - begun)
+
+    return once
+
+
+# The loss of a training step by chunks, and with the logits of all tokens at once.
+
+
+def whole_loss(spec: Spec) -> Once:
+    """The step of `gpt2_jax.train`, without chunks."""
+    from gpt2_jax.training import step
+
+    step.LARGEST_LOGITS = 2**60
+    return ours_train(spec)
+
+
+# What loading, saving and initialising take on several devices.
+
+
+def ours_places(spec: Spec) -> Once:
+    """On eight devices that are this CPU; its numbers are MB of the peak, and what stays."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import tempfile
+
+    import jax
+
+    import gpt2_jax
+    from gpt2_jax import sharding
+
+    mesh = sharding.make_mesh(spec["mesh"])
+    config, params = None, None
+    if spec["what"] == "save":
+        config, params = gpt2_jax.load(spec["folder"], mesh=mesh)
+    elif spec["what"] == "init":
+        config = gpt2_jax.GPT2Config(**spec["config"])
+    jax.block_until_ready(jax.numpy.zeros(8))
+    before = resident()
+    highest = [before]
+    is_done = threading.Event()
+
+    def watch():
+        # The highest so far is that of the whole process: it may lie before.
+        while not is_done.wait(0.001):
+            highest[0] = max(highest[0], resident())
+
+    def once():
+        nonlocal params
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        if spec["what"] == "load":
+            _, params = gpt2_jax.load(spec["folder"], mesh=mesh)
+        elif spec["what"] == "init":
+            params = gpt2_jax.init(jax.random.key(0), config, mesh=mesh)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                gpt2_jax.save(f"{folder}/saved", params, config)
+        jax.block_until_ready(params)
+        is_done.set()
+        watcher.join()
+        stays = 0 if spec["what"] == "save" else n_bytes_of(params)
+        return Done(1, [(highest[0] - before) / 1e6, stays / 1e6])
+
+    def n_bytes_of(tree):
+        leaves = jax.tree.leaves(tree)
+        return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+
+    return once
+
+
+def resident() -> int:
+    """Returns how many bytes of this process are in memory, as Linux says."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     "train": {"ours": ours_train, "PyTorch": torch_train},
     "eval": {"ours": ours_eval, "transformers": hf_eval},
@@ -604,6 +755,14 @@ CONTENDERS: dict[str, dict[str, Callable[[Spec], Once]]] = {
     },
     "cold": {"ours": ours_cold, "transformers": hf_cold},
     "programs": {"ours": ours_programs},
+    "speculate": {
+        "generate": plain_speculate,
+        "lookup": lookup_speculate,
+        "draft": draft_speculate,
+    },
+    "compile": {"ours": ours_compile},
+    "loss": {"ours": ours_train, "in one piece": whole_loss},
+    "places": {"ours": ours_places},
     "limits": {"limits": limits},
 }
 

@@ -83,7 +83,7 @@ class Session(NamedTuple):
     args: argparse.Namespace
     model: Pretrained
     sampler: Any
-    key: PRNGKeyArray
+    key: PRNGKeyArray | None  # of random draws
     report: Report
 
 
@@ -348,7 +348,9 @@ def run(args: argparse.Namespace) -> int:
     report(describe(model, args, seed, time.perf_counter() - started))
     # Only now, as ids in options are checked against the vocabulary.
     sampler = make_sampler(args, model)
-    session = Session(args, model, sampler, jax.random.key(seed), report)
+    # Without draws there is no use for one, and to make it loads three programs.
+    key = jax.random.key(seed) if args.do_sample else None
+    session = Session(args, model, sampler, key, report)
     if args.interactive:
         talk(session)
     elif args.num_beams > 1 or args.assistant_model or args.prompt_lookup_num_tokens:

@@ -294,13 +294,14 @@ def make_request(
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
-        # An array, and so no part of the program: other stop ids, if as many, compile nothing.
-        stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
-        pad_id=jnp.int32(endings.pad_id),
+        # An array, and so no part of the program: other stop ids, if as many, compile nothing. Of
+        # numpy, as what the prompts are: each array that JAX makes itself is a program to load.
+        stop_ids=np.asarray(endings.stop_ids, np.int32),
+        pad_id=np.int32(endings.pad_id),
         tap=as_pytree(tap),
         outputs=outputs,
     )
-    return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
+    return Request(prompts.ids, prompts.lengths, rules)
 
 
 def remember(request: Request, room: Room) -> Request:
