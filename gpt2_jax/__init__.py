@@ -86,6 +86,7 @@ from gpt2_jax.pretrained.peft import load_lora, save_lora
 from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.resize import resize_vocab
 from gpt2_jax.stack import stack_layers, unstack_layers
+from gpt2_jax.summary import Summary, summarize
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
@@ -97,7 +98,7 @@ from gpt2_jax.training.step import (
     warmup_cosine,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EDGE_SITES",
@@ -135,6 +136,7 @@ __all__ = [
     "SiteGradients",
     "Speculation",
     "Stateful",
+    "Summary",
     "Temperature",
     "Tokenizer",
     "TopK",
@@ -210,6 +212,7 @@ __all__ = [
     "stream",
     "stream_logits",
     "stream_text",
+    "summarize",
     "to_hf",
     "token_logprobs",
     "train_step",
