@@ -9,7 +9,7 @@ import sys
 
 from gpt2_jax import lazy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = lazy.homes_in(__name__)
 

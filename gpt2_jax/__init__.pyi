@@ -90,6 +90,7 @@ from gpt2_jax.pretrained.weights import from_hf, load, save, to_hf
 from gpt2_jax.quantised import Quantised, dequantize, quantize
 from gpt2_jax.resize import resize_vocab
 from gpt2_jax.stack import stack_layers, unstack_layers
+from gpt2_jax.summary import Summary, summarize
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
 from gpt2_jax.training.step import (
@@ -140,6 +141,7 @@ __all__ = [
     "SiteGradients",
     "Speculation",
     "Stateful",
+    "Summary",
     "Temperature",
     "Tokenizer",
     "TopK",
@@ -217,6 +219,7 @@ __all__ = [
     "stream",
     "stream_logits",
     "stream_text",
+    "summarize",
     "to_hf",
     "token_logprobs",
     "train_step",

@@ -180,6 +180,15 @@ class GPT2Config:
             self._store(name, _as_id(name, getattr(self, name)))
         self._store("eos_token_id", _as_ids("eos_token_id", self.eos_token_id))
 
+    def __repr__(self) -> str:
+        # The shape, and what is not as in GPT-2: it fits a line, and says the whole.
+        named = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in COUNTS or value != field.default:
+                named.append(f"{field.name}={value!r}")
+        return f"GPT2Config({', '.join(named)})"
+
     def _store(self, name: str, value: Any) -> None:
         """Sets a field while the config is being made."""
         # `self.name = value` is what a frozen dataclass forbids, here too.

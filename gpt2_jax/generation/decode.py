@@ -31,6 +31,7 @@ from gpt2_jax.generation.sampling import (
 from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
 from gpt2_jax.modules import Params, Tap, no_tap, placed, wants
 from gpt2_jax.sharding import automatic, constrain
+from gpt2_jax.summary import spec_of_fields
 
 AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
 
@@ -47,6 +48,9 @@ class Generation(NamedTuple):
     policy_logprobs: Float[Array, "R N"]
     # What `outputs` asked for, by name: `[R, N, ...]`, of each token what it was chosen by.
     outputs: dict[str, Array]
+
+    def __repr__(self) -> str:
+        return spec_of_fields(self)
 
 
 class State(NamedTuple):

@@ -1,9 +1,10 @@
 """Pictures of what a model does, as matplotlib figures. Knows arrays and labels, no models.
 
 Needs `pip install "gpt2_jax[plot]"`; matplotlib is imported when the first figure is made. Figures
-are drawn without a display: `figure.savefig("picture.png")`.
+are drawn without a display: `figure.savefig("picture.png")`. A notebook shows them.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -153,7 +154,15 @@ def _figure(width: float, height: float, title: str) -> "matplotlib.figure.Figur
     # Not `pyplot`, which would look for a display and keep every figure alive.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    class Picture(Figure):
+        """A figure that a notebook shows, with or without its inline backend."""
+
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            self.savefig(written, format="png")
+            return written.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title)
     return figure

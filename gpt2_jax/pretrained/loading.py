@@ -18,6 +18,7 @@ from gpt2_jax.pretrained.foreign import find
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
 from gpt2_jax.sharding import Rules
+from gpt2_jax.summary import summarize
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import TokenizerKindError, files_in
 
@@ -36,6 +37,12 @@ class Pretrained(NamedTuple):
     config: GPT2Config
     params: Params
     tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        # A notebook that ends a cell with a model must not print its weights.
+        held = summarize(self.params)
+        params = f"<{held.numbers:,} numbers, {held.bytes:,} bytes>"
+        return f"Pretrained(config={self.config}, params={params}, tokenizer={self.tokenizer})"
 
 
 def load_pretrained(

@@ -51,5 +51,10 @@ def test_a_sweeps_colours_are_even_about_zero(values):
     np.testing.assert_array_equal(image_of(axes), values)
 
 
+def test_a_notebook_shows_a_picture():
+    figure = plot.plot_sweep(np.array([[1.0, -3.0]]), ["a", "b"])
+    assert figure._repr_png_().startswith(b"\x89PNG") and len(figure._repr_png_()) > 1000
+
+
 def test_white_space_is_visible():
     assert plot.visible(" a\n\tb ") == "·a\\n\\tb "
