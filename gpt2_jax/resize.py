@@ -28,6 +28,11 @@ def resize_vocab(
 
     Raises:
       ValueError: `size` is less than 1.
+
+    Examples:
+      >>> larger, resized = gpt2_jax.resize_vocab(params, config, 4100)
+      >>> larger.vocab_size, resized["wte"]["embedding"].shape
+      (4100, (4100, 16))
     """
     size = as_count("size", size)
     resized = dict(params)

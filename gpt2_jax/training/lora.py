@@ -40,6 +40,11 @@ def lora(
 
     Raises:
       ValueError: a pattern matches no layer with a kernel, or `rank` is less than 1.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> adapters["h"]["0"]["attn"]["c_attn"]["lora_A"].shape
+      (16, 2)
     """
     rank = as_count("rank", rank)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -84,6 +89,12 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
 
     Raises:
       ValueError: an adapter belongs to no kernel, or to one of another shape.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> merged = gpt2_jax.merge_lora(params, adapters)
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, merged, params))  # before training
+      True
     """
     # A new tree around the same arrays: only the adapted kernels are made anew.
     flat_params: dict[str, Any] = traverse_util.flatten_dict(params, sep=".")
