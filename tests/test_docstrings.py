@@ -4,10 +4,6 @@ import doctest
 import importlib
 import re
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 import gpt2_jax
@@ -31,28 +27,10 @@ def find(path):
 @pytest.fixture(scope="module")
 def scope(tmp_path_factory):
     """The names that examples take for granted, as docs/api/index.md tells the reader."""
-    tokenizer = gpt2_jax.load_tokenizer("demo")
-    config = gpt2_jax.GPT2Config(
-        vocab_size=4096,
-        n_positions=32,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        eos_token_id=tokenizer.eot_id,
-    )
-    return {
-        "jax": jax,
-        "jnp": jnp,
-        "np": np,
-        "optax": optax,
-        "gpt2_jax": gpt2_jax,
-        "tokenizer": tokenizer,
-        "config": config,
-        "params": gpt2_jax.init(jax.random.key(0), config),
-        "ids": np.array([tokenizer.encode("Once upon a time")]),
-        "history": gpt2_jax.History(jnp.array([[1, 2]]), jnp.array([[True, True]]), jnp.array(1)),
-        "folder": tmp_path_factory.mktemp("examples"),
-    }
+    code = re.search(r"```python\n(.*?)```", PAGES["index.md"], re.DOTALL)[1]
+    names = {"folder": tmp_path_factory.mktemp("examples")}
+    exec(code, names)
+    return names
 
 
 def run(example, name, scope):
