@@ -55,6 +55,15 @@ class KVCache(NamedTuple):
 
     A slot holds one token of each row; rows of different lengths leave some of their slots unused.
     Positions enter at the input only, so a token's slot and its position may differ.
+
+    Examples:
+      >>> ragged = np.array([[5, 6, 7, 8], [5, 6, 0, 0]])
+      >>> lengths = np.array([4, 2])
+      >>> _, cache = gpt2_jax.prefill(params, ragged, lengths, config=config, cache_len=8)
+      >>> cache.slots, int(cache.slot), cache.lengths.tolist()
+      (8, 4, [4, 2])
+      >>> cache.valid.sum(axis=1).tolist()  # the shorter row leaves two of the four slots unused
+      [4, 2]
     """
 
     layers: tuple[LayerCache, ...]
@@ -200,6 +209,11 @@ def lengthen(cache: KVCache, slots: int) -> KVCache:
 
     Raises:
       ValueError: it has more already.
+
+    Examples:
+      >>> _, cache = gpt2_jax.prefill(params, ids, config=config, cache_len=4)
+      >>> gpt2_jax.lengthen(cache, 8).slots
+      8
     """
     count = slots - cache.slots
     if count < 0:
@@ -218,6 +232,11 @@ def share(cache: KVCache, n: int) -> KVCache:
 
     Raises:
       ValueError: `n` is less than 1.
+
+    Examples:
+      >>> _, cache = gpt2_jax.prefill(params, ids, config=config, cache_len=8)
+      >>> gpt2_jax.share(cache, 3).lengths.tolist()
+      [4, 4, 4]
     """
     n = as_count("n", n)
     return select(cache, jnp.repeat(jnp.arange(cache.valid.shape[0]), n))

@@ -129,6 +129,13 @@ class GPT2Config:
 
     Raises:
       ValueError: a field is of another type, out of range, or names something unsupported.
+
+    Examples:
+      >>> small = gpt2_jax.GPT2Config(n_layer=2, n_embd=16, n_head=2)
+      >>> small.head_dim, small.mlp_width, small.dtype
+      (8, 64, 'float32')
+      >>> small.replace(dtype="bfloat16") == small
+      False
     """
 
     vocab_size: int = 50257

@@ -61,7 +61,15 @@ SPECIAL_KINDS = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or not what was asked for; the message says what to do."""
+    """A checkpoint is missing, damaged or not what was asked for; the message says what to do.
+
+    Examples:
+      >>> try:
+      ...     gpt2_jax.load(folder / "nothing")
+      ... except gpt2_jax.CheckpointError as error:
+      ...     print("nothing" in str(error), isinstance(error, ValueError))
+      True True
+    """
 
     def __init__(self, message: object):
         super().__init__(readable(str(message)))

@@ -79,6 +79,11 @@ def init(
 
     Raises:
       ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
+
+    Examples:
+      >>> fresh = gpt2_jax.init(jax.random.key(0), config)
+      >>> sorted(fresh), fresh["h"]["1"]["mlp"]["c_fc"]["kernel"].shape
+      (['h', 'ln_f', 'wpe', 'wte'], (16, 64))
     """
     if mesh is None:
         if rules is not None:
@@ -155,6 +160,14 @@ def apply(
         its values can be seen, outside `jit`) holds an id outside the vocabulary. Inside `jit` such
         an id gives NaN. Or rows are left-padded and `lengths` are missing, or what says where
         tokens lie has another shape or kind or contradicts the rest.
+
+    Examples:
+      >>> logits = gpt2_jax.apply(params, ids, config=config)
+      >>> logits.shape
+      (1, 4, 4096)
+      >>> shorter = gpt2_jax.apply(params, ids[:, :3], config=config)  # no token sees a later one
+      >>> np.allclose(logits[:, :3], shorter, atol=1e-5)
+      True
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     layout = Layout(positions, mask, segment_ids)
@@ -186,6 +199,11 @@ def hidden_states(
     """Returns what `apply` would unembed, in `config.dtype`: its arguments, its errors.
 
     There are as many rows as in `ids`, unless a tap makes the batch grow. Does not compile itself.
+
+    Examples:
+      >>> hidden = gpt2_jax.model.hidden_states(params, ids, config=config)
+      >>> hidden.shape
+      (1, 4, 16)
     """
     tokens = read_tokens(ids, inputs_embeds, config=config, longest=config.n_positions)
     layout = Layout(positions, mask, segment_ids)
@@ -241,6 +259,12 @@ def run_layers(
 
     Raises:
       ValueError: `stream` is not `[B, T, D]`, there are no such layers, or as `apply`.
+
+    Examples:
+      >>> _, acts = gpt2_jax.capture(params, ids, config=config, sites="h.1.*")
+      >>> stream = gpt2_jax.run_layers(params, acts["h.1.resid_pre"], config=config, start=1)
+      >>> np.allclose(stream, acts["h.1.resid_post"], atol=1e-5)
+      True
     """
     if is_stacked(params):
         raise ValueError(_STACK)
@@ -292,6 +316,13 @@ def prefill(
 
     Raises:
       ValueError: as `apply`, or `cache_len` is less than `P`.
+
+    Examples:
+      >>> logits, cache = gpt2_jax.prefill(params, ids, config=config, cache_len=8)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config)[:, -1], atol=1e-5)
+      True
+      >>> cache.slots, int(cache.slot), cache.lengths.tolist()
+      (8, 4, [4])
     """
     if is_stacked(params):
         raise ValueError(_STACK)
@@ -347,6 +378,14 @@ def extend(
       ValueError: `ids` are not as `apply` takes them, or (where values can be seen, outside `jit`)
         the cache has too few slots left or a row too few positions. Inside `jit` that is the
         caller's to see to: a slot too many overwrites the last ones.
+
+    Examples:
+      >>> _, cache = gpt2_jax.prefill(params, ids[:, :1], config=config, cache_len=8)
+      >>> logits, cache = gpt2_jax.extend(params, ids[:, 1:], cache, config=config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config)[:, 1:], atol=1e-5)
+      True
+      >>> cache.lengths.tolist()
+      [4]
     """
     ids = check_ids(ids, config, longest=config.n_positions)
     count = ids.shape[1] if lengths is None else jnp.asarray(lengths, jnp.int32)
@@ -406,6 +445,12 @@ def decode_step(
 
     The cache must have a free slot, and each row a free position: that is the caller's to see to.
     Does not compile itself.
+
+    Examples:
+      >>> _, cache = gpt2_jax.prefill(params, ids[:, :3], config=config, cache_len=8)
+      >>> logits, cache = gpt2_jax.decode_step(params, jnp.array(ids[:, 3]), cache, config=config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config)[:, -1], atol=1e-5)
+      True
     """
     shared = Pass(
         # Not bounded as in `extend`: what has no position left is its caller's to see to.
@@ -427,6 +472,12 @@ def unembed(
     """Returns logits of final hidden states, in float32 or better, by the tied or separate head.
 
     Does not compile itself.
+
+    Examples:
+      >>> _, acts = gpt2_jax.capture(params, ids, config=config, sites="ln_f.out")
+      >>> logits = gpt2_jax.unembed(params, acts["ln_f.out"], config=config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config), atol=1e-5)
+      True
     """
     tokens = hidden.reshape(-1, hidden.shape[-1]).astype(config.dtype)  # flat, as in `Dense`
     head = params[head_name(config)]["embedding"]

@@ -29,6 +29,11 @@ def resize_vocab(
 
     Raises:
       ValueError: `size` is less than 1, or the params are quantised.
+
+    Examples:
+      >>> larger, resized = gpt2_jax.resize_vocab(params, config, 4100)
+      >>> larger.vocab_size, resized["wte"]["embedding"].shape
+      (4100, (4100, 16))
     """
     size = as_count("size", size)
     refuse_quantised(params, "Params with another number of tokens")

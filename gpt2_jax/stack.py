@@ -27,6 +27,11 @@ def stack_layers(params: Params) -> Params:
 
     Raises:
       ValueError: the layers are a stack already.
+
+    Examples:
+      >>> stacked = gpt2_jax.stack_layers(params)
+      >>> stacked["h"]["mlp"]["c_fc"]["kernel"].shape
+      (2, 16, 64)
     """
     if is_stacked(params):
         raise ValueError("The layers of `params` are a stack already.")
@@ -40,6 +45,11 @@ def unstack_layers(params: Params) -> Params:
 
     Raises:
       ValueError: the layers are no stack.
+
+    Examples:
+      >>> apart = gpt2_jax.unstack_layers(gpt2_jax.stack_layers(params))
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, apart, params))
+      True
     """
     if not is_stacked(params):
         raise ValueError("The layers of `params` must be a stack, as `stack_layers` makes it.")

@@ -48,7 +48,13 @@ Ids = tuple[int, ...]  # as they are remembered: joined sooner than lists are
 
 
 class EncodedText(NamedTuple):
-    """A text's ids, and where each stands in it."""
+    """A text's ids, and where each stands in it.
+
+    Examples:
+      >>> encoded = gpt2_jax.Tokenizer.gpt2().encode_with_spans("naïve café")
+      >>> ["naïve café"[start:stop] for start, stop in encoded.spans]
+      ['na', 'ïve', ' café']
+    """
 
     ids: list[int]
     # (first character, last character + 1) of each; a character of several tokens is in the spans
@@ -73,6 +79,15 @@ class Tokenizer:
     Raises:
       ValueError: an id is negative or taken twice, a merge speaks of tokens that the vocabulary
         lacks, or `missing_bytes` is neither.
+
+    Examples:
+      >>> gpt2 = gpt2_jax.Tokenizer.gpt2()
+      >>> gpt2.encode("Hello, world!")
+      [15496, 11, 995, 0]
+      >>> gpt2.decode([15496, 11, 995, 0])
+      'Hello, world!'
+      >>> gpt2.encode("<|endoftext|>", allowed_special="all"), len(gpt2.encode("<|endoftext|>"))
+      ([50256], 7)
     """
 
     def __init__(
@@ -542,7 +557,14 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, and never shows half a character."""
+    """Turns ids into text as they come, and never shows half a character.
+
+    Examples:
+      >>> gpt2 = gpt2_jax.Tokenizer.gpt2()
+      >>> decoder = gpt2.stream_decoder()
+      >>> [decoder.push([i]) for i in gpt2.encode("🙂 ok")]
+      ['', '🙂', ' ok']
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -42,14 +42,25 @@ Progress = Callable[[int], object]  # called after each batch with the number of
 
 
 class ScoreRequest(NamedTuple):
-    """A text whose last tokens are to be scored; a plain tuple of the two is taken as well."""
+    """A text whose last tokens are to be scored; a plain tuple of the two is taken as well.
+
+    Examples:
+      >>> gpt2_jax.evaluation.score.ScoreRequest(ids=[5, 6, 7], n_scored=1).n_scored
+      1
+    """
 
     ids: TokenIds
     n_scored: int  # how many tokens, at the end
 
 
 class Scored(NamedTuple):
-    """What a model thinks of the `n` scored tokens of one request."""
+    """What a model thinks of the `n` scored tokens of one request.
+
+    Examples:
+      >>> (scored,) = gpt2_jax.score(params, [(ids[0], 2)], config=config)
+      >>> round(scored.total, 3) == round(float(scored.logprobs.sum()), 3), scored.all_greedy
+      (True, False)
+    """
 
     # Of each token after all tokens before it, in nats: float32, or float64 from a float64 model.
     logprobs: Float[AnyArray, " n"]
@@ -76,7 +87,13 @@ class Window(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How well a model predicts a text: a sum, what it is divided by, and the usual quotients."""
+    """How well a model predicts a text: a sum, what it is divided by, and the usual quotients.
+
+    Examples:
+      >>> found = gpt2_jax.Likelihood(nll=8.0, tokens=4, variance=1.0, words=2, bytes=8)
+      >>> found.loss, found.stderr, round(found.word_perplexity, 2), round(found.bits_per_byte, 3)
+      (2.0, 0.5, 54.6, 1.443)
+    """
 
     nll: float  # sum of the negative log-likelihoods of the scored tokens, in nats
     tokens: int  # how many were scored
@@ -118,7 +135,12 @@ class Likelihood(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The scores of one continuation among several: log-probabilities, the greater the better."""
+    """The scores of one continuation among several: log-probabilities, the greater the better.
+
+    Examples:
+      >>> gpt2_jax.evaluation.score.Choice._fields
+      ('total', 'per_token', 'per_byte')
+    """
 
     total: float  # of all its tokens together
     per_token: float  # the mean
@@ -161,6 +183,10 @@ def token_logprobs(
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns.
+
+    Examples:
+      >>> gpt2_jax.token_logprobs(params, ids, config=config).shape
+      (1, 3)
     """
     ids = check_ids(ids, config, longest=config.n_positions + 1)
     if ids.shape[1] < 2:
@@ -233,6 +259,12 @@ def score(
       ValueError: an id is outside the vocabulary, or a request asks for less than 1 token, for more
         than the text has after its first, or for more than `n_positions`; the request is named. Or
         `tap` cannot be called.
+
+    Examples:
+      >>> (scored,) = gpt2_jax.score(params, [(ids[0], 2)], config=config)
+      >>> logprobs = gpt2_jax.token_logprobs(params, ids, config=config)
+      >>> np.allclose(scored.logprobs, logprobs[0, -2:], atol=1e-5)
+      True
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -313,6 +345,11 @@ def score_choices(
 
     Raises:
       ValueError: as `score`; or `bytes` has another length than `choices`.
+
+    Examples:
+      >>> choices = gpt2_jax.score_choices(params, ids[0], [[5], [6, 7]], config=config)
+      >>> [round(choice.total / choice.per_token) for choice in choices]  # tokens
+      [1, 2]
     """
     sizes = [math.nan] * len(choices) if bytes is None else bytes
     if len(sizes) != len(choices):
@@ -411,6 +448,11 @@ def perplexity(
     Raises:
       ValueError: the text has less than 2 ids or one outside the vocabulary, or `window` and
         `stride` do not fit.
+
+    Examples:
+      >>> found = gpt2_jax.perplexity(params, ids[0], config=config, bytes=16)
+      >>> found.tokens, round(found.perplexity / config.vocab_size)  # untrained, it guesses
+      (3, 1)
     """
     if window is None:
         window = config.n_positions

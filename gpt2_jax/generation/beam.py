@@ -41,7 +41,12 @@ NEVER = -1e9
 
 
 class Beams(NamedTuple):
-    """Some continuations of each prompt, without the prompts, the best first."""
+    """Some continuations of each prompt, without the prompts, the best first.
+
+    Examples:
+      >>> gpt2_jax.Beams._fields  # R texts of each prompt, the best first
+      ('ids', 'lengths', 'logprobs', 'scores')
+    """
 
     ids: Int[Array, "B R N"]  # after the stop id, `pad_id`
     lengths: Int[Array, "B R"]  # tokens of each, the stop id included
@@ -124,6 +129,13 @@ def beam_search(
       FloatingPointError: as `generate`.
       ValueError: as `generate`, or an argument is out of its range, or the sampler has no
         transform.
+
+    Examples:
+      >>> beams = gpt2_jax.beam_search(
+      ...     params, ids, config=config, max_new_tokens=3, num_beams=2, num_return_sequences=2
+      ... )
+      >>> beams.ids.shape, bool(beams.scores[0, 0] >= beams.scores[0, 1])
+      ((1, 2, 3), True)
     """
     num_beams = as_count("num_beams", num_beams)
     num_return_sequences = as_count("num_return_sequences", num_return_sequences)

@@ -37,6 +37,10 @@ class Constrained(Stateful):
     A stop id is left where the form is complete, and alone where nothing can follow. The form is
     that of what is generated, without the prompt. A text that `max_new_tokens` cuts off has begun
     it. Other transforms of a `Chain` come behind, so that cuts count what is allowed.
+
+    Examples:
+      >>> isinstance(gpt2_jax.from_regex("yes|no", tokenizer), gpt2_jax.Constrained)
+      True
     """
 
     # Arrays, and so leaves: another form of as many states compiles nothing.
@@ -102,6 +106,15 @@ def from_regex(
       ImportError: `outlines-core` is not installed.
       ValueError: the pattern is none; no text of this vocabulary matches it; the tokenizer is not
         of GPT-2's kind, or there is no stop id.
+
+    Examples:
+      >>> form = gpt2_jax.from_regex(r"[0-9]{2}", tokenizer)
+      >>> out = gpt2_jax.generate(
+      ...     params, ids, config=config, max_new_tokens=3, sampler=gpt2_jax.Greedy(form)
+      ... )
+      >>> text = tokenizer.decode(out.ids[0, : out.lengths[0] - 1])
+      >>> len(text), text.isdigit()
+      (2, True)
     """
     # Those of other kinds give a token other bytes in another context.
     if type(tokenizer).decode_bytes is not Tokenizer.decode_bytes:
@@ -148,6 +161,14 @@ def from_json_schema(
 
     Raises:
       ImportError, ValueError: as `from_regex`, or the schema is none that is known.
+
+    Examples:
+      >>> form = gpt2_jax.from_json_schema({"type": "boolean"}, tokenizer)
+      >>> out = gpt2_jax.generate(
+      ...     params, ids, config=config, max_new_tokens=8, sampler=gpt2_jax.Greedy(form)
+      ... )
+      >>> tokenizer.decode(out.ids[0, : out.lengths[0] - 1]) in ("true", "false")
+      True
     """
     text = schema if isinstance(schema, str) else json.dumps(schema)
     library = _outlines_core()
@@ -166,6 +187,14 @@ class PrefixAllowedTokens(Stateful):
     and the text so far, an array without padding, and returns ids. It runs on the host once for
     each row and token, by `jax.pure_callback`, which waits for the device each time and cannot be
     exported: `from_regex` needs no host. One function object compiles once.
+
+    Examples:
+      >>> rule = gpt2_jax.PrefixAllowedTokens(lambda prompt, ids: [5, 6])
+      >>> out = gpt2_jax.generate(
+      ...     params, ids, config=config, max_new_tokens=3, sampler=gpt2_jax.Greedy(rule)
+      ... )
+      >>> set(out.ids[0].tolist()) <= {5, 6}
+      True
     """
 
     function: Callable[[int, Int[np.ndarray, " T"]], Sequence[int]] = static()

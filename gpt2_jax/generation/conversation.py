@@ -40,6 +40,13 @@ class Conversation:
       ids: the text so far, or what is left of it.
       read: how many of them are in the cache.
       turn: how many turns the model has had.
+
+    Examples:
+      >>> talk = gpt2_jax.Conversation(params, tokenizer, config=config)
+      >>> for row in talk.reply("Once upon a time", max_new_tokens=3):
+      ...     pass
+      >>> talk.turn, talk.ids[:4] == ids[0].tolist()
+      (1, True)
     """
 
     def __init__(

@@ -37,7 +37,15 @@ AHEAD = 128  # tokens before the end of a cache at which the program of the next
 
 
 class Generation(NamedTuple):
-    """Generated tokens, without the prompts."""
+    """Generated tokens, without the prompts.
+
+    Examples:
+      >>> out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=3, stop_ids=())
+      >>> out._fields
+      ('ids', 'lengths', 'logprobs', 'policy_logprobs', 'outputs')
+      >>> out.policy_logprobs.tolist()  # a greedy choice is certain
+      [[0.0, 0.0, 0.0]]
+    """
 
     ids: Int[Array, "R N"]  # after a row's stop id, `pad_id`
     lengths: Int[Array, " R"]  # tokens made by each row, its stop id included

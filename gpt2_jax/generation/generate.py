@@ -146,6 +146,17 @@ def generate(
       ValueError: an id outside the vocabulary, an empty prompt, a prompt and new tokens that exceed
         `n_positions`, a sampler that draws without a key, an argument of the wrong shape, or, where
         JAX traces, one that the host would have to read.
+
+    Examples:
+      >>> out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=3, stop_ids=())
+      >>> out.ids.shape, out.lengths.tolist()
+      ((1, 3), [3])
+      >>> bool(out.ids[0, 0] == gpt2_jax.apply(params, ids, config=config)[0, -1].argmax())
+      True
+      >>> gpt2_jax.generate(params, ids, config=config, max_new_tokens=40)
+      Traceback (most recent call last):
+          ...
+      ValueError: ...
     """
     wishes = _Wishes(
         max_new_tokens=max_new_tokens,
@@ -201,6 +212,11 @@ def stream(
 
     Takes and checks `generate`'s arguments, and ends as soon as every row has. It is of the host:
     inside `jax.jit` or `jax.vmap` it raises `ValueError`, and `generate` serves.
+
+    Examples:
+      >>> pieces = gpt2_jax.stream(params, ids, config=config, max_new_tokens=3, stop_ids=())
+      >>> [piece.ids.shape for piece in pieces]
+      [(1, 1), (1, 2)]
     """
     # Not a generator itself, which would check nothing before its first piece is asked for.
     wishes = _Wishes(
@@ -246,6 +262,12 @@ def join(
 
     Raises:
       ValueError: there are not as many texts of each prompt.
+
+    Examples:
+      >>> out = gpt2_jax.generate(params, ids, config=config, max_new_tokens=3, stop_ids=())
+      >>> texts, lengths = gpt2_jax.join(ids, None, out)
+      >>> texts.shape, lengths.tolist(), bool((texts[:, :4] == ids).all())
+      ((1, 7), [7], True)
     """
     check_side(padding_side)
     ids = jnp.asarray(ids, jnp.int32)

@@ -58,6 +58,11 @@ def load_generation_config(
       FileNotFoundError: there is no such file.
       ValueError: it is not a JSON object, or an option is unknown, unsupported or out of range; the
         message names it.
+
+    Examples:
+      >>> written = (folder / "generation_config.json").write_text('{"num_beams": 4}')
+      >>> gpt2_jax.load_generation_config(folder, config=config)["num_beams"]
+      4
     """
     file = Path(folder) / "generation_config.json"
     # `read_json_object` names the file itself.

@@ -100,6 +100,13 @@ class Guidance(SecondModel):
       scale: one number, or one per row.
       ids: `int[1, P]`, or `[B, P]`, one for each prompt; the last token of the prompt by default.
       lengths: how many ids of each row are real; all of them by default.
+
+    Examples:
+      >>> guided = gpt2_jax.Greedy(gpt2_jax.Guidance(params, config, 1.0))  # 1 changes nothing
+      >>> wishes = {"config": config, "max_new_tokens": 3, "stop_ids": ()}
+      >>> plain = gpt2_jax.generate(params, ids, **wishes)
+      >>> bool((gpt2_jax.generate(params, ids, **wishes, sampler=guided).ids == plain.ids).all())
+      True
     """
 
     params: Params
@@ -145,6 +152,13 @@ class Contrastive(SecondModel):
       params, config: the amateur, a smaller model of the same vocabulary.
       alpha: in (0, 1]; 0.1 in the paper.
       temperature: divides the amateur's logits; the paper's best are 0.5 and 1.
+
+    Examples:
+      >>> amateur = gpt2_jax.init(jax.random.key(1), config)
+      >>> sampler = gpt2_jax.Greedy(gpt2_jax.Contrastive(amateur, config))
+      >>> wishes = {"config": config, "max_new_tokens": 3, "stop_ids": ()}
+      >>> gpt2_jax.generate(params, ids, **wishes, sampler=sampler).ids.shape
+      (1, 3)
     """
 
     params: Params

@@ -502,6 +502,11 @@ def sampler_from_options(
 
     Raises:
       ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
+
+    Examples:
+      >>> sampler = gpt2_jax.sampler_from_options({"top_k": 40, "temperature": 0.8}, do_sample=True)
+      >>> sampler.transform.transforms  # in HF's order
+      (Temperature(temperature=0.8), TopK(k=40))
     """
     # What changes nothing is left out first: a file may spell out what a check would refuse.
     chosen = _chosen(options)

@@ -40,7 +40,19 @@ TOP_H_CANDIDATES = 100  # how many of the likeliest tokens HF's top-h looks at
 
 
 class History(NamedTuple):
-    """The tokens before the one being chosen, for rules that look back. Padding is none of them."""
+    """The tokens before the one being chosen, for rules that look back. Padding is none of them.
+
+    Examples:
+      >>> history = gpt2_jax.History(
+      ...     ids=jnp.array([[5, 0, 7, 7]]),
+      ...     valid=jnp.array([[True, False, True, True]]),  # the second slot is a gap
+      ...     step=jnp.array(2),
+      ... )
+      >>> history.length.tolist(), history.packed().tolist()
+      ([3], [[5, 7, 7, -1]])
+      >>> history.counts(8, generated=True)[0, 5:].tolist()  # 5 is the prompt
+      [0, 0, 2]
+    """
 
     ids: Int[Array, "B S"]  # the prompt and what was generated, with gaps
     valid: Bool[Array, "B S"]  # which of them are real
@@ -77,14 +89,28 @@ class History(NamedTuple):
 
 
 class Room(NamedTuple):
-    """How long texts may become, for states that are as large as the text."""
+    """How long texts may become, for states that are as large as the text.
+
+    Examples:
+      >>> room = gpt2_jax.generation.sampling.Room(longest=4, max_new_tokens=3)
+      >>> room.longest + room.max_new_tokens  # how long a text may become
+      7
+    """
 
     longest: int  # tokens of the longest prompt
     max_new_tokens: int
 
 
 class Transform:
-    """What reshapes logits. Any function `(logits, history) -> logits` may stand beside these."""
+    """What reshapes logits. Any function `(logits, history) -> logits` may stand beside these.
+
+    Examples:
+      >>> class Negated(gpt2_jax.generation.sampling.Transform):
+      ...     def __call__(self, logits, history=None):
+      ...         return -logits
+      >>> gpt2_jax.Greedy(Negated())(None, jnp.array([[0.0, 2.0, 1.0]])).tolist()
+      [0]
+    """
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         raise NotImplementedError
@@ -103,6 +129,19 @@ class Stateful(Transform):
     `init` makes it of the prompts, `update` reads a token into it, and `history.state` is what they
     returned, when the transform is called. A state is a pytree; its leaves have a row for each row
     of the batch, which follows it through copies and beams, or `select` says how it does.
+
+    Examples:
+      >>> class Once(gpt2_jax.Stateful):
+      ...     def init(self, ids, lengths, room):
+      ...         return jnp.zeros((len(ids), 3), bool)  # which tokens were generated
+      ...     def update(self, state, tokens):
+      ...         return state | jax.nn.one_hot(tokens, 3, dtype=bool)
+      ...     def __call__(self, logits, history):
+      ...         return jnp.where(self.state_in(history), -jnp.inf, logits)
+      >>> state = Once().init(jnp.zeros((1, 2), int), jnp.array([2]), room=None)
+      >>> state = Once().update(state, jnp.array([1]))
+      >>> Once()(jnp.zeros((1, 3)), history._replace(state=state)).tolist()
+      [[0.0, -inf, 0.0]]
     """
 
     def init(self, ids: Int[Array, "B P"], lengths: Ids, room: Room) -> Any:
@@ -156,7 +195,15 @@ def select_state(transform: Any, state: Any, rows: Int[Array, " R"]) -> Any:
 
 @dataclass
 class Temperature(Transform):
-    """Divides logits by `temperature`, which must be positive: 0 would be `Greedy`."""
+    """Divides logits by `temperature`, which must be positive: 0 would be `Greedy`.
+
+    Examples:
+      >>> gpt2_jax.Temperature(2.0)(jnp.array([[0.0, 4.0]])).tolist()
+      [[0.0, 2.0]]
+      >>> rows = jnp.array([[0.0, 4.0], [0.0, 4.0]])
+      >>> gpt2_jax.Temperature(jnp.array([1.0, 2.0]))(rows).tolist()  # one for each row
+      [[0.0, 4.0], [0.0, 2.0]]
+    """
 
     temperature: PerRow
 
@@ -170,7 +217,12 @@ class Temperature(Transform):
 
 @dataclass
 class TopK(Transform):
-    """Keeps the `k` largest logits and any tied with the last of them."""
+    """Keeps the `k` largest logits and any tied with the last of them.
+
+    Examples:
+      >>> gpt2_jax.TopK(2)(jnp.array([[3.0, 1.0, 2.0]])).tolist()
+      [[3.0, -inf, 2.0]]
+    """
 
     k: int | np.integer = static()  # static: it shapes the program
 
@@ -190,6 +242,11 @@ class TopP(Transform):
     This is nucleus sampling (arXiv:1904.09751): a token is dropped when it and all less likely ones
     hold at most `1 - p`. Of tokens with equal logits, those that come first in the vocabulary are
     dropped first. The `min_tokens_to_keep` likeliest always stay.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+      >>> jnp.isfinite(gpt2_jax.TopP(0.7)(logits)).tolist()
+      [[True, True, False]]
     """
 
     p: PerRow
@@ -211,6 +268,11 @@ class MinP(Transform):
     """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082).
 
     The `min_tokens_to_keep` likeliest always stay.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]]))
+      >>> jnp.isfinite(gpt2_jax.MinP(0.4)(logits)).tolist()
+      [[True, True, False]]
     """
 
     min_p: PerRow
@@ -232,6 +294,11 @@ class Typical(Transform):
     """Keeps the tokens whose surprise is nearest to the entropy and which together hold `mass`.
 
     The source is arXiv:2202.00666. The `min_tokens_to_keep` most typical always stay.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.9, 0.06, 0.04]]))
+      >>> jnp.isfinite(gpt2_jax.generation.sampling.Typical(0.5)(logits)).tolist()
+      [[True, False, False]]
     """
 
     mass: PerRow
@@ -256,6 +323,11 @@ class Epsilon(Transform):
     """Keeps tokens of at least the probability `epsilon` (arXiv:2210.15191).
 
     The `min_tokens_to_keep` likeliest always stay.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.6, 0.3, 0.1]]))
+      >>> jnp.isfinite(gpt2_jax.generation.sampling.Epsilon(0.2)(logits)).tolist()
+      [[True, True, False]]
     """
 
     epsilon: PerRow
@@ -274,6 +346,11 @@ class Eta(Transform):
     """Keeps tokens of at least the probability `min(epsilon, sqrt(epsilon) exp(-entropy))`.
 
     The source is arXiv:2210.15191. The `min_tokens_to_keep` likeliest always stay.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.6, 0.399, 0.001]]))
+      >>> jnp.isfinite(gpt2_jax.generation.sampling.Eta(0.01)(logits)).tolist()
+      [[True, True, False]]
     """
 
     epsilon: PerRow
@@ -296,6 +373,11 @@ class TopH(Transform):
 
     The source is arXiv:2509.02510. As in HF's code the 100 likeliest tokens are looked at, and
     entropy is that of their renormalised probabilities.
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([[0.8, 0.1, 0.1]]))
+      >>> jnp.isfinite(gpt2_jax.generation.sampling.TopH(0.3)(logits)).tolist()
+      [[True, False, False]]
     """
 
     top_h: PerRow
@@ -325,6 +407,11 @@ class RepetitionPenalty(Transform):
 
     Those of the prompt have come, too. The definition is CTRL's (arXiv:1909.05858); 1 changes
     nothing, above 1 repeats less.
+
+    Examples:
+      >>> penalty = gpt2_jax.generation.sampling.RepetitionPenalty(2.0)
+      >>> penalty(jnp.array([[4.0, 4.0, -4.0]]), history).tolist()  # 1 and 2 have come
+      [[4.0, 2.0, -8.0]]
     """
 
     penalty: PerRow
@@ -342,7 +429,13 @@ class RepetitionPenalty(Transform):
 
 @dataclass
 class FrequencyPenalty(Transform):
-    """Subtracts `penalty` for each time that a token was generated (OpenAI's)."""
+    """Subtracts `penalty` for each time that a token was generated (OpenAI's).
+
+    Examples:
+      >>> penalty = gpt2_jax.generation.sampling.FrequencyPenalty(0.5)
+      >>> penalty(jnp.zeros((1, 3)), history).tolist()  # 2 was generated, 1 stood in the prompt
+      [[0.0, 0.0, -0.5]]
+    """
 
     penalty: PerRow  # of either sign
 
@@ -354,7 +447,13 @@ class FrequencyPenalty(Transform):
 
 @dataclass
 class PresencePenalty(Transform):
-    """Subtracts `penalty` from tokens that were generated, however often (OpenAI's)."""
+    """Subtracts `penalty` from tokens that were generated, however often (OpenAI's).
+
+    Examples:
+      >>> penalty = gpt2_jax.generation.sampling.PresencePenalty(0.5)
+      >>> penalty(jnp.zeros((1, 3)), history).tolist()
+      [[0.0, 0.0, -0.5]]
+    """
 
     penalty: PerRow  # of either sign
 
@@ -368,6 +467,11 @@ class NoRepeatNGram(Transform):
     """Removes each token that would complete a run of `n` tokens for a second time.
 
     The first time may be in the prompt.
+
+    Examples:
+      >>> rule = gpt2_jax.generation.sampling.NoRepeatNGram(1)
+      >>> rule(jnp.zeros((1, 3)), history).tolist()
+      [[0.0, -inf, -inf]]
     """
 
     n: int | np.integer = static()  # static: it shapes the program
@@ -405,6 +509,11 @@ class SequenceBias(Transform):
 
     Sequences of one token are always met. Banned words are sequences of bias -inf:
     `SequenceBias.ban`.
+
+    Examples:
+      >>> rule = gpt2_jax.generation.sampling.SequenceBias(((1, 2, 0),), np.array([5.0]))
+      >>> rule(jnp.zeros((1, 3)), history).tolist()  # the text ends in 1, 2
+      [[5.0, 0.0, 0.0]]
     """
 
     # Static, as they shape the program.
@@ -448,6 +557,10 @@ class Suppress(Transform):
     fewer. So HF's `suppress_tokens` is `Suppress(ids)`, `begin_suppress_tokens` is `Suppress(ids,
     steps=1)`, `min_new_tokens` is `Suppress(stop_ids, steps=n)`, and `min_length` is
     `Suppress(stop_ids, length=n)`. Only the first needs no history.
+
+    Examples:
+      >>> gpt2_jax.generation.sampling.Suppress((1,))(jnp.zeros((1, 3))).tolist()
+      [[0.0, -inf, 0.0]]
     """
 
     # A leaf, not static: other ids, if as many, compile nothing.
@@ -473,6 +586,11 @@ class Force(Transform):
 
     HF's `forced_bos_token_id` is `Force((id,), length=1)`, for prompts of one token;
     `forced_eos_token_id` is `Force(ids, step=max_new_tokens - 1)`.
+
+    Examples:
+      >>> rule = gpt2_jax.generation.sampling.Force((0,), step=1)
+      >>> rule(jnp.zeros((1, 3)), history).tolist()  # one token was generated
+      [[0.0, -inf, -inf]]
     """
 
     ids: Any  # int[N]
@@ -497,7 +615,13 @@ class Force(Transform):
 
 @dataclass
 class ExponentialDecayLength(Transform):
-    """Lifts `stop_ids` more with each token after `start`, by `|logit| (factor ** excess - 1)`."""
+    """Lifts `stop_ids` more with each token after `start`, by `|logit| (factor ** excess - 1)`.
+
+    Examples:
+      >>> rule = gpt2_jax.generation.sampling.ExponentialDecayLength((2,), start=0, factor=2.0)
+      >>> rule(jnp.ones((1, 3)), history).tolist()  # one token was generated
+      [[1.0, 1.0, 2.0]]
+    """
 
     stop_ids: Any  # int[N]
     start: PerRow
@@ -523,6 +647,11 @@ class Renormalize(Transform):
     """Makes log-probabilities of what transforms have left.
 
     This matters to the scores of beams; a draw is the same.
+
+    Examples:
+      >>> made = gpt2_jax.generation.sampling.Renormalize()(jnp.array([[3.0, 3.0]]))
+      >>> jnp.exp(made).round(3).tolist()
+      [[0.5, 0.5]]
     """
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
@@ -532,7 +661,13 @@ class Renormalize(Transform):
 
 @dataclass
 class Chain(Transform):
-    """Applies transforms in order; `sampler_from_options` has HF's order."""
+    """Applies transforms in order; `sampler_from_options` has HF's order.
+
+    Examples:
+      >>> chain = gpt2_jax.Chain((gpt2_jax.Temperature(2.0), gpt2_jax.TopK(1)))
+      >>> chain(jnp.array([[0.0, 4.0, 2.0]])).tolist()
+      [[-inf, 2.0, -inf]]
+    """
 
     transforms: tuple[Any, ...] = ()  # of transforms
 
@@ -572,6 +707,11 @@ class Sampler(Protocol):
     search and speculation need it: they choose by rules of their own. A class of its own method
     `pick(keys, scores)`, to which transformed logits are given, has these computed once, for the
     choice and for what `generate` says of it.
+
+    Examples:
+      >>> sampler = gpt2_jax.Categorical(gpt2_jax.TopK(2))
+      >>> isinstance(sampler, gpt2_jax.generation.sampling.Sampler), sampler.draws
+      (True, True)
     """
 
     draws: ClassVar[bool]  # whether its choice is random, so that it needs keys
@@ -586,7 +726,12 @@ class Sampler(Protocol):
 
 @dataclass
 class Greedy:
-    """Takes the largest logit, the first of ties, after an optional transform."""
+    """Takes the largest logit, the first of ties, after an optional transform.
+
+    Examples:
+      >>> gpt2_jax.Greedy()(None, jnp.array([[0.0, 2.0, 1.0]])).tolist()
+      [1]
+    """
 
     transform: Any = Chain()
     draws: ClassVar[bool] = False
@@ -602,7 +747,14 @@ class Greedy:
 
 @dataclass
 class Categorical:
-    """Draws from the softmax of transformed logits, each row with its own key."""
+    """Draws from the softmax of transformed logits, each row with its own key.
+
+    Examples:
+      >>> keys = jax.random.split(jax.random.key(0), 2)  # a key for each row
+      >>> logits = jnp.array([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
+      >>> gpt2_jax.Categorical(gpt2_jax.TopK(1))(keys, logits).tolist()
+      [1, 1]
+    """
 
     transform: Any = Chain()
     draws: ClassVar[bool] = True

@@ -43,7 +43,12 @@ DRAW_GUESS = 2  # and on, one for each guess
 
 
 class Speculation(NamedTuple):
-    """Generated tokens, without the prompts, and how well they were guessed."""
+    """Generated tokens, without the prompts, and how well they were guessed.
+
+    Examples:
+      >>> gpt2_jax.Speculation._fields[3:]  # passes, guesses, and how many of these were right
+      ('rounds', 'drafted', 'accepted')
+    """
 
     ids: Int[Array, "B N"]  # after a row's stop id, `pad_id`
     lengths: Int[Array, " B"]  # tokens made by each row, its stop id included
@@ -146,6 +151,12 @@ def speculate(
       ValueError: as `generate`, or the draft model does not fit, a number is less than 1, or the
         sampler has no transform, or one that carries a state, of which a refused guess would have
         to be taken back.
+
+    Examples:
+      >>> wishes = {"config": config, "max_new_tokens": 3, "stop_ids": ()}
+      >>> found = gpt2_jax.speculate(params, ids, **wishes, num_draft_tokens=2)
+      >>> bool((found.ids == gpt2_jax.generate(params, ids, **wishes).ids).all())
+      True
     """
     if (draft_params is None) != (draft_config is None):
         raise ValueError(

@@ -29,6 +29,13 @@ class Continuation:
         None before.
       score: of the beam that found it, if one did.
       context: the ids of the prompt, on which the text of the first token may depend.
+
+    Examples:
+      >>> (row,) = gpt2_jax.complete(
+      ...     params, tokenizer, ["Once upon a time"], config=config, max_new_tokens=3, stop_ids=()
+      ... )
+      >>> row.prompt, len(row.ids), len(row.logprobs), row.finish_reason
+      ('Once upon a time', 3, 3, 'length')
     """
 
     def __init__(
@@ -138,6 +145,13 @@ def stream_text(
 
     Raises:
       ValueError: as `stream`, or a prompt or a stop text is empty.
+
+    Examples:
+      >>> texts = gpt2_jax.stream_text(
+      ...     params, tokenizer, ["Once upon a time"], config=config, max_new_tokens=3, stop_ids=()
+      ... )
+      >>> [(len(row.ids), row.finish_reason) for (row,) in texts]
+      [(1, None), (3, None), (3, 'length')]
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stop):
@@ -190,6 +204,13 @@ def complete(
     """Returns the finished continuations of `stream_text`, whose arguments it takes.
 
     Compiles itself.
+
+    Examples:
+      >>> (row,) = gpt2_jax.complete(
+      ...     params, tokenizer, ["Once upon a time"], config=config, max_new_tokens=3, stop_ids=()
+      ... )
+      >>> row.finish_reason, row.text == tokenizer.decode(row.ids)
+      ('length', True)
     """
     # Each time the same rows, further on: the last have all of it.
     *_, rows = stream_text(params, tokenizer, prompts, *args, **options)
@@ -215,6 +236,11 @@ def encode_batch(
 
     Raises:
       ValueError: a text is empty, or `texts` is one text.
+
+    Examples:
+      >>> batch, lengths = gpt2_jax.encode_batch(tokenizer, ["Once upon a time", "Once"])
+      >>> batch.shape, lengths.tolist()
+      ((2, 4), [4, 1])
     """
     if isinstance(texts, str):
         raise ValueError("A sequence of texts is expected, got one text.")

@@ -33,7 +33,13 @@ class HeadWeights(NamedTuple):
 
 @automatic
 def head_weights(params: Params, layer: int, *, config: GPT2Config) -> HeadWeights:
-    """Returns the kernels of a layer's heads, cut out of `c_attn` and `c_proj`."""
+    """Returns the kernels of a layer's heads, cut out of `c_attn` and `c_proj`.
+
+    Examples:
+      >>> weights = gpt2_jax.interpretability.circuits.head_weights(params, 0, config=config)
+      >>> weights.q.shape, weights.o.shape
+      ((2, 16, 8), (2, 8, 16))
+    """
     block = params["h"][str(layer)]
     attn = block["attn"]
     n_head = config.n_head
@@ -53,6 +59,11 @@ def qk_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
 
     `x` and `y` come out of `ln_1`; the scores are this times what the config scales them by. Does
     not compile itself.
+
+    Examples:
+      >>> form = gpt2_jax.qk_circuit(params, 0, 1, config=config)
+      >>> form.shape, int(jnp.linalg.matrix_rank(form))  # no more than a head is wide
+      ((16, 16), 8)
     """
     weights = head_weights(params, layer, config=config)
     query = weights.q[head]
@@ -65,6 +76,12 @@ def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
     """Returns the map from what a head attends to, to what it writes: `x @ ov`, biases apart.
 
     Does not compile itself.
+
+    Examples:
+      >>> weights = gpt2_jax.interpretability.circuits.head_weights(params, 0, config=config)
+      >>> form = gpt2_jax.ov_circuit(params, 0, 1, config=config)
+      >>> np.allclose(form, weights.v[1] @ weights.o[1], atol=1e-6)
+      True
     """
     weights = head_weights(params, layer, config=config)
     value = weights.v[head]
@@ -73,7 +90,12 @@ def ov_circuit(params: Params, layer: int, head: int, *, config: GPT2Config) -> 
 
 
 class CircuitSVD(NamedTuple):
-    """The singular vectors of a head's circuit, which has no more than K: `(u * s) @ vh`."""
+    """The singular vectors of a head's circuit, which has no more than K: `(u * s) @ vh`.
+
+    Examples:
+      >>> gpt2_jax.CircuitSVD._fields
+      ('u', 's', 'vh')
+    """
 
     u: Float[Array, "D K"]  # in the columns, what is read; the query's side of "qk"
     s: Float[Array, " K"]  # the greatest first
@@ -90,6 +112,12 @@ def circuit_svd(
 
     Raises:
       ValueError: `circuit` is neither "ov" nor "qk".
+
+    Examples:
+      >>> svd = gpt2_jax.circuit_svd(params, 0, 1, config=config)
+      >>> form = gpt2_jax.ov_circuit(params, 0, 1, config=config)
+      >>> np.allclose((svd.u * svd.s[None]) @ svd.vh, form, atol=1e-6)
+      True
     """
     if circuit not in ("ov", "qk"):
         raise ValueError(f'`circuit` must be "ov" or "qk", got {circuit!r}.')
@@ -107,6 +135,10 @@ class CompositionScores(NamedTuple):
     """How much each head reads what each other wrote: `[L, H, L, H]`, the writer first.
 
     0 where the writer's layer does not come before the reader's.
+
+    Examples:
+      >>> gpt2_jax.CompositionScores._fields
+      ('q', 'k', 'v')
     """
 
     q: Float[Array, "L H L H"]  # in its queries
@@ -120,6 +152,11 @@ def composition_scores(params: Params, *, config: GPT2Config) -> CompositionScor
     Frobenius norms of products of two circuits over the products of their norms (Elhage et al.,
     "Two-layer attention-only transformers"), of the weights as they are: `fold_layer_norm` first
     puts the LayerNorms into them, as TransformerLens does. Does not compile itself.
+
+    Examples:
+      >>> scores = gpt2_jax.composition_scores(params, config=config)
+      >>> scores.q.shape, float(scores.q[1, 0, 0, 0])  # nothing flows back from layer 1 to layer 0
+      ((2, 2, 2, 2), 0.0)
     """
     layers = [head_weights(params, layer, config=config) for layer in range(config.n_layer)]
     stacked = jax.tree.map(lambda *kernels: jnp.concatenate(kernels), *layers)  # [LH, ...]
@@ -181,6 +218,12 @@ def fold_layer_norm(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, 
     Their weights and biases are in the layers that follow. The head has no bias that could take up
     `ln_f`'s, so this one stays, divided by the weight. Weights of `ln_f` that are 0 stay too. Does
     not compile itself.
+
+    Examples:
+      >>> same_config, same = gpt2_jax.fold_layer_norm(params, config=config)
+      >>> logits = gpt2_jax.apply(same, ids, config=same_config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config), atol=1e-5)
+      True
     """
     config, params = untie(params, config=config)
     blocks = {name: _fold_block(block) for name, block in params["h"].items()}
@@ -238,6 +281,12 @@ def center_writing_weights(params: Params, *, config: GPT2Config) -> tuple[GPT2C
 
     Every LayerNorm takes that direction away, so that nobody reads what is written along it. Does
     not compile itself.
+
+    Examples:
+      >>> same_config, same = gpt2_jax.center_writing_weights(params, config=config)
+      >>> logits = gpt2_jax.apply(same, ids, config=same_config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config), atol=1e-5)
+      True
     """
     # Untied first: as the head, the centred table would give other logits.
     config, params = untie(dequantize(params), config=config)
@@ -258,6 +307,12 @@ def center_unembed(params: Params, *, config: GPT2Config) -> tuple[GPT2Config, P
     """Returns a model of equal probabilities whose logits have a mean of 0 over the vocabulary.
 
     Does not compile itself.
+
+    Examples:
+      >>> same_config, same = gpt2_jax.center_unembed(params, config=config)
+      >>> logits = gpt2_jax.apply(same, ids, config=same_config)
+      >>> np.allclose(logits.mean(axis=-1), 0, atol=1e-5)
+      True
     """
     # A number that is added to all logits alike is nothing to the softmax.
     config, params = untie(params, config=config)

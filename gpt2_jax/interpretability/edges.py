@@ -35,7 +35,12 @@ EDGE_SITES = ("embed", "h.*.attn.z", "h.*.mlp.out")
 
 
 class Edge(NamedTuple):
-    """A connection of two parts, and what it does."""
+    """A connection of two parts, and what it does.
+
+    Examples:
+      >>> gpt2_jax.Edge("embed", "logits", -2.0).receiver
+      'logits'
+    """
 
     sender: str
     receiver: str
@@ -44,7 +49,13 @@ class Edge(NamedTuple):
 
 @dataclass
 class EdgeScores:
-    """The score of each edge. A pytree: its names are structure."""
+    """The score of each edge. A pytree: its names are structure.
+
+    Examples:
+      >>> found = gpt2_jax.EdgeScores(jnp.array([[0.5, -2.0]]), ("embed",), ("h.0.mlp", "logits"))
+      >>> found.strongest(1)
+      [Edge(sender='embed', receiver='logits', score=-2.0)]
+    """
 
     scores: Float[Array, "U R"]  # 0 where the receiver does not come behind the sender
     # "embed", and of each layer "h.0.attn[1]", its heads, and "h.0.mlp".
@@ -93,6 +104,14 @@ def edge_attribution(
 
     Raises:
       ValueError: as `capture`, or `donors` lack a site, or `steps` is less than 1.
+
+    Examples:
+      >>> other = np.array([[5, 6, 7, 8]])
+      >>> _, donors = gpt2_jax.capture(params, other, config=config, sites=gpt2_jax.EDGE_SITES)
+      >>> attribute = jax.jit(gpt2_jax.edge_attribution, static_argnames="metric")
+      >>> found = attribute(params, ids, donors, lambda logits: logits[0, 9], config=config)
+      >>> found.senders
+      ('embed', 'h.0.attn[0]', 'h.0.attn[1]', 'h.0.mlp', 'h.1.attn[0]', 'h.1.attn[1]', 'h.1.mlp')
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")

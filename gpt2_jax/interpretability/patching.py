@@ -77,6 +77,16 @@ def patching_sweep(
 
     Raises:
       ValueError: as `apply`, or the site does not exist or lacks an axis, or `donors` lack a layer.
+
+    Examples:
+      >>> other = np.array([[5, 6, 7, 8]])
+      >>> _, donors = gpt2_jax.capture(params, other, config=config, sites="h.*.resid_pre")
+      >>> sweep = jax.jit(gpt2_jax.patching_sweep, static_argnames=("metric", "site", "over"))
+      >>> metric = lambda logits: logits[0, 9]
+      >>> found = sweep(params, ids, donors, metric, config=config, site="resid_pre", over="")
+      >>> logit = gpt2_jax.apply(params, other, config=config)[0, -1, 9]
+      >>> found.shape, np.allclose(found, logit, atol=1e-5)  # of a whole stream: the donor's
+      ((2,), True)
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -155,6 +165,16 @@ def patch_each(
 
     Raises:
       ValueError: as `apply`, or the site does not exist, or `donors` lack a layer.
+
+    Examples:
+      >>> _, donors = gpt2_jax.capture(params, ids, config=config, sites="h.*.attn.z")
+      >>> masks = gpt2_jax.axis_masks("h.0.attn.z", "H", 4, config=config)
+      >>> found = jax.jit(gpt2_jax.patch_each, static_argnames=("metric", "site"))(
+      ...     params, ids, donors, masks, lambda logits: logits[0, 9], config=config, site="attn.z"
+      ... )
+      >>> logit = gpt2_jax.apply(params, ids, config=config)[0, -1, 9]
+      >>> found.shape, np.allclose(found, logit, atol=1e-5)  # patched with its own
+      ((2, 2), True)
     """
     ids = check_ids(ids, config, longest=config.n_positions)
     site = find_site(f"h.0.{site}", config).removeprefix("h.0.")
@@ -296,6 +316,14 @@ def path_patch(
 
     Raises:
       ValueError: as `patch`, or a receiver does not exist.
+
+    Examples:
+      >>> edits = {"h.0.mlp.out": gpt2_jax.zero_ablation()}
+      >>> logits = gpt2_jax.path_patch(
+      ...     params, ids, edits, config=config, receivers={"h.1.attn.q": True}
+      ... )
+      >>> logits.shape
+      (1, 4, 4096)
     """
     received: dict[str, ArrayLike] = {}  # the mask of each site that receives
     for pattern, where in receivers.items():
@@ -323,7 +351,12 @@ def path_patch(
 
 
 def zero_ablation(where: ArrayLike = True, *, at: Positions | None = None) -> Edit:
-    """Returns the edit that puts zeros where a mask is true, at some positions: see `replace`."""
+    """Returns the edit that puts zeros where a mask is true, at some positions: see `replace`.
+
+    Examples:
+      >>> gpt2_jax.zero_ablation()(jnp.ones(2)).tolist()
+      [0.0, 0.0]
+    """
     return replace(0.0, where, at=at)
 
 
@@ -341,6 +374,11 @@ def mean_ablation(
         `scores` and `pattern`, has no such mean.
       where, at: see `replace`.
       lengths: how many tokens of each row are real: padding is left out. All by default.
+
+    Examples:
+      >>> edit = gpt2_jax.mean_ablation(jnp.array([[[1.0], [3.0]]]))  # [B, T, D]
+      >>> edit(jnp.zeros((1, 2, 1))).tolist()
+      [[[2.0], [2.0]]]
     """
     if lengths is None:
         return replace(reference.mean(axis=(0, 1), keepdims=True), where, at=at)
@@ -370,6 +408,11 @@ def resample_ablation(
 
     Raises:
       ValueError: `reference` has one row.
+
+    Examples:
+      >>> edit = gpt2_jax.resample_ablation(jax.random.key(0), jnp.array([[1.0], [2.0]]))
+      >>> edit(jnp.zeros((2, 1))).tolist()  # each row gets another's
+      [[2.0], [1.0]]
     """
     n_rows = len(reference)
     if n_rows < 2:

@@ -54,13 +54,23 @@ def attention_patterns(
 
     Raises:
       ValueError: as `capture`.
+
+    Examples:
+      >>> patterns = gpt2_jax.attention_patterns(params, ids, config=config)
+      >>> patterns.shape, np.allclose(patterns.sum(axis=-1), 1)
+      ((2, 1, 2, 4, 4), True)
     """
     _, acts = capture(params, ids, config=config, sites="h.*.attn.pattern", edits=edits)
     return by_layer(acts, "attn.pattern")
 
 
 class HeadScores(NamedTuple):
-    """How much each head attends to certain tokens, on the average, where random ones repeat."""
+    """How much each head attends to certain tokens, on the average, where random ones repeat.
+
+    Examples:
+      >>> gpt2_jax.HeadScores._fields
+      ('previous', 'duplicate', 'induction')
+    """
 
     previous: Float[Array, "L H"]  # the token before
     duplicate: Float[Array, "L H"]  # the same token, where it stood first
@@ -92,6 +102,12 @@ def head_scores(
 
     Raises:
       ValueError: `length` is less than 2, or the context has no room for two of it.
+
+    Examples:
+      >>> find = jax.jit(gpt2_jax.head_scores, static_argnames="length")
+      >>> scores = find(params, jax.random.key(0), config=config, length=8)
+      >>> scores.induction.shape, bool((scores.induction <= 1).all())
+      ((2, 2), True)
     """
     half = config.n_positions // 2
     length = min(50, half) if length is None else length
@@ -141,6 +157,13 @@ def logit_lens(
 
     Raises:
       ValueError: as `capture`, or `translators` are not of these shapes.
+
+    Examples:
+      >>> lens = gpt2_jax.logit_lens(params, ids, config=config)
+      >>> lens.shape
+      (3, 1, 4, 4096)
+      >>> np.allclose(lens[-1], gpt2_jax.apply(params, ids, config=config), atol=1e-5)
+      True
     """
     sites = ("h.*.resid_pre", f"h.{config.n_layer - 1}.resid_post")
     _, acts = capture(params, ids, config=config, sites=sites, edits=edits)
@@ -173,6 +196,12 @@ def stream_logits(
     """Returns the logits of residual streams: the last LayerNorm, and the head.
 
     Does not compile itself.
+
+    Examples:
+      >>> _, acts = gpt2_jax.capture(params, ids, config=config, sites="h.1.resid_post")
+      >>> logits = gpt2_jax.stream_logits(params, acts["h.1.resid_post"], config=config)
+      >>> np.allclose(logits, gpt2_jax.apply(params, ids, config=config), atol=1e-5)
+      True
     """
     final_norm = LayerNorm(config)
     # The layer by itself: linen asks only for the params of the module that is applied.
@@ -184,7 +213,12 @@ def stream_logits(
 
 
 class LogitAttribution(NamedTuple):
-    """What each part adds to the logit of a token at each position. The parts sum to the logit."""
+    """What each part adds to the logit of a token at each position. The parts sum to the logit.
+
+    Examples:
+      >>> gpt2_jax.LogitAttribution._fields
+      ('wte', 'wpe', 'heads', 'attn_bias', 'mlps', 'ln_f_bias')
+    """
 
     wte: Float[Array, "B T"]
     wpe: Float[Array, "B T"]
@@ -215,6 +249,14 @@ def direct_logit_attribution(
 
     Raises:
       ValueError: as `capture`.
+
+    Examples:
+      >>> parts = gpt2_jax.direct_logit_attribution(params, ids, ids, config=config)
+      >>> of_layers = parts.heads.sum(axis=(0, 3)) + (parts.attn_bias + parts.mlps).sum(axis=0)
+      >>> total = parts.wte + parts.wpe + parts.ln_f_bias + of_layers
+      >>> logits = gpt2_jax.apply(params, ids, config=config)
+      >>> np.allclose(total, np.take_along_axis(logits, ids[..., None], axis=-1)[..., 0], atol=1e-4)
+      True
     """
     sites = ("wte.out", "wpe.out", "h.*.attn.z", "h.*.mlp.out", "ln_f.scale")
     _, acts = capture(params, ids, config=config, sites=sites, edits=edits)
@@ -253,7 +295,12 @@ def _bias_or_zeros(layer: Params, config: GPT2Config) -> Float[Array, " D"]:
 
 
 class SiteGradients(NamedTuple):
-    """A metric, activations, and the derivatives of the one with respect to the others."""
+    """A metric, activations, and the derivatives of the one with respect to the others.
+
+    Examples:
+      >>> gpt2_jax.SiteGradients._fields
+      ('value', 'gradients', 'acts')
+    """
 
     value: Float[Array, ""]
     gradients: Acts
@@ -285,6 +332,13 @@ def site_gradients(
 
     Raises:
       ValueError: as `capture`.
+
+    Examples:
+      >>> found = gpt2_jax.site_gradients(
+      ...     params, ids, lambda logits: logits[0, 9], config=config, sites="logits"
+      ... )
+      >>> float(found.gradients["logits"][0, -1, 9]), float(found.gradients["logits"][0, -1, 8])
+      (1.0, 0.0)
     """
     tap = make_tap(edits or {}, config=config)
     return gradients_under(params, ids, metric, lengths, config=config, sites=sites, tap=tap)
@@ -346,6 +400,14 @@ def attribution(
 
     Raises:
       ValueError: as `capture`, or `donors` lack a site.
+
+    Examples:
+      >>> found = gpt2_jax.attribution(
+      ...     params, ids, lambda logits: logits[0, 9], config=config, sites="ln_f.out"
+      ... )
+      >>> logit = gpt2_jax.apply(params, ids, config=config)[0, -1, 9]
+      >>> np.allclose(found["ln_f.out"].sum(), logit, atol=1e-5)  # the head is linear
+      True
     """
     names = find_sites(sites, config)
     if donors is not None:
@@ -392,6 +454,13 @@ def steering_vector(
 
     Raises:
       ValueError: as `capture`.
+
+    Examples:
+      >>> vector = gpt2_jax.steering_vector(
+      ...     params, ids, ids[:, ::-1], config=config, site="h.0.resid_post"
+      ... )
+      >>> vector.shape
+      (16,)
     """
     mean_of = partial(_mean_at_last_token, params, config=config, site=site, edits=edits)
     return mean_of(ids, lengths) - mean_of(other_ids, other_lengths)

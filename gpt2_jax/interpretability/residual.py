@@ -33,7 +33,12 @@ BY = ("layer", "head", "neuron")
 
 @dataclass
 class ResidStack:
-    """The parts of a residual stream, which sum to it. A pytree."""
+    """The parts of a residual stream, which sum to it. A pytree.
+
+    Examples:
+      >>> gpt2_jax.resid_stack(params, ids, config=config).names[:4]
+      ('wte.out', 'wpe.out', 'h.0.attn.out', 'h.0.mlp.out')
+    """
 
     parts: Float[Array, "N B T D"] | Float[Array, "N B D"]
     names: tuple[str, ...] = static()  # sites; "h.0.attn.result[3]" is that of a head
@@ -69,6 +74,12 @@ def resid_stack(
 
     Raises:
       ValueError: as `capture`, or `stream` is none, or `by` is another word.
+
+    Examples:
+      >>> stack = gpt2_jax.resid_stack(params, ids, config=config)
+      >>> _, acts = gpt2_jax.capture(params, ids, config=config, sites="h.1.resid_post")
+      >>> np.allclose(stack.parts.sum(axis=0), acts["h.1.resid_post"], atol=1e-5)
+      True
     """
     if by not in BY:
         raise ValueError(f'`by` must be "layer", "head" or "neuron", got {by!r}.')

@@ -19,7 +19,12 @@ from gpt2_jax.rebuilt import TapArgument, tap_argument
 
 
 class Captured(NamedTuple):
-    """The activations of a batch of windows."""
+    """The activations of a batch of windows.
+
+    Examples:
+      >>> gpt2_jax.Captured._fields
+      ('ids', 'acts')
+    """
 
     ids: Int[np.ndarray, "B T"]
     acts: Acts  # by their sites
@@ -54,6 +59,14 @@ def capture_stream(
       ValueError: `corpus` is no array of integers of one axis or holds less than a window, or a
         site does not exist, or `length` is not in 1 to `n_positions`, or `batch_size` is less than
         1; or, when its batch comes, an id is outside the vocabulary.
+
+    Examples:
+      >>> corpus = np.arange(64, dtype=np.uint16)
+      >>> batches = gpt2_jax.capture_stream(
+      ...     params, corpus, config=config, sites="h.1.mlp.post", length=16, batch_size=2
+      ... )
+      >>> [batch.acts["h.1.mlp.post"].shape for batch in batches]
+      [(2, 16, 64), (2, 16, 64)]
     """
     length = config.n_positions if length is None else length
     if not 1 <= length <= config.n_positions:

@@ -84,7 +84,13 @@ SITES: dict[str, tuple[str, str]] = {
 
 
 def site_names(config: GPT2Config) -> tuple[str, ...]:
-    """Returns the name of every site, in the order of the forward pass."""
+    """Returns the name of every site, in the order of the forward pass.
+
+    Examples:
+      >>> names = gpt2_jax.site_names(config)
+      >>> names[:3], names[-1], len(names)
+      (('wte.out', 'wpe.out', 'embed'), 'logits', 52)
+    """
     in_table = list(SITES)
     of_each_layer = [name for name in in_table if name.startswith("h.")]
     first = in_table.index(of_each_layer[0])
@@ -106,6 +112,14 @@ def find_sites(patterns: str | Sequence[str], config: GPT2Config) -> tuple[str, 
 
     Raises:
       ValueError: a pattern matches nothing; the message lists near names.
+
+    Examples:
+      >>> gpt2_jax.find_sites("h.*.attn.z", config)
+      ('h.0.attn.z', 'h.1.attn.z')
+      >>> gpt2_jax.find_sites("h.0.attn.zz", config)
+      Traceback (most recent call last):
+          ...
+      ValueError: There is no site 'h.0.attn.zz' in 2 layers. Near ones: ...
     """
     if isinstance(patterns, str):
         # A string is a sequence too, of letters.
@@ -226,6 +240,11 @@ class Edits:
 
     A pytree: the arrays in it are leaves, so that other values compile nothing; the sites are its
     structure.
+
+    Examples:
+      >>> tap = gpt2_jax.make_tap({"h.*.mlp.out": gpt2_jax.add(1.0)}, config=config)
+      >>> tap.wants("h.0.mlp.out"), tap.wants("h.0.attn.out")
+      (True, False)
     """
 
     by_site: dict[str, Any]  # arrays, and callables that are pytrees
@@ -303,6 +322,13 @@ def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
 
     Raises:
       ValueError: a site does not exist, or has two edits, or one is at a position beyond the last.
+
+    Examples:
+      >>> edits = {"h.1.mlp.out": gpt2_jax.zero_ablation()}
+      >>> tap = gpt2_jax.make_tap(edits, config=config)
+      >>> edited = gpt2_jax.apply(params, ids, config=config, tap=tap)
+      >>> bool((edited == gpt2_jax.patch(params, ids, config=config, edits=edits)).all())
+      True
     """
     by_site: dict[str, Any] = {}
     for pattern, edit in edits.items():
@@ -322,7 +348,14 @@ def make_tap(edits: Mapping[str, Edit], *, config: GPT2Config) -> Edits:
 
 @dataclass
 class ChainedTaps:
-    """A tap that passes each activation through several, one after the other. A pytree."""
+    """A tap that passes each activation through several, one after the other. A pytree.
+
+    Examples:
+      >>> double = gpt2_jax.make_tap({"embed": lambda x: 2 * x}, config=config)
+      >>> tap = gpt2_jax.ChainedTaps((double, double))
+      >>> tap("embed", jnp.ones(2)).tolist()
+      [4.0, 4.0]
+    """
 
     taps: tuple[Any, ...]
 
@@ -404,6 +437,11 @@ def capture(
 
     Raises:
       ValueError: as `apply`, or a site does not exist, or an edit changes a shape.
+
+    Examples:
+      >>> logits, acts = gpt2_jax.capture(params, ids, config=config, sites="h.*.attn.pattern")
+      >>> {site: x.shape for site, x in acts.items()}
+      {'h.0.attn.pattern': (1, 2, 4, 4), 'h.1.attn.pattern': (1, 2, 4, 4)}
     """
     # Before the pass, so that a wrong name costs nothing.
     names = find_sites(sites, config)
@@ -449,6 +487,15 @@ def patch(
 
     Raises:
       ValueError: as `capture`.
+
+    Examples:
+      >>> nothing = gpt2_jax.zero_ablation()
+      >>> edits = {"h.*.attn.out": nothing, "h.*.mlp.out": nothing}
+      >>> logits = gpt2_jax.patch(params, ids, config=config, edits=edits)  # of embeddings alone
+      >>> _, acts = gpt2_jax.capture(params, ids, config=config, sites="embed")
+      >>> of_embeddings = gpt2_jax.stream_logits(params, acts["embed"], config=config)
+      >>> np.allclose(logits, of_embeddings, atol=1e-5)
+      True
     """
     # Through `capture` and not `apply` with a tap, so that the two cannot differ.
     logits, _ = capture(
@@ -483,6 +530,15 @@ def replace(value: ArrayLike, where: ArrayLike = True, *, at: Positions | None =
 
     Raises:
       ValueError: `at` is none of these.
+
+    Examples:
+      >>> edit = gpt2_jax.replace(0.0, where=jnp.array([True, False]))
+      >>> edit(jnp.array([3.0, 4.0])).tolist()
+      [0.0, 4.0]
+      >>> last = gpt2_jax.replace(0.0, at=[3])  # at position 3 of the text alone
+      >>> logits = gpt2_jax.patch(params, ids, config=config, edits={"h.0.mlp.out": last})
+      >>> np.allclose(logits[:, :3], gpt2_jax.apply(params, ids, config=config)[:, :3], atol=1e-5)
+      True
     """
     return Change((value, where), _checked_at(at), _replace)
 
@@ -494,6 +550,10 @@ def add(vector: ArrayLike, strength: ArrayLike = 1.0, *, at: Positions | None = 
 
     Raises:
       ValueError: as `replace`.
+
+    Examples:
+      >>> gpt2_jax.add(jnp.array([1.0, 2.0]), 10.0)(jnp.zeros(2)).tolist()
+      [10.0, 20.0]
     """
     return Change((vector, strength), _checked_at(at), _add)
 
@@ -554,6 +614,11 @@ def axis_masks(site: str, over: str, length: int, *, config: GPT2Config) -> Bool
 
     Raises:
       ValueError: the site does not exist, or `over` is not axes of it in their order, without B.
+
+    Examples:
+      >>> masks = gpt2_jax.axis_masks("h.0.attn.z", "H", 4, config=config)
+      >>> masks.shape, masks[1, 0, :, 0].tolist()  # [N, T, H, K]
+      ((2, 1, 2, 1), [False, True])
     """
     axes = site_axes(site, config)[1:]
     in_order = [axis for axis in axes if axis in over]

@@ -70,6 +70,10 @@ def resolve(
     Raises:
       CheckpointError: there is no such folder or hub model.
       ConnectionError: the hub could not be reached and nothing is cached.
+
+    Examples:
+      >>> (gpt2_jax.resolve("demo") / "config.json").is_file()
+      True
     """
     name = str(name_or_path)
     path = local_path(name_or_path)

@@ -32,7 +32,12 @@ ADVICE = (
 
 
 class Pretrained(NamedTuple):
-    """A model with the tokenizer of its ids."""
+    """A model with the tokenizer of its ids.
+
+    Examples:
+      >>> gpt2_jax.Pretrained._fields
+      ('config', 'params', 'tokenizer')
+    """
 
     config: GPT2Config
     params: Params
@@ -81,6 +86,12 @@ def load_pretrained(
         is not installed.
       ValueError: the tokenizer is damaged, of a kind that cannot be read, or larger than the model.
       ConnectionError: the hub could not be reached and nothing is cached.
+
+    Examples:
+      >>> model = gpt2_jax.load_pretrained("demo")
+      >>> model.config.n_layer, model.tokenizer.vocab_size
+      (3, 4096)
+      >>> config, params, tokenizer = model  # it unpacks, the config first
     """
     dtype = weights.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
     folder = resolve(
@@ -151,6 +162,10 @@ def load_tokenizer(
         is not installed.
       ValueError: the tokenizer cannot be read (`TokenizerKindError`), or a file is damaged.
       ConnectionError: the hub could not be reached and nothing is cached.
+
+    Examples:
+      >>> gpt2_jax.load_tokenizer("demo").vocab_size, gpt2_jax.load_tokenizer("gpt2").vocab_size
+      (4096, 50257)
     """
     wanted = folder if name is None else name
     # Before it is resolved: what the package holds needs neither a download nor a network.

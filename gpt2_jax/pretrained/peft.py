@@ -36,7 +36,12 @@ ELSEWHERE = {
 
 
 class Lora(NamedTuple):
-    """Adapters, and the `alpha` of `merge_lora` that they were trained with."""
+    """Adapters, and the `alpha` of `merge_lora` that they were trained with.
+
+    Examples:
+      >>> gpt2_jax.pretrained.peft.Lora._fields
+      ('adapters', 'alpha')
+    """
 
     adapters: Params
     alpha: float
@@ -48,6 +53,13 @@ def load_lora(folder: str | Path) -> Lora:
     Raises:
       CheckpointError: there are none, they are of another kind than LoRA, or need what
         `merge_lora` does not do, such as DoRA.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> gpt2_jax.save_lora(folder / "adapters", adapters, alpha=4.0)
+      >>> found = gpt2_jax.load_lora(folder / "adapters")
+      >>> found.alpha, jax.tree.all(jax.tree.map(jnp.array_equal, found.adapters, adapters))
+      (4.0, True)
     """
     folder = local_path(folder)
     config_file = folder / CONFIG
@@ -93,6 +105,12 @@ def save_lora(
 
     Raises:
       CheckpointError: the adapters are not in pairs or not of one rank, or `folder` is in use.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> gpt2_jax.save_lora(folder / "written", adapters)
+      >>> sorted(file.name for file in (folder / "written").iterdir())
+      ['adapter_config.json', 'adapter_model.safetensors']
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(adapters, sep=".")
     # More than one would need a `rank_pattern`, which `load_lora` could not read back.

@@ -137,6 +137,11 @@ def load(
       CheckpointError: a `ValueError`; what was found is not a sound GPT-2 checkpoint.
       ConnectionError: the hub could not be reached and nothing is cached.
       ValueError: the params do not divide by the mesh's devices, or `rules` come without a mesh.
+
+    Examples:
+      >>> config, params = gpt2_jax.load("demo")
+      >>> config.n_layer, params["wte"]["embedding"].shape
+      (3, (4096, 256))
     """
     if rules is not None and mesh is None:
         raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
@@ -191,6 +196,12 @@ def save(
     Raises:
       CheckpointError: the params are not `config`'s, or `folder` is in use.
       ValueError: the params are quantised: nobody else reads them.
+
+    Examples:
+      >>> gpt2_jax.save(folder / "saved", params, config, tokenizer=tokenizer)
+      >>> again, same = gpt2_jax.load(folder / "saved")
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, same, params))
+      True
     """
     refuse_quantised(params, "Params that `save` writes")
     _check_depth(config, len(jax.tree.leaves(params)))
@@ -363,6 +374,16 @@ def from_hf(state: Mapping[str, Any], config: GPT2Config, dtype: DTypeLike | Non
     Raises:
       CheckpointError: names are missing or unexpected or have another shape (all are reported
         together), a weight is not a finite float, or a tied head differs from `wte`.
+
+    Examples:
+      >>> state = gpt2_jax.to_hf(params)
+      >>> same = gpt2_jax.from_hf(state, config)
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, same, params))
+      True
+      >>> gpt2_jax.from_hf({}, config)
+      Traceback (most recent call last):
+          ...
+      gpt2_jax.files.CheckpointError: ...
     """
     return _from_reader(upright(StateDict(state)), config, Target(checked_dtype(dtype, LOADED)))
 
@@ -372,6 +393,11 @@ def to_hf(params: Params) -> dict[str, Tensor]:
 
     Raises:
       ValueError: the params are quantised.
+
+    Examples:
+      >>> state = gpt2_jax.to_hf(params)
+      >>> state["transformer.h.1.attn.c_attn.weight"].shape
+      (16, 48)
     """
     refuse_quantised(params, "Params that become HF's")
     return {name: on_host(leaf) for name, leaf in _by_hf_name(params).items()}

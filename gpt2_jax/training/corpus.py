@@ -89,6 +89,13 @@ def open_corpus(folder: str | Path) -> Corpus:
       DataError: there is no `train.bin` or the like, or files of several kinds, or a number is
         missing; or a file is damaged, too short, of another kind, not what `manifest.json` or
         `meta.json` says, or holds ids outside the vocabulary.
+
+    Examples:
+      >>> from gpt2_jax.training.corpus import open_corpus
+      >>> np.arange(90, dtype=np.uint16).tofile(folder / "train.bin")
+      >>> corpus = open_corpus(folder)
+      >>> corpus.train.sizes.tolist(), corpus.val is None
+      ([90], True)
     """
     folder = local_path(folder)
     described = _described(folder, read_manifest(folder))

@@ -152,6 +152,12 @@ class Batches:
     Raises:
       DataError: no file has `length + 1` ids.
       ValueError: `batch_size` or `length` is less than 1.
+
+    Examples:
+      >>> batches = gpt2_jax.training.data.Batches(np.arange(100), batch_size=2, length=8, seed=0)
+      >>> windows = batches(0)
+      >>> windows.shape, bool((windows[:, 1:] == windows[:, :-1] + 1).all())
+      ((2, 9), True)
     """
 
     def __init__(self, tokens: Ids, *, batch_size: int, length: int, seed: int):

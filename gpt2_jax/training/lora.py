@@ -42,6 +42,11 @@ def lora(
     Raises:
       ValueError: a pattern matches no layer with a kernel, or `rank` is less than 1;
         or the params are quantised.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> adapters["h"]["0"]["attn"]["c_attn"]["lora_A"].shape
+      (16, 2)
     """
     rank = as_count("rank", rank)
     refuse_quantised(params, "Params with adapters")
@@ -88,6 +93,12 @@ def merge_lora(params: Params, adapters: Params, *, alpha: float = 8.0) -> Param
     Raises:
       ValueError: an adapter belongs to no kernel, or to one of another shape, or the params are
         quantised.
+
+    Examples:
+      >>> adapters = gpt2_jax.lora(jax.random.key(0), params, rank=2)
+      >>> merged = gpt2_jax.merge_lora(params, adapters)
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, merged, params))  # before training
+      True
     """
     refuse_quantised(params, "Params with adapters")
     # A new tree around the same arrays: only the adapted kernels are made anew.

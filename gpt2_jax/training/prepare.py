@@ -132,6 +132,13 @@ def prepare(
         `reading.field` is none of theirs; or an argument is out of range.
       CheckpointError: `out` is in use, or there is no such tokenizer.
       ImportError: an input is one for `pyarrow`, which is not installed.
+
+    Examples:
+      >>> from gpt2_jax.training.prepare import prepare
+      >>> written = (folder / "text.txt").write_text("To be, or not to be. " * 20)
+      >>> meta = prepare([folder / "text.txt"], folder / "data", tokenizer="char", workers=1)
+      >>> meta["vocab_size"]
+      10
     """
     if shard is not None and shard_tokens is None:
         shard_tokens = SHARD_TOKENS

@@ -30,6 +30,11 @@ class Recipe:
 
     Raises:
       ValueError: a field is of another type than its default, or out of range.
+
+    Examples:
+      >>> from gpt2_jax.training.recipes import RECIPES, Recipe
+      >>> RECIPES["shakespeare_char"].n_layer, Recipe().n_layer
+      (4, 12)
     """
 
     n_layer: int = option(12, "layers")

@@ -98,7 +98,13 @@ ReadRows = Callable[[int, int], np.ndarray]  # `(start, stop)` to rows of a batc
 
 
 class Summary(NamedTuple):
-    """How a call of `fit` ended."""
+    """How a call of `fit` ended.
+
+    Examples:
+      >>> from gpt2_jax.training.run import Summary
+      >>> Summary(step=2000, finished=True, val_loss=1.6).finished
+      True
+    """
 
     step: int
     finished: bool  # False after Ctrl-C, in whichever process

@@ -63,7 +63,12 @@ LossFn = Callable[..., tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """What a step of training changes."""
+    """What a step of training changes.
+
+    Examples:
+      >>> gpt2_jax.TrainState._fields
+      ('step', 'params', 'opt_state')
+    """
 
     step: Int[Array, ""]  # int32, how many updates were made
     params: Params  # float32 (float64 in a float64 model), whatever dtype the model computes in
@@ -110,6 +115,12 @@ def init_state(
 
     Raises:
       ValueError: a pattern matches no leaf, or params that are trained are quantised.
+
+    Examples:
+      >>> tx = gpt2_jax.make_optimizer(1e-3)
+      >>> state = gpt2_jax.init_state(params, tx, trainable="h.1.*")
+      >>> int(state.step)
+      0
     """
 
     def widened_copy(leaf: Array | np.ndarray) -> Array:
@@ -228,6 +239,14 @@ def next_token_loss(
 
     Raises:
       ValueError: as `apply`; or `ids` has less than 2 columns, or `weights` another shape.
+
+    Examples:
+      >>> loss_and_grad = jax.jit(jax.value_and_grad(gpt2_jax.next_token_loss, has_aux=True))
+      >>> (loss, metrics), grads = loss_and_grad(params, ids, config=config)
+      >>> bool(abs(loss - np.log(config.vocab_size)) < 0.5), float(metrics["weight"])  # untrained
+      (True, 3.0)
+      >>> jax.tree.structure(grads) == jax.tree.structure(params)
+      True
     """
     layout = Layout(positions, mask, segment_ids)
     batch = _make_batch(ids, weights, layout, inputs_embeds, config)
@@ -284,6 +303,16 @@ def train_step(
     Raises:
       ValueError: as `next_token_loss`; or `B` is not a multiple of `micro_batches`, or `weights`,
         `segment_ids` or `remat` stand beside a `loss_fn`, which does not take them.
+
+    Examples:
+      >>> tx = gpt2_jax.make_optimizer(1e-2)
+      >>> state = gpt2_jax.init_state(params, tx)
+      >>> losses = []
+      >>> for _ in range(3):
+      ...     state, metrics = gpt2_jax.train_step(state, ids, config=config, tx=tx)
+      ...     losses.append(float(metrics["loss"]))
+      >>> losses[2] < losses[1] < losses[0], int(state.step)
+      (True, 3)
     """
     # Everything is checked before the compiled step, which takes the state's memory away.
     remat = checked_remat(remat)
@@ -579,6 +608,14 @@ def make_optimizer(
 
     Raises:
       ValueError: there is no such kind.
+
+    Examples:
+      >>> tx = gpt2_jax.make_optimizer(learning_rate=1.0, weight_decay=0.1)
+      >>> tree = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+      >>> zeros = jax.tree.map(jnp.zeros_like, tree)
+      >>> updates, _ = tx.update(zeros, tx.init(tree), tree)
+      >>> updates["kernel"].round(3).tolist(), bool(updates["bias"] == 0)  # matrices decay alone
+      ([[-0.1]], True)
     """
     if max_grad_norm is None:
         clip = optax.identity()
@@ -681,6 +718,11 @@ def warmup_cosine(
 
     Raises:
       ValueError: `warmup_steps` is not less than `steps`, or `decay_steps` does not fit in.
+
+    Examples:
+      >>> schedule = gpt2_jax.warmup_cosine(1.0, steps=100, warmup_steps=9)
+      >>> [round(float(schedule(step)), 2) for step in (0, 4, 9, 100)]
+      [0.1, 0.5, 1.0, 0.0]
     """
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"`warmup_steps` must be in [0, {steps}) (`steps`), got {warmup_steps}.")
