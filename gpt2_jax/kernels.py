@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain
 
 ROW_PARTS = 8  # into how many parts a product with one row divides its sum
-BFLOAT16_ROW_PARTS = 4  # likewise in bfloat16
 QUERY_PARTS = 4  # into how many parts attention divides its queries
 SMALLEST_QUERY_PART = 64  # the fewest queries that are worth a part of their own
 FEW = 128  # so many of the likeliest tokens are sorted where they hold enough
@@ -129,13 +128,9 @@ def _bfloat16_on_cpu(
         return multiply(_turned(a), b, axes=(1, axes[1])).astype(dtype)
     if a.shape[-2] != 1:
         return multiply(a, b, axes=axes).astype(dtype)
-    if a.ndim == 2 and axes[1] == 0 and a.shape[1] % BFLOAT16_ROW_PARTS == 0:
-        # In parts, as in float32.
-        a_parts = a.reshape(BFLOAT16_ROW_PARTS, 1, -1)
-        b_parts = b.reshape(BFLOAT16_ROW_PARTS, -1, b.shape[1])
-        sums = multiply(_twice(a_parts), b_parts, axes=axes)  # [P, 2, N]
-        return sums[:, 0].sum(axis=0, keepdims=True).astype(dtype)
-    return multiply(_twice(a), b, axes=axes)[..., :1, :].astype(dtype)
+    # Twice, behind a barrier, so that XLA does not see that it is one row.
+    twice = lax.optimization_barrier(jnp.concatenate([a, a], axis=-2))
+    return multiply(twice, b, axes=axes)[..., :1, :].astype(dtype)
 
 
 def _turned(a: Array) -> Array:
@@ -144,11 +139,6 @@ def _turned(a: Array) -> Array:
     # barrier that it comes from behind, are what makes it write a new one.
     turned = lax.expand_dims(a.swapaxes(-1, -2), (0,))
     return lax.squeeze(lax.optimization_barrier(turned), (0,))
-
-
-def _twice(a: Num[Array, "*n 1 K"]) -> Num[Array, "*n 2 K"]:
-    """Returns an array with its one row twice, which XLA does not see."""
-    return lax.optimization_barrier(jnp.concatenate([a, a], axis=-2))
 
 
 @cache
@@ -177,7 +167,14 @@ def _bfloat16_for_b(cotangent: Array, a: Array, b: Any, *, axes: Any, dtype: Any
 
 def _bfloat16_batched(operands: Any, batch_axes: Any, **options: Any) -> tuple[Array, int]:
     """Returns the product of operands with one axis more, and where that is in the result."""
-    return jax.vmap(partial(_dot, **options), in_axes=batch_axes)(*operands), 0
+    a, b = operands
+    a_axis, b_axis = batch_axes
+    if b_axis is None and a.ndim == 3 and options["axes"][0] == 1:
+        # Rows of one kernel, as those of a batch.
+        a = jnp.moveaxis(a, a_axis, 0)
+        out = _BFLOAT16_PRODUCT.bind(a.reshape(-1, a.shape[-1]), b, **options)
+        return out.reshape(*a.shape[:2], -1), 0
+    return jax.vmap(partial(_dot, **options), in_axes=batch_axes)(a, b), 0
 
 
 _BFLOAT16_PRODUCT.def_abstract_eval(_bfloat16_aval)
@@ -251,17 +248,15 @@ def _summed_cross_entropy_jvp(
         losses, probabilities = _losses(_logits(hidden, table, weights.dtype, precision), targets)
         is_target = targets[..., None] == jnp.arange(len(table))[None, None]
         logits_grad = (weights[..., None] * (probabilities - is_target)).astype(hidden.dtype)
-        hidden_grad = jnp.einsum("btv,vd->btd", logits_grad, table, precision=precision)
-        hidden_grad = constrain(hidden_grad, BATCH_AXES)
+        # Flat, as in `modules.Dense`.
+        rows = logits_grad.reshape(-1, len(table))
+        hidden_grad = contract(rows, table, (1, 0), dtype=hidden.dtype, precision=precision)
+        hidden_grad = constrain(hidden_grad.reshape(hidden.shape), BATCH_AXES)
         if is_table_varied:
-            # Flat, as in `modules.Dense`; summed wide over the chunks.
-            rows = logits_grad.reshape(-1, len(table))
-            table_grad += lax.dot_general(
-                rows,
-                hidden.reshape(len(rows), -1),
-                (((0,), (0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=weights.dtype,
+            # Summed wide over the chunks.
+            hidden_rows = hidden.reshape(len(rows), -1)
+            table_grad += contract(
+                rows, hidden_rows, (0, 0), dtype=weights.dtype, precision=precision
             )
         return (total + (weights * losses).sum(), table_grad), (hidden_grad, losses)
 
@@ -285,10 +280,9 @@ def _logits(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], dtype: Any, precision: str | None
 ) -> Float[Array, "B T V"]:
     """Returns `hidden @ table.T` in `dtype`."""
-    logits = jnp.einsum(
-        "btd,vd->btv", hidden, table, precision=precision, preferred_element_type=dtype
-    )
-    return constrain(logits, BATCH_AXES, None, TENSOR)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = contract(rows, table, (1, 1), dtype=dtype, precision=precision)
+    return constrain(logits.reshape(*hidden.shape[:2], len(table)), BATCH_AXES, None, TENSOR)
 
 
 def _losses(

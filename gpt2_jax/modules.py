@@ -67,6 +67,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def activated(x: Float[Array, "B T F"], config: GPT2Config) -> Float[Array, "B T F"]:
+    """Returns what the MLP's activation function makes of `x`, in the dtype of the model.
+
+    A backward pass computes it anew: of each layer, what it has in between is several times `x`.
+    """
+
+    def run(x):
+        # Wide: rounded once, not after each operation.
+        return ACTIVATIONS[config.activation_function](x.astype(wide_dtype(config)))
+
+    return jax.checkpoint(run)(x).astype(config.dtype)
+
+
 # What a backward pass recomputes of each layer: JAX's policy of what is kept, None for nothing.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -217,8 +230,10 @@ class Dense(nn.Module):
             out = self.product(tokens, kernel.astype(config.dtype))
         if config.bias:
             bias = self.param("bias", nn.initializers.zeros, (n_columns,), wide)
-            # With its row axis, for programs that forbid ranks to be promoted in silence.
-            out += bias.astype(config.dtype).reshape(1, *out.shape[1:])
+            # With its row axis, for programs that forbid ranks to be promoted in silence. Wide, so
+            # that its gradient is no sum of 16 bits.
+            bias = bias.astype(wide).reshape(1, *out.shape[1:])
+            out = (out.astype(wide) + bias).astype(config.dtype)
         columns = (self.features,) if self.parts == 1 else (self.parts, self.features)
         out = out.reshape(*x.shape[:-1], *columns)
         between = [None] * (out.ndim - 2)
@@ -418,7 +433,7 @@ class Attention(nn.Module):
         pattern = nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1)
         # Dropped after the softmax, as in HF's code: in training, rows do not sum to 1.
         pattern = tap("pattern", dropout(key, pattern, config.attn_pdrop))
-        return kv_cache.mix(pattern, present, precision=config.precision)
+        return kv_cache.mix(pattern, present, precision=config.precision, dtype=q.dtype)
 
     def result(self, z: Float[Array, "B T H K"]) -> Float[Array, "B T H D"]:
         """Returns what each head adds to the residual stream, before the bias."""
@@ -452,7 +467,7 @@ class MLP(nn.Module):
         stddev = config.initializer_range
         x = Dense(config, width, stddev, cut="O", name="c_fc")(x)  # [B, T, F]
         x = tap("pre", x)
-        x = tap("post", ACTIVATIONS[config.activation_function](x))
+        x = tap("post", activated(x, config))
         stddev = residual_stddev(config)
         x = Dense(config, config.n_embd, stddev, cut="I", name="c_proj")(x)  # [B, T, D]
         return tap("out", dropout(key, x, config.resid_pdrop))

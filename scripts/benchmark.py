@@ -194,7 +194,7 @@ def processor() -> str:
 
 
 def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """AdamW steps in float32, clipping included."""
+    """AdamW steps on float32 weights, clipping included, computed in `--dtype`."""
     results = {}
     for model in args.models or ["gpt2", "char"]:
         usual, length, steps = TRAIN[model]
@@ -204,24 +204,27 @@ def bench_train(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "batch": batch,
                 "length": length,
                 "steps": steps,
+                "dtype": args.dtype,
+                "learning_rate": 3e-4,
             }
-            result = race(
-                "train", spec | {"learning_rate": 3e-4}, peers(args, "PyTorch"), args.rounds, 1e-4
-            )
-            title = f"train {model}, batch {batch} x {length}, AdamW, float32"
+            tolerance = 1e-4 if args.dtype == "float32" else 1e-2
+            result = race("train", spec, peers(args, "PyTorch"), args.rounds, tolerance)
+            title = f"train {model}, batch {batch} x {length}, AdamW, {args.dtype}"
             show(title, "tokens/s", result, flops=6 * matrix_parameters(model))
             results[title] = result
     return results
 
 
 def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Scoring in windows that do not overlap, one at a time, in float32."""
+    """Scoring in windows that do not overlap, one at a time, in `--dtype`."""
     results = {}
     for model in args.models or ["gpt2"]:
         length = MODELS[model].get("n_positions", 1024)
         spec = {"folder": make_checkpoint(model, folder), "batch": 2, "length": length}
-        result = race("eval", spec, peers(args, "transformers"), args.rounds, 1e-5)
-        title = f"eval {model}, window {length}, float32"
+        tolerance = 1e-5 if args.dtype == "float32" else 1e-2
+        spec |= {"dtype": args.dtype}
+        result = race("eval", spec, peers(args, "transformers"), args.rounds, tolerance)
+        title = f"eval {model}, window {length}, {args.dtype}"
         show(title, "tokens/s", result, flops=2 * matrix_parameters(model))
         results[title] = result
     return results
@@ -556,6 +559,12 @@ def main() -> None:
         type=int,
         metavar="N",
         help="decode: 63 tokens after N, the prompt apart",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="train, eval: what is computed in (default: float32)",
     )
     parser.add_argument(
         "--rounds", type=int, default=7, help="times that each contender works (default: 7)"

@@ -40,7 +40,8 @@ def ours_train(spec: Spec) -> Once:
     import gpt2_jax
 
     config, params = gpt2_jax.load(spec["folder"])
-    config = config.replace(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    # Of computation: the weights are float32, as PyTorch's are under `autocast`.
+    config = config.replace(dtype=spec["dtype"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     tx = gpt2_jax.make_optimizer(spec["learning_rate"])
     states = [gpt2_jax.init_state(params, tx)]
     batches = batches_of(spec, config.vocab_size)
@@ -71,13 +72,16 @@ def torch_train(spec: Spec) -> Once:
     optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(0.9, 0.95), fused=True)
     batches = batches_of(spec, model.wte.num_embeddings)
     forward = torch.compile(model) if spec["compile"] else model
+    dtype = getattr(torch, spec["dtype"])
+    is_narrow = dtype != torch.float32
 
     def once():
         losses = []
         for _ in range(spec["steps"]):
             ids = torch.tensor(next(batches))
-            logits = forward(ids[:, :-1].contiguous())
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            with torch.autocast("cpu", dtype if is_narrow else None, enabled=is_narrow):
+                logits = forward(ids[:, :-1].contiguous())
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -95,7 +99,7 @@ def ours_eval(spec: Spec) -> Once:
     """`gpt2_jax.perplexity`."""
     import gpt2_jax
 
-    config, params = gpt2_jax.load(spec["folder"])
+    config, params = gpt2_jax.load(spec["folder"], dtype=spec["dtype"])
     ids = tokens_of(spec, config.vocab_size).ravel()
     options = {"window": spec["length"], "stride": spec["length"], "batch_size": 1}
 
@@ -110,14 +114,15 @@ def hf_eval(spec: Spec) -> Once:
     """The loop of HF's guide to perplexity."""
     import torch
 
-    model = hf_gpt2(spec)
+    model = hf_gpt2(spec).to(getattr(torch, spec["dtype"]))
     ids = torch.tensor(tokens_of(spec, model.config.vocab_size))
 
     @torch.inference_mode()
     def once():
         total = 0.0
         for window in ids:
-            logits = model(window[None]).logits[0, :-1]
+            # Wide, as ours: HF's own are rounded to the dtype.
+            logits = model(window[None]).logits[0, :-1].float()
             total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
         return Done(ids.numel(), [total])
 
