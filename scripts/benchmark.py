@@ -57,6 +57,10 @@ PLACES = (
     ("save", "data=2,fsdp=2,tensor=2"),
     ("init", "fsdp=8"),
 )
+BATCHES = (1, 2, 4, 8, 16, 32)
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+# Of logits against the peer's in float32.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}
 PROMPT = "The quick brown fox jumps over the lazy dog and runs into the forest, where"
 
 
@@ -231,8 +235,14 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Greedy tokens in float32: one text, eight, and the end of a long one."""
+    """Greedy tokens in `--dtype`: one text, eight, and the end of a long one."""
     works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
+    return decoding(args, folder, works, {})
+
+
+def bench_batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Greedy tokens of one text and of more at a time, in `--dtype`."""
+    works = [(batch, 32, 64, False) for batch in args.batches or BATCHES]
     return decoding(args, folder, works, {})
 
 
@@ -249,9 +259,9 @@ def decoding(
     kind = ", ".join(f"{name} {value}" for name, value in sample.items()) or "greedy"
     for model in args.models or ["gpt2"]:
         path = make_checkpoint(model, folder)
-        names = peers(args, "transformers") + (
-            ["CTranslate2"] if importlib.util.find_spec("ctranslate2") else []
-        )
+        # PyTorch has no int8 of its own for this model, and on CPU bfloat16 that is no faster.
+        theirs = peers(args, "transformers") if args.dtype == "float32" else ["ours"]
+        names = theirs + (["CTranslate2"] if importlib.util.find_spec("ctranslate2") else [])
         # Takes one text at a time.
         alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []
         for batch, prompt, new, after in works:
@@ -262,10 +272,15 @@ def decoding(
                 "new": new,
                 "after": after,
                 "sample": sample,
+                "dtype": args.dtype,
             }
-            result = race("decode", spec, names + (alone if batch == 1 else []), args.rounds, 0)
-            title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, {kind}, float32"
-            passes = 4 * matrix_parameters(model) / batch
+            # What rounds the weights chooses other tokens: their number alone is compared then.
+            tolerance = 0 if args.dtype == "float32" else float("inf")
+            contenders = names + (alone if batch == 1 else [])
+            result = race("decode", spec, contenders, args.rounds, tolerance)
+            title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, {kind}"
+            title += f", {args.dtype}"
+            passes = WEIGHT_BYTES[args.dtype] * matrix_parameters(model) / batch
             show(title, "tokens/s", result, flops=2 * matrix_parameters(model), bytes=passes)
             results[title] = result
     return results
@@ -279,8 +294,11 @@ def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             {min(length, MODELS[model].get("n_positions", 1024)) for length in PREFILL}
         ):
             spec = {"folder": make_checkpoint(model, folder), "batch": 1, "length": length}
-            result = race("prefill", spec, peers(args, "transformers"), args.rounds, 1e-4)
-            title = f"prefill {model}, {length} tokens, float32"
+            spec["dtype"] = args.dtype
+            # The peer stays in float32.
+            tolerance = TOLERANCE[args.dtype]
+            result = race("prefill", spec, peers(args, "transformers"), args.rounds, tolerance)
+            title = f"prefill {model}, {length} tokens, {args.dtype}"
             head = MODELS[model].get("vocab_size", 50257) * MODELS[model].get("n_embd", 768)
             show(title, "tokens/s", result, flops=2 * (matrix_parameters(model) - head))
             results[title] = result
@@ -516,6 +534,7 @@ def peers(args: argparse.Namespace, name: str) -> list[str]:
 
 BENCHES = {
     "decode": bench_decode,
+    "batch": bench_batch,
     "sample": bench_sample,
     "prefill": bench_prefill,
     "train": bench_train,
@@ -551,7 +570,14 @@ def main() -> None:
         nargs="+",
         type=int,
         metavar="N",
-        help="train, programs, speculate: of which batch sizes",
+        help="train, batch, programs, speculate: of which batch sizes",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=WEIGHT_BYTES,
+        default="float32",
+        help="train, eval: what is computed in; decode, batch, sample, prefill: of ours and of the "
+        "peers that have it (llama.cpp's int8 is its q8_0)",
     )
     parser.add_argument(
         "--prompts",
@@ -559,12 +585,6 @@ def main() -> None:
         type=int,
         metavar="N",
         help="decode: 63 tokens after N, the prompt apart",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="train, eval: what is computed in (default: float32)",
     )
     parser.add_argument(
         "--rounds", type=int, default=7, help="times that each contender works (default: 7)"

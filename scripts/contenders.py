@@ -140,7 +140,7 @@ def ours_decode(spec: Spec) -> Once:
 
     import gpt2_jax
 
-    config, params = gpt2_jax.load(spec["folder"])
+    config, params = gpt2_jax.load(spec["folder"], dtype=spec["dtype"])
     ids, key = tokens_of(spec, config.vocab_size), jax.random.key(0)
     sampler = (
         gpt2_jax.sampler_from_options(spec["sample"], do_sample=True) if spec["sample"] else None
@@ -176,7 +176,7 @@ def hf_decode(spec: Spec) -> Once:
 
 
 def ctranslate2_decode(spec: Spec) -> Once:
-    """CTranslate2's generator, in float32."""
+    """CTranslate2's generator, in float32, bfloat16 or int8."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
@@ -185,7 +185,7 @@ def ctranslate2_decode(spec: Spec) -> Once:
         TransformersConverter(spec["folder"]).convert(str(folder))
     tokens = json.loads((folder / "vocabulary.json").read_text())
     generator = ctranslate2.Generator(
-        str(folder), compute_type="float32", intra_threads=os.cpu_count()
+        str(folder), compute_type=spec["dtype"], intra_threads=os.cpu_count()
     )
     rows = [[tokens[id] for id in row] for row in tokens_of(spec, len(tokens)).tolist()]
     names = {
@@ -204,14 +204,10 @@ def ctranslate2_decode(spec: Spec) -> Once:
 
 
 def llama_decode(spec: Spec) -> Once:
-    """llama.cpp through llama-cpp-python, in float32; one text at a time."""
+    """llama.cpp through llama-cpp-python, in float32, or q8_0 for int8; one text at a time."""
     import llama_cpp
 
-    file = Path(spec["folder"]) / "model.gguf"
-    if not file.exists():
-        # In a process of its own, whose memory is not this contender's.
-        command = [sys.executable, "-m", "gpt2_jax", "convert", spec["folder"], str(file)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    file = gguf_of(spec["folder"], spec["dtype"])
     threads = {"n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count()}
     # A cache in float32, as the others', and no answer but the tokens.
     options = {"n_ctx": 1024, "n_batch": 1024, "type_k": 0, "type_v": 0, "verbose": False}
@@ -230,6 +226,32 @@ def llama_decode(spec: Spec) -> Once:
         return [next(tokens) for _ in range(count)]
 
     return decoding(spec, run)
+
+
+def gguf_of(folder: str, dtype: str) -> Path:
+    """Returns a checkpoint as a file for llama.cpp, written if need be.
+
+    In processes of their own, whose memory is not the contender's.
+    """
+    plain = Path(folder) / "model.gguf"
+    if not plain.exists():
+        command = [sys.executable, "-m", "gpt2_jax", "convert", folder, str(plain)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if dtype == "float32":
+        return plain
+    small = plain.with_stem(f"model-{dtype}")
+    if not small.exists():
+        # llama.cpp's own conversion, by the numbers of its `llama_ftype`.
+        kind = {"int8": 7, "bfloat16": 32}[dtype]
+        code = (
+            "import sys, ctypes, llama_cpp; source, target, kind = sys.argv[1:];"
+            "options = llama_cpp.llama_model_quantize_default_params(); options.ftype = int(kind);"
+            "failed = llama_cpp.llama_model_quantize("
+            "source.encode(), target.encode(), ctypes.byref(options)); sys.exit(failed)"
+        )
+        command = [sys.executable, "-c", code, str(plain), str(small), str(kind)]
+        subprocess.run(command, check=True, capture_output=True)
+    return small
 
 
 def decoding(spec: Spec, run: Callable[[int], list[int]]) -> Once:
@@ -262,7 +284,7 @@ def ours_prefill(spec: Spec) -> Once:
 
     import gpt2_jax
 
-    config, params = gpt2_jax.load(spec["folder"])
+    config, params = gpt2_jax.load(spec["folder"], dtype=spec["dtype"])
     ids = tokens_of(spec, config.vocab_size)
     prefill = jax.jit(gpt2_jax.prefill, static_argnames="cache_len")
 

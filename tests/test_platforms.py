@@ -41,13 +41,17 @@ def programs():
         return first, advance(params, state, request.rules, 7, config=config, chunk=8)
 
     return {
+        "int8": (
+            jax.jit(partial(gpt2_jax.apply, config=config)),
+            (gpt2_jax.quantize(params, config=config), one),
+        ),
         "apply": (jax.jit(partial(gpt2_jax.apply, config=config)), (params, ids)),
         "generate": (jax.jit(generate), (params, request)),
         "train_step": (jax.jit(step), (gpt2_jax.init_state(params, tx), ids, jax.random.key(0))),
     }
 
 
-@pytest.mark.parametrize("name", ["apply", "generate", "train_step"])
+@pytest.mark.parametrize("name", ["apply", "int8", "generate", "train_step"])
 def test_one_program_serves_all_platforms(name):
     function, arguments = programs()[name]
     exported = export.export(function, platforms=PLATFORMS)(*arguments)

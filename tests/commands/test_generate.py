@@ -432,7 +432,7 @@ def test_mistakes_about_the_model_get_a_sentence(command, arguments, message):
         ),
         (["--interactive", "--num_samples", "2", "--do_sample"], "--interactive writes one text"),
         (["--show_probs", "--json"], "--json has the probabilities already"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["b\udcff"], "spellable in UTF-8, got '\\udcff' at position 1"),
     ],
 )

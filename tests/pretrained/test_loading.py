@@ -78,7 +78,7 @@ def test_load_pretrained_keeps_to_the_callers_settings():
 def test_a_wrong_dtype_is_refused_before_anything_is_fetched(monkeypatch):
     monkeypatch.setattr(loading, "resolve", lambda *args, **options: pytest.fail("was fetched"))
     with pytest.raises(CheckpointError, match="`dtype` must be one of float32"):
-        gpt2_jax.load_pretrained("some/model", dtype="int8")
+        gpt2_jax.load_pretrained("some/model", dtype="int16")
 
 
 def test_weights_are_read_while_the_vocabulary_is_parsed(monkeypatch):

@@ -525,7 +525,7 @@ def test_float8_weights_are_refused(tmp_path):
         weights.load(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["banana", "int32", jnp.int8])
+@pytest.mark.parametrize("dtype", ["banana", "int32", jnp.int16])
 def test_dtype_must_be_a_float(dtype):
     with pytest.raises(
         CheckpointError, match="`dtype` must be one of float32, bfloat16, float16, float64; got"
