@@ -15,9 +15,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax import cache as kv_cache
-from gpt2_jax.cache import KVCache
+from gpt2_jax.cache import KVCache, cache_slots
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.decode import check_numbers
+from gpt2_jax.generation.growing import STEPS, Progress, to_the_end
 from gpt2_jax.generation.request import (
     Keys,
     Request,
@@ -25,6 +26,7 @@ from gpt2_jax.generation.request import (
     check_room,
     fold_rows,
     for_copies,
+    is_traced,
     make_request,
     read_endings,
     read_prompts,
@@ -59,8 +61,15 @@ class _Search(NamedTuple):
     """What a search is told."""
 
     request: Request
-    prompts: Int[Array, "rows S"]  # each once for each of its `n` beams, with room for what follows
     length_penalty: Float[Array, ""]
+
+
+class _Sizes(NamedTuple):
+    """What shapes the program."""
+
+    max_new_tokens: int
+    num_beams: int
+    early_stopping: bool | str
 
 
 class _Candidates(NamedTuple):
@@ -166,67 +175,113 @@ def beam_search(
         )
     request = make_request(prompts, endings, key, sampler, tap=tap)
     transform_of(request.rules.sampler)  # raises where there is none
-    found = _search(
-        params,
-        remember(request, Room(prompts.longest, max_new_tokens)),
-        jnp.float32(length_penalty),
-        config=config,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        early_stopping=early_stopping,
+    sizes = _Sizes(max_new_tokens, num_beams, early_stopping)
+    search = _Search(
+        remember(request, Room(prompts.longest, max_new_tokens)), jnp.float32(length_penalty)
     )
+    if is_traced((params, search)):
+        found = _in_one(params, search, config=config, sizes=sizes)
+    else:
+        found = _in_parts(params, search, prompts.longest, config=config, sizes=sizes)
     # A search finds no text where no score is a number: none is larger than another.
     is_none = found.lengths[:, :1, None] == 0
     check_numbers(jnp.where(is_none, jnp.nan, found.logprobs), config=config)
     return jax.tree.map(lambda x: x[:, :num_return_sequences], found)
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "num_beams", "early_stopping"))
+# Programs.
+
+
+@partial(jax.jit, static_argnames="sizes")
 @automatic
-def _search(
-    params: Params,
-    request: Request,
-    length_penalty: Float[Array, ""],
-    *,
-    config: GPT2Config,
-    max_new_tokens: int,
-    num_beams: int,
-    early_stopping: bool | str,
+def _in_one(params: Params, search: _Search, *, config: GPT2Config, sizes: _Sizes) -> Beams:
+    """Returns the finished beams of each prompt; the cache has room for all from the start."""
+    slots = search.request.ids.shape[1] + sizes.max_new_tokens
+    state = _begin(params, search, config=config, sizes=sizes, cache_len=slots)
+    step = partial(_step, params, search, config=config, sizes=sizes)
+    state = jax.lax.while_loop(partial(_unfinished, sizes=sizes), step, state)
+    return jax.tree.map(constrain, state.finished)  # on all devices of a mesh: the host looks at it
+
+
+def _in_parts(
+    params: Params, search: _Search, longest: int, *, config: GPT2Config, sizes: _Sizes
 ) -> Beams:
-    """Returns the finished beams of each prompt, the best first."""
-    room = jnp.pad(request.ids, ((0, 0), (0, max_new_tokens)))
-    # Beams of one prompt stand together, in all arrays of rows.
-    search = _Search(request, jnp.repeat(room, num_beams, axis=0), length_penalty)
-    transform = request.rules.sampler.transform
-    tap = request.rules.tap
+    """Returns the finished beams of each prompt, by a cache that grows with the texts."""
+
+    def call(program, state):
+        return program(params, search, state, config=config, sizes=sizes)
+
+    columns = search.request.ids.shape[1]
+    most = columns + sizes.max_new_tokens
+    # No fewer than the columns of the prompts, whose padding is written as well.
+    slots = max(columns, cache_slots(longest + 1, most))
+    state = _begin(params, search, config=config, sizes=sizes, cache_len=slots)
+    state = to_the_end(_steps, call, state, used=longest, step=1, most=most)
+    return state.finished
+
+
+@partial(jax.jit, static_argnames="sizes", donate_argnames="state")
+@automatic
+def _steps(
+    params: Params, search: _Search, state: _State, *, config: GPT2Config, sizes: _Sizes
+) -> Progress:
+    """Takes some steps, as far as there is room in the cache."""
+    first = state.step
+
+    def goes_on(state):
+        has_room = state.cache.slot < state.cache.slots
+        return _unfinished(state, sizes=sizes) & has_room & (state.step < first + STEPS)
+
+    step = partial(_step, params, search, config=config, sizes=sizes)
+    state = jax.lax.while_loop(goes_on, step, state)
+    # On all devices of a mesh: the host looks at them.
+    state = state._replace(finished=jax.tree.map(constrain, state.finished))
+    return Progress(state, ~_unfinished(state, sizes=sizes), state.cache.slot)
+
+
+def _unfinished(state: _State, *, sizes: _Sizes) -> Bool[Array, ""]:
+    """Returns whether the search goes on."""
+    enough = (state.finished.lengths > 0).all() & (sizes.early_stopping is True)
+    return state.open.any() & ~enough & ~state.all_ended
+
+
+def _step(
+    params: Params, search: _Search, state: _State, *, config: GPT2Config, sizes: _Sizes
+) -> _State:
+    """Reads the last token of each beam and takes the next."""
+    rules = search.request.rules
     # Beams change places among those of their prompt alone: the prompt's value serves all.
-    tap_of_beams = for_copies(request.rules, num_beams).tap
+    tap = for_copies(rules, sizes.num_beams).tap or no_tap
+    # The best beams may all continue the same one: each takes its own copy of that one's past.
+    cache = kv_cache.select(state.cache, state.source)
+    token = jnp.take(state.running.ids, state.step - 1, axis=2).ravel()
+    logits, cache = decode_step(params, token, cache, config=config, tap=tap)
+    transform = rules.sampler.transform
+    memory = select_state(transform, state.memory, state.source)
+    memory = update_state(transform, memory, token)
+    state = state._replace(cache=cache, memory=memory)
+    return _choose(logits, state, search, sizes.early_stopping)
 
-    def unfinished(state):
-        enough = (state.finished.lengths > 0).all() & (early_stopping is True)
-        return state.open.any() & ~enough & ~state.all_ended
 
-    def step(state):
-        # The best beams may all continue the same one: each takes its own copy of that one's past.
-        cache = kv_cache.select(state.cache, state.source)
-        token = jnp.take(state.running.ids, state.step - 1, axis=2).ravel()
-        logits, cache = decode_step(params, token, cache, config=config, tap=tap_of_beams or no_tap)
-        memory = select_state(transform, state.memory, state.source)
-        memory = update_state(transform, memory, token)
-        state = state._replace(cache=cache, memory=memory)
-        return _choose(logits, state, search, early_stopping)
-
-    slots = search.prompts.shape[1]
+@partial(jax.jit, static_argnames=("sizes", "cache_len"))
+@automatic
+def _begin(
+    params: Params, search: _Search, *, config: GPT2Config, sizes: _Sizes, cache_len: int
+) -> _State:
+    """Reads the prompts and takes the first token of each beam."""
+    request = search.request
     ids = request.ids
-    lengths = request.lengths
-    logits, cache = prefill(params, ids, lengths, config=config, cache_len=slots, tap=tap or no_tap)
-    state = _begin(cache, request, num_beams, max_new_tokens)
-    state = _choose(logits[state.source], state, search, early_stopping)
-    found = jax.lax.while_loop(unfinished, step, state).finished
-    return jax.tree.map(constrain, found)  # on all devices of a mesh: the host looks at them
+    tap = request.rules.tap or no_tap
+    logits, cache = prefill(
+        params, ids, request.lengths, config=config, cache_len=cache_len, tap=tap
+    )
+    state = _before_any_token(cache, request, sizes.num_beams, sizes.max_new_tokens)
+    return _choose(logits[state.source], state, search, sizes.early_stopping)
 
 
-def _begin(cache: KVCache, request: Request, num_beams: int, max_new_tokens: int) -> _State:
+def _before_any_token(
+    cache: KVCache, request: Request, num_beams: int, max_new_tokens: int
+) -> _State:
     """Returns the state before the first token is chosen."""
     n_rows = request.ids.shape[0]
     transform = request.rules.sampler.transform
@@ -286,8 +341,14 @@ def _expand(logits: Float[Array, "R V"], state: _State, search: _Search) -> _Can
     new = state.running.ids.reshape(n_rows * num_beams, max_new_tokens)
     # The slot of the first token after the prompts: all rows write from there, as in the cache.
     first_new = search.request.lengths.max(initial=1)
-    seen = kv_cache.put(search.prompts, new, first_new)
-    history = History(seen, state.cache.valid, step, state.memory)
+    # Beams of one prompt stand together, in all arrays of rows. Slots that the cache has no room
+    # for yet hold nothing.
+    prompts = jnp.repeat(search.request.ids, num_beams, axis=0)
+    slots = max(state.cache.slots, prompts.shape[1] + max_new_tokens)
+    prompts = jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1])))
+    seen = kv_cache.put(prompts, new, first_new)
+    valid = jnp.pad(state.cache.valid, ((0, 0), (0, slots - state.cache.slots)))
+    history = History(seen, valid, step, state.memory)
     logprobs = transform_of(rules.sampler)(own, history)
     totals = logprobs.reshape(n_rows, num_beams, -1) + state.running.scores[..., None]
     totals = totals.reshape(n_rows, -1)  # [B, n V]: all extensions of a prompt compete

@@ -7,7 +7,7 @@ checked requests alone.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, cache_slots
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.generation.growing import AHEAD, Ahead
 from gpt2_jax.generation.request import Past, Request, Rules, fold_rows, for_copies
 from gpt2_jax.generation.sampling import (
     History,
@@ -32,8 +33,6 @@ from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, une
 from gpt2_jax.modules import Params, Tap, no_tap, placed, wants
 from gpt2_jax.sharding import automatic, constrain
 from gpt2_jax.summary import spec_of_fields
-
-AHEAD = 128  # tokens before the end of a cache at which the program of the next one is compiled
 
 
 class Generation(NamedTuple):
@@ -469,38 +468,6 @@ def _with_slots(past: Past, slots: int) -> Past:
     return past._replace(cache=cache, at_slots=np.pad(past.at_slots, ((0, 0), (0, n_new))))
 
 
-class _Ahead:
-    """Compiles `advance` for the next size of the cache in a thread, while this one is filled.
-
-    The call that later needs the program finds it, or waits for it, instead of compiling it then.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor):
-        self.pool = pool
-        self.compiling: dict[int, Future] = {}  # by the number of slots
-
-    def start(
-        self, slots: int, params: Params, state: State, rules: Rules, plan: Plan, config: GPT2Config
-    ) -> None:
-        """Begins to compile for a cache of `slots`, unless that was begun before."""
-        if slots in self.compiling:
-            return
-        # Shapes alone: the larger cache itself is made when it is needed.
-        larger = jax.eval_shape(partial(grow, slots=slots), state)
-
-        def compile_program():
-            steps = jnp.int32(plan.chunk)
-            lowered = advance.lower(params, larger, rules, steps, config=config, chunk=plan.chunk)
-            # JAX remembers what it has compiled; the program itself is of no use here.
-            lowered.compile()
-
-        self.compiling[slots] = self.pool.submit(compile_program)
-
-    def finish(self, slots: int) -> None:
-        """Waits for the program, not for its success: the call that needs it would compile it."""
-        wait([self.compiling[slots]])
-
-
 def check_numbers(logprobs: Float[ArrayLike, "..."], *, config: GPT2Config) -> None:
     """Raises `FloatingPointError` for log-probabilities that are NaN.
 
@@ -582,7 +549,7 @@ def _grown(
     slots = state.cache.slots
     n_generated = 1
     with ThreadPoolExecutor(1) as pool:
-        ahead = _Ahead(pool)
+        ahead = Ahead(pool)
         # To look at `done` waits for the device: once for each chunk, not for each token.
         while n_generated < plan.max_new_tokens and not np.all(state.done):
             if used == slots:
@@ -594,7 +561,18 @@ def _grown(
             n_free = slots - used
             if slots < most and n_free <= max(steps, AHEAD):
                 next_size = cache_slots(slots, most)
-                ahead.start(next_size, params, state, rules, plan, config)
+                # Shapes alone: the larger cache itself is made when it is needed.
+                larger = jax.eval_shape(partial(grow, slots=next_size), state)
+                lower = partial(
+                    advance.lower,
+                    params,
+                    larger,
+                    rules,
+                    jnp.int32(steps),
+                    config=config,
+                    chunk=plan.chunk,
+                )
+                ahead.start(next_size, lower)
             state, made = advance(
                 params, state, rules, jnp.int32(steps), config=config, chunk=plan.chunk
             )

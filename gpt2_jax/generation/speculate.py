@@ -16,15 +16,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax import cache as kv_cache
-from gpt2_jax.cache import KVCache
+from gpt2_jax.cache import KVCache, cache_slots
 from gpt2_jax.config import GPT2Config, as_count
 from gpt2_jax.generation.decode import check_numbers
+from gpt2_jax.generation.growing import STEPS, Progress, to_the_end
 from gpt2_jax.generation.request import (
     Keys,
     Request,
     check_room,
     check_stateless,
     fold_rows,
+    is_traced,
     make_request,
     read_endings,
     read_prompts,
@@ -190,62 +192,139 @@ def speculate(
     draft = None
     if draft_params is not None and draft_config is not None:
         draft = _Draft(draft_params, draft_config)
-    made = _speculate(params, draft, request, config=config, sizes=sizes)
+    if is_traced((params, draft, request)):
+        return _in_one(params, draft, request, config=config, sizes=sizes)
+    made = _in_parts(params, draft, request, prompts.longest, config=config, sizes=sizes)
     check_numbers(made.logprobs, config=config)
     return made
 
 
+# Programs.
+
+
 @partial(jax.jit, static_argnames="sizes")
 @automatic
-def _speculate(
+def _in_one(
+    params: Params, draft: _Draft | None, request: Request, *, config: GPT2Config, sizes: _Sizes
+) -> Speculation:
+    """Runs rounds until every row has ended; the cache has room for all from the start."""
+    slots = _most_slots(request, sizes)
+    state = _begin(params, draft, request, config=config, sizes=sizes, cache_len=slots)
+    round = partial(_round, params, draft, request, config=config, sizes=sizes)
+    state = jax.lax.while_loop(lambda state: ~state.done.all(), round, state)
+    return _collect(state, request, sizes=sizes)
+
+
+def _in_parts(
     params: Params,
     draft: _Draft | None,
     request: Request,
+    longest: int,
     *,
     config: GPT2Config,
     sizes: _Sizes,
 ) -> Speculation:
-    """Runs rounds until every row has ended."""
+    """Runs rounds until every row has ended, with a cache that grows with the texts."""
 
-    def round(state):
-        keys = fold_rows(request.rules.keys, state.round)
-        if draft is None:
-            guess = _guess_by_lookup(state, sizes, config.vocab_size)
-        else:
-            guess = _guess_by_model(state, keys, draft, request, sizes)
-        verdict = _verify(params, state, guess, keys, request, config=config)
-        return _emit(state, guess, verdict, request, sizes)
+    def call(program, state):
+        return program(params, draft, request, state, config=config, sizes=sizes)
 
-    state = _begin(params, draft, request, sizes, config=config)
-    state = jax.lax.while_loop(lambda state: ~state.done.all(), round, state)
+    # A round reads the last token and the guesses.
+    step = sizes.num_draft_tokens + 1
+    most = _most_slots(request, sizes)
+    # No fewer than the columns of the prompts, whose padding is written as well.
+    slots = max(request.ids.shape[1], cache_slots(longest + step, most))
+    state = _begin(params, draft, request, config=config, sizes=sizes, cache_len=slots)
+    state = to_the_end(_rounds, call, state, used=longest, step=step, most=most)
+    return _collect(state, request, sizes=sizes)
+
+
+def _most_slots(request: Request, sizes: _Sizes) -> int:
+    """Returns how many slots texts take at most: the last round may guess beyond the end."""
+    return request.ids.shape[1] + sizes.max_new_tokens + sizes.num_draft_tokens
+
+
+@partial(jax.jit, static_argnames="sizes", donate_argnames="state")
+@automatic
+def _rounds(
+    params: Params,
+    draft: _Draft | None,
+    request: Request,
+    state: _State,
+    *,
+    config: GPT2Config,
+    sizes: _Sizes,
+) -> Progress:
+    """Runs some rounds, as far as there is room in the cache."""
+    first = state.round
+
+    def used(state):
+        # A row's last token is chosen, but not read. What has ended is read anew, and nobody looks.
+        return jnp.where(state.done, 0, state.count - 1).max(initial=0)
+
+    def goes_on(state):
+        has_room = used(state) + sizes.num_draft_tokens + 1 <= state.cache.slots
+        return ~state.done.all() & has_room & (state.round < first + STEPS)
+
+    round = partial(_round, params, draft, request, config=config, sizes=sizes)
+    state = jax.lax.while_loop(goes_on, round, state)
     # On all devices of a mesh: the host looks at them.
-    return jax.tree.map(constrain, _collect(state, request, sizes))
+    return Progress(state, constrain(state.done.all()), constrain(used(state)))
 
 
+def _round(
+    params: Params,
+    draft: _Draft | None,
+    request: Request,
+    state: _State,
+    *,
+    config: GPT2Config,
+    sizes: _Sizes,
+) -> _State:
+    """Guesses, verifies and emits."""
+    keys = fold_rows(request.rules.keys, state.round)
+    verify = partial(_verify, params, state, keys=keys, request=request, config=config)
+    if draft is not None:
+        guess = _guess_by_model(state, keys, draft, request, sizes)
+        return _emit(state, guess, verify(guess), request, sizes)
+    guess = _guess_by_lookup(state, sizes, config.vocab_size)
+    # Without any guess it is a step of plain decoding, at a half of the cost.
+    verdict = jax.lax.cond(
+        ((guess.n_guessed > 0) & ~state.done).any(),
+        verify,
+        lambda guess: _filled(verify(_none_of(guess)), sizes),
+        guess,
+    )
+    return _emit(state, guess, verdict, request, sizes)
+
+
+@partial(jax.jit, static_argnames=("sizes", "cache_len"))
+@automatic
 def _begin(
     params: Params,
     draft: _Draft | None,
     request: Request,
-    sizes: _Sizes,
     *,
     config: GPT2Config,
+    sizes: _Sizes,
+    cache_len: int,
 ) -> _State:
     """Reads the prompts and chooses the first token of each row."""
-    n_rows, width = request.ids.shape
+    n_rows = request.ids.shape[0]
     lengths = request.lengths
-    # The last pass may guess beyond the end.
-    room = sizes.max_new_tokens + sizes.num_draft_tokens
-    slots = width + room
     tap = request.rules.tap or no_tap
-    logits, cache = prefill(params, request.ids, lengths, config=config, cache_len=slots, tap=tap)
+    logits, cache = prefill(
+        params, request.ids, lengths, config=config, cache_len=cache_len, tap=tap
+    )
     draft_cache = None
     if draft is not None:
         _, draft_cache = prefill(
-            draft.params, request.ids, lengths, config=draft.config, cache_len=slots
+            draft.params, request.ids, lengths, config=draft.config, cache_len=cache_len
         )
         draft_cache = kv_cache.keep_first(draft_cache, lengths)
 
     # From here on a slot is a position, so that each row can go back behind a refused guess.
+    room = sizes.max_new_tokens + sizes.num_draft_tokens
     ids = jnp.pad(request.ids, ((0, 0), (0, room)))
     probs = _distribution(logits, ids, lengths, request)
     # Round 0: those of the loop count from 1, so that no key serves twice.
@@ -325,13 +404,26 @@ def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
     )
 
 
+def _none_of(guess: _Guess) -> _Guess:
+    """Returns a guess of no token."""
+    return guess._replace(probs=guess.probs[:, :0], n_guessed=jnp.zeros_like(guess.n_guessed))
+
+
+def _filled(verdict: _Verdict, sizes: _Sizes) -> _Verdict:
+    """Returns what comes of no guess in the form of that of some."""
+    behind = ((0, 0), (0, sizes.num_draft_tokens))
+    return verdict._replace(
+        tokens=jnp.pad(verdict.tokens, behind), logprobs=jnp.pad(verdict.logprobs, behind)
+    )
+
+
 def _verify(
     params: Params,
     state: _State,
     guess: _Guess,
+    *,
     keys: Any,
     request: Request,
-    *,
     config: GPT2Config,
 ) -> _Verdict:
     """Reads the last token and the guesses in one pass; returns what the model makes of them."""
@@ -440,13 +532,15 @@ def _emit(
     )
 
 
-def _collect(state: _State, request: Request, sizes: _Sizes) -> Speculation:
+@partial(jax.jit, static_argnames="sizes")
+@automatic
+def _collect(state: _State, request: Request, *, sizes: _Sizes) -> Speculation:
     """Returns what was generated."""
     numbers = jnp.arange(sizes.max_new_tokens)[None]
     is_generated = numbers < state.n_generated[:, None]
     new = jnp.take_along_axis(state.ids, request.lengths[:, None] + numbers, axis=1)
     logprobs = state.logprobs[:, : sizes.max_new_tokens]
-    return Speculation(
+    made = Speculation(
         ids=jnp.where(is_generated, new, request.rules.pad_id),
         lengths=state.n_generated,
         logprobs=jnp.where(is_generated, logprobs, 0.0),
@@ -454,6 +548,8 @@ def _collect(state: _State, request: Request, sizes: _Sizes) -> Speculation:
         drafted=state.drafted,
         accepted=state.accepted,
     )
+    # On all devices of a mesh: the host looks at them.
+    return jax.tree.map(constrain, made)
 
 
 def _distribution(

@@ -281,11 +281,11 @@ def test_new_numbers_do_not_recompile(models, rng):
     ids = rng.integers(0, V, (2, 4))
     run = partial(beam_search, params, config=config, max_new_tokens=4, num_beams=2)
     run(ids, stop_ids=(3,), sampler=sampler_from_options({"repetition_penalty": 1.2}))
-    size = gpt2_jax.generation.beam._search._cache_size()
+    size = gpt2_jax.generation.beam._steps._cache_size()
     for value in (1.3, 1.9):
         sampler = sampler_from_options({"repetition_penalty": value})
         run(ids[:, : int(4 - value)], stop_ids=(7,), length_penalty=value, sampler=sampler)
-    assert gpt2_jax.generation.beam._search._cache_size() == size
+    assert gpt2_jax.generation.beam._steps._cache_size() == size
 
 
 @pytest.mark.parametrize(
