@@ -190,6 +190,14 @@ mlir.register_lowering(
 )
 
 
+def keeps_dense_products(primitive: Any, *operands: Any, **options: Any) -> Any:
+    """JAX's policy `dots_with_no_batch_dims_saveable`, which knows bfloat16's products as well."""
+    if primitive is _BFLOAT16_PRODUCT:
+        return operands[0].ndim == 2
+    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return plain(primitive, *operands, **options)
+
+
 def query_parts(length: int) -> list[tuple[int, int]]:
     """Returns the parts, `(start, end)`, in which causal queries are best attended to.
 

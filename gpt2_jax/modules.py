@@ -26,7 +26,7 @@ from gpt2_jax import cache as kv_cache
 from gpt2_jax import quantised
 from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kernels import normal, product, query_parts
+from gpt2_jax.kernels import keeps_dense_products, normal, product, query_parts
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, mesh_of, n_batch_shards, n_parts
@@ -85,7 +85,7 @@ REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     # All but the outputs of the dense layers, which are the dearest: attention and what is done
     # element by element.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": keeps_dense_products,
     "full": None,
 }
 

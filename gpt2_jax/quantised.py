@@ -34,7 +34,13 @@ TABLES = ("wte", "lm_head")  # the tables, of embeddings, whose rows are
 
 @dataclass
 class Quantised:
-    """A matrix whose row `o` is `values[o] * scale[o]`; in a stack of layers with one axis more."""
+    """A matrix whose row `o` is `values[o] * scale[o]`; in a stack of layers with one axis more.
+
+    Examples:
+      >>> table = gpt2_jax.quantize(params, config=config)["wte"]["embedding"]
+      >>> table.values.shape, table.scale.shape
+      ((4096, 16), (4096,))
+    """
 
     values: Int8[Array, "... O I"]
     scale: Float[Array, "... O"]  # float32
@@ -56,6 +62,15 @@ def quantize(params: dict[str, Any], *, config: GPT2Config) -> dict[str, Any]:
 
     Raises:
       ValueError: they are quantised already.
+
+    Examples:
+      >>> small = gpt2_jax.quantize(params, config=config)
+      >>> small["h"]["0"]["mlp"]["c_fc"]["kernel"].values.shape  # [O, I]
+      (64, 16)
+      >>> logits = gpt2_jax.apply(params, ids, config=config)
+      >>> off = gpt2_jax.apply(small, ids, config=config) - logits
+      >>> bool(abs(off).max() < 0.02 * abs(logits).max())
+      True
     """
     refuse_quantised(params, "Params that `quantize` takes")
     quantised = dict(params)
@@ -69,6 +84,13 @@ def dequantize(params: dict[str, Any], *, dtype: DTypeLike = "float32") -> dict[
     """Returns params as they were before `quantize` but for what it rounded away, in `dtype`.
 
     Params that are not quantised stay as they are. It jits, and does not compile itself.
+
+    Examples:
+      >>> small = gpt2_jax.quantize(params, config=config)
+      >>> plain = gpt2_jax.dequantize(small)["wte"]["embedding"]
+      >>> step = small["wte"]["embedding"].scale[:, None]
+      >>> bool((abs(plain - params["wte"]["embedding"]) <= 0.51 * step).all())
+      True
     """
     plain = dict(params)
     for table in TABLES:

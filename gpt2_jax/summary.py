@@ -24,7 +24,13 @@ class SummaryRow(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What `summarize` found; it prints as a table, in a notebook too."""
+    """What `summarize` found; it prints as a table, in a notebook too.
+
+    Examples:
+      >>> found = gpt2_jax.summarize(params["h"]["0"]["ln_1"])
+      >>> found.numbers, found.bytes
+      (32, 128)
+    """
 
     rows: tuple[SummaryRow, ...]
 
@@ -81,6 +87,12 @@ def summarize(tree: Any) -> Summary:
 
     Raises:
       ValueError: a leaf is no array.
+
+    Examples:
+      >>> gpt2_jax.summarize({"wte": params["wte"]})
+      name           times  shape       dtype    numbers    bytes
+      wte.embedding      1  [4096, 16]  float32   65,536  262,144
+      all                1                        65,536  262,144
     """
     rows: dict[tuple[Any, ...], SummaryRow] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

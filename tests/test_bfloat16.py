@@ -160,6 +160,19 @@ def test_all_products_of_a_training_step_have_the_fast_form_on_cpu(chunked, monk
         assert int(axis) == shape.count("x")
 
 
+def test_a_backward_pass_that_keeps_dense_products_makes_none_of_them_again():
+    config = TINY.replace(dtype="bfloat16")
+
+    def n_products(remat):
+        loss = partial(gpt2_jax.next_token_loss, config=config, remat=remat)
+        gradient = jax.jit(jax.grad(lambda params, ids: loss(params, ids)[0]))
+        return len(dots(gradient.lower(PARAMS, ids)))
+
+    # Of a layer, attention's scores and values; with "full", the kernels as well, but for the last.
+    assert n_products("dots") == n_products("none") + 2 * config.n_layer
+    assert n_products("full") > n_products("dots")
+
+
 def test_elsewhere_products_return_bfloat16():
     def multiply(x, kernel):
         return narrow((1, 0))(x, kernel)

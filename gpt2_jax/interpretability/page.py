@@ -27,7 +27,14 @@ MAX_ATTENTION = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """An HTML page that needs nothing else. A notebook shows it; `save` writes it."""
+    """An HTML page that needs nothing else. A notebook shows it; `save` writes it.
+
+    Examples:
+      >>> page = gpt2_jax.inspect_page(params, tokenizer, "Once upon a time", config=config)
+      >>> page.save(folder / "page.html")
+      >>> (folder / "page.html").read_text("utf-8") == page.html
+      True
+    """
 
     html: str = dataclasses.field(repr=False)
     title: str
@@ -75,6 +82,10 @@ def inspect_page(
     Raises:
       ValueError: the text is empty or longer than the context; as `view_text`; or the patterns are
         more numbers than a page holds.
+
+    Examples:
+      >>> gpt2_jax.inspect_page(params, tokenizer, "Once", config=config, title="A word")
+      Page(title='A word')
     """
     ids = tokenizer.encode(text) if isinstance(text, str) else [int(token) for token in text]
     if not ids:
