@@ -35,7 +35,8 @@ extensions = [
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["_build", "**/.ipynb_checkpoints", "**/jupyter_execute"]
 nitpicky = False
-suppress_warnings = ["mystnb.unknown_mime_type"]
+# Annotations name classes as the source does: two modules may have one `Summary` each.
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 # Docstrings write code as `apply`, as Markdown does.
 default_role = "code"
