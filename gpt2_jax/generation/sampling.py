@@ -663,6 +663,9 @@ class Renormalize(Transform):
 class Chain(Transform):
     """Applies transforms in order; `sampler_from_options` has HF's order.
 
+    Raises:
+      ValueError: one of them cannot be called, or is a `Stateful` of a class that is no pytree.
+
     Examples:
       >>> chain = gpt2_jax.Chain((gpt2_jax.Temperature(2.0), gpt2_jax.TopK(1)))
       >>> chain(jnp.array([[0.0, 4.0, 2.0]])).tolist()
@@ -670,6 +673,10 @@ class Chain(Transform):
     """
 
     transforms: tuple[Any, ...] = ()  # of transforms
+
+    def __post_init__(self):
+        transforms = tuple(as_transform(part) for part in self.transforms)
+        object.__setattr__(self, "transforms", transforms)
 
     def __call__(self, logits: Logits, history: History | None = None) -> Logits:
         states = None if history is None else history.state
@@ -694,6 +701,38 @@ class Chain(Transform):
         """Returns the states of some rows."""
         pairs = zip(self.transforms, state, strict=True)
         return tuple(select_state(part, of_part, rows) for part, of_part in pairs)
+
+
+def as_transform(transform: Any) -> Any:
+    """Returns what a user gave as a transform in the form of one, which JAX can carry.
+
+    A plain function, or an object of a class that is no pytree, becomes a part of the program: it
+    must be hashable, and compiles once for each object.
+
+    Raises:
+      ValueError: it cannot be called, is a class instead of an object, has no hash, or is a
+        `Stateful` of a class that is no pytree.
+    """
+    if isinstance(transform, type) or not callable(transform):
+        expected = "a transform or a function `(logits, history) -> logits`"
+        raise ValueError(f"`transform` must be {expected}, got {transform!r}.")
+    if not jax.tree_util.all_leaves([transform]):
+        return transform
+    name = type(transform).__name__
+    if isinstance(transform, Stateful):
+        # As a function alone it would lose its state.
+        raise ValueError(f"{name} is no pytree: make it one, by `flax.struct.dataclass` above it.")
+    return _compiled_in("transform", transform)
+
+
+def _compiled_in(argument: str, function: Any) -> Partial:
+    """Returns a function as a pytree without leaves. Raises `ValueError` if it has no hash."""
+    try:
+        hash(function)
+    except TypeError:
+        name = type(function).__name__
+        raise ValueError(f"`{argument}` must be hashable or a pytree, {name} is neither.") from None
+    return Partial(function)
 
 
 # Samplers.
@@ -728,6 +767,9 @@ class Sampler(Protocol):
 class Greedy:
     """Takes the largest logit, the first of ties, after an optional transform.
 
+    Raises:
+      ValueError: the transform is none: see `Chain`.
+
     Examples:
       >>> gpt2_jax.Greedy()(None, jnp.array([[0.0, 2.0, 1.0]])).tolist()
       [1]
@@ -735,6 +777,9 @@ class Greedy:
 
     transform: Any = Chain()
     draws: ClassVar[bool] = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "transform", as_transform(self.transform))
 
     def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
         return self.pick(keys, self.transform(logits, history))
@@ -749,6 +794,9 @@ class Greedy:
 class Categorical:
     """Draws from the softmax of transformed logits, each row with its own key.
 
+    Raises:
+      ValueError: the transform is none: see `Chain`.
+
     Examples:
       >>> keys = jax.random.split(jax.random.key(0), 2)  # a key for each row
       >>> logits = jnp.array([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
@@ -758,6 +806,9 @@ class Categorical:
 
     transform: Any = Chain()
     draws: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "transform", as_transform(self.transform))
 
     def __call__(self, keys: Keys | None, logits: Logits, history: History | None = None) -> Ids:
         return self.pick(keys, self.transform(logits, history))
@@ -835,11 +886,7 @@ def as_sampler(sampler: Any) -> Sampler:
     # What JAX takes for a leaf is no pytree.
     if not jax.tree_util.all_leaves([sampler]):
         return FunctionSampler(sampler)
-    try:
-        hash(sampler)
-    except TypeError:
-        raise ValueError(f"`sampler` must be hashable or a pytree, {name} is neither.") from None
-    return FunctionSampler(Partial(sampler))
+    return FunctionSampler(_compiled_in("sampler", sampler))
 
 
 # What they share.

@@ -20,6 +20,7 @@ from gpt2_jax.generation.sampling import (
     PresencePenalty,
     RepetitionPenalty,
     SequenceBias,
+    Stateful,
     Suppress,
     as_sampler,
 )
@@ -292,6 +293,39 @@ def test_a_function_must_return_an_id_for_each_row(result, got):
 def test_what_cannot_be_a_sampler_is_named(given, message):
     with pytest.raises(ValueError, match=message):
         as_sampler(given)
+
+
+def halved(logits, history):
+    return logits / 2
+
+
+def test_a_function_stands_in_a_transforms_place():
+    logits = jnp.array([[0.0, 4.0, 2.0]])
+    chained = jax.jit(lambda chain, x: chain(x))(Chain((halved, TopK(2))), logits)
+    assert chained.tolist() == [[-np.inf, 2.0, 1.0]]
+    for sampler in (Greedy, Categorical):
+        assert sampler(halved).transform(logits, None).tolist() == [[0.0, 2.0, 1.0]]
+        # It compiles once.
+        assert jax.tree.structure(sampler(halved)) == jax.tree.structure(sampler(halved))
+
+
+class Counting(Stateful):
+    """A transform with a state, of a class that JAX does not know."""
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (TopK, "`transform` must be a transform or a function .* got <class"),
+        (3, "`transform` must be a transform or a function .* got 3"),
+        (Unhashable(), "`transform` must be hashable or a pytree, Unhashable is neither"),
+        (Counting(), "Counting is no pytree: make it one, by `flax.struct.dataclass`"),
+    ],
+)
+@pytest.mark.parametrize("put", [Greedy, Categorical, lambda given: Chain((TopK(2), given))])
+def test_what_cannot_be_a_transform_is_named(put, given, message):
+    with pytest.raises(ValueError, match=message):
+        put(given)
 
 
 @pytest.mark.parametrize(
