@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.kernels import in_turn
 from gpt2_jax.pytrees import dataclass
 
 LARGEST = 127  # -128 is left out: what is symmetric needs no zero point
@@ -192,9 +193,10 @@ def product(
     rounding left. The product is then one of whole numbers, exact in int32, and differs from the
     plain form by a part in 50,000 of a token's largest number. One row of 8 bits would do for
     tokens whose numbers are alike, and GPT-2's are not: with it the perplexity of a model of 125M
-    parameters rises by 40 % (arXiv:2208.07339, table 1, "absmax vector-wise"). On CPU the second row is
-    free for one token, whose product XLA would do in a naive loop; twelve layers' `c_fc` took 1.2,
-    2.9, 6.9 and 22.6 ms for 1, 8, 32 and 128 tokens, and in float32 2.9, 5.6, 8.2 and 20.1 ms.
+    parameters rises by 40 % (arXiv:2208.07339, table 1, "absmax vector-wise"). On CPU the second
+    row is free for one token, whose product XLA would do in a naive loop; twelve layers' `c_fc`
+    took 1.2, 2.9, 6.9 and 22.6 ms for 1, 8, 32 and 128 tokens, and in float32 2.9, 5.6, 8.2 and
+    20.1 ms.
     """
     is_many = isinstance(x.shape[0], int) and x.shape[0] > FEW  # a symbolic number counts as few
     form = _float_product if is_many else _integer_product
@@ -213,7 +215,7 @@ def _float_product(
     x: Float[Array, "N I"], matrix: Quantised, precision: str | None
 ) -> Float[Array, "N O"]:
     """Returns the product in the dtype of `x`, in which whole numbers of 8 bits are exact."""
-    values = matrix.values.astype(x.dtype)
+    values = in_turn(matrix.values, x).astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     sums = lax.dot_general(x, values, BY_INPUTS, precision=precision, preferred_element_type=wide)
     return sums * matrix.scale[None].astype(wide)
