@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.kernels import in_turn
 from gpt2_jax.pytrees import dataclass
 
 LARGEST = 127  # -128 is left out: what is symmetric needs no zero point
@@ -214,7 +215,7 @@ def _float_product(
     x: Float[Array, "N I"], matrix: Quantised, precision: str | None
 ) -> Float[Array, "N O"]:
     """Returns the product in the dtype of `x`, in which whole numbers of 8 bits are exact."""
-    values = matrix.values.astype(x.dtype)
+    values = in_turn(matrix.values, x).astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     sums = lax.dot_general(x, values, BY_INPUTS, precision=precision, preferred_element_type=wide)
     return sums * matrix.scale[None].astype(wide)

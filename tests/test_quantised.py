@@ -177,3 +177,24 @@ def test_what_stays_frozen_may_be_quantised(model):
     after, metrics = gpt2_jax.train_step(state, IDS, config=config, tx=tx, trainable="ln_f.*")
     assert np.isfinite(metrics["loss"])
     assert not np.array_equal(after.params["ln_f"]["bias"], params["ln_f"]["bias"])
+
+
+def test_the_floats_of_one_layer_at_a_time_are_in_memory(rng):
+    width = 128
+    matrix = quantised.of_rows(rng.normal(size=(width, width)).astype(np.float32))
+    matrices = jax.tree.map(jnp.asarray, [matrix] * 12)
+    x = jnp.asarray(rng.normal(size=(FEW + 1, width)), jnp.float32)
+
+    def layers(x, matrices):
+        for matrix in matrices:
+            x = jnp.tanh(quantised.product(x, matrix))
+        return x
+
+    def bytes_besides(function, x):
+        return jax.jit(function).lower(x, matrices).compile().memory_analysis().temp_size_in_bytes
+
+    floats = 4 * width**2
+    assert bytes_besides(layers, x) < 2 * floats + 2 * x.nbytes
+    # A batch multiplies the tokens, not the matrices.
+    batch = jnp.stack([x] * 4)
+    assert bytes_besides(jax.vmap(layers, in_axes=(0, None)), batch) < 2 * floats + 2 * batch.nbytes
