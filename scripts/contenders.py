@@ -257,7 +257,7 @@ def llama_context(spec: Spec) -> Any:
 
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     llama_cpp.llama_backend_init()
     file = gguf_of(spec["folder"], spec["dtype"])
     model = llama_cpp.llama_model_load_from_file(
@@ -274,7 +274,10 @@ def llama_context(spec: Spec) -> Any:
     # A cache in float32, as the others'.
     options.type_k = 0
     options.type_v = 0
-    return llama_cpp.llama_init_from_model(model, options)
+    context = llama_cpp.llama_init_from_model(model, options)
+    if context is None:
+        raise RuntimeError(f"llama.cpp has no context for {file}.")
+    return context
 
 
 def llama_samplers(sample: Spec) -> Any:
