@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain
 
 ROW_PARTS = 8  # into how many parts a product with one row divides its sum
+FEW_ROWS = 32  # up to so many, a product with a table goes the other way round
 QUERY_PARTS = 4  # into how many parts attention divides its queries
 SMALLEST_QUERY_PART = 64  # the fewest queries that are worth a part of their own
 FEW = 128  # so many of the likeliest tokens are sorted where they hold enough
@@ -62,6 +63,36 @@ def _row_product_in_parts(
     # [P, O], a sum for each part.
     products = lax.dot_general(row_parts, kernel_parts, contract_within_parts, precision=precision)
     return products.sum(axis=0, keepdims=True)
+
+
+def table_product(
+    x: Num[Array, "N D"],
+    table: Num[Array, "V D"],
+    *,
+    dtype: DTypeLike,
+    precision: str | None,
+) -> Num[Array, "N V"]:
+    """Returns `x @ table.T` in `dtype`.
+
+    A few rows, but more than one, go as `table @ x.T` on CPU, where XLA's product is faster so: the
+    head of GPT-2 took 4.7, 5.5 and 7.1 ms for 2, 8 and 16 rows, and 6.3, 6.6 and 15.2 as it stands.
+    """
+    n_rows = x.shape[0]
+    is_few = isinstance(n_rows, int) and 1 < n_rows <= FEW_ROWS  # a symbolic number is not
+    as_it_stands = partial(contract, axes=(1, 1), dtype=dtype, precision=precision)
+    if not is_few or _is_bfloat16(x, table):
+        return as_it_stands(x, table)
+    turned = partial(_table_product_turned, dtype=dtype, precision=precision)
+    return lax.platform_dependent(x, table, cpu=turned, default=as_it_stands)
+
+
+def _table_product_turned(
+    x: Num[Array, "N D"], table: Num[Array, "V D"], *, dtype: DTypeLike, precision: str | None
+) -> Num[Array, "N V"]:
+    """Returns `x @ table.T` as `(table @ x.T).T`."""
+    turned = contract(table, x, (1, 1), dtype=dtype, precision=precision)
+    # Behind a barrier: XLA would see that it is the same product, and go back to it.
+    return lax.optimization_barrier(turned).T
 
 
 def contract(

@@ -27,7 +27,7 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.kernels import contract
+from gpt2_jax.kernels import table_product
 from gpt2_jax.modules import (
     GPT2,
     Blocks,
@@ -484,10 +484,9 @@ def unembed(
     if isinstance(head, Quantised):
         logits = quantised.product(tokens, gathered(head), config.precision)
     else:
-        logits = contract(
+        logits = table_product(
             tokens,
             gathered(head.astype(config.dtype)),
-            (1, 1),
             # Out of the product itself: rounded to 16 bits first, logits would tie that differ.
             dtype=wide_dtype(config),
             precision=config.precision,

@@ -237,33 +237,33 @@ def bench_eval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Greedy tokens in `--dtype`: one text, eight, and the end of a long one."""
     works = DECODE if args.prompts is None else [(1, prompt, 63, True) for prompt in args.prompts]
-    return decoding(args, folder, works, {})
+    return decoding(args, folder, works, decoders(args))
 
 
 def bench_batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Greedy tokens of one text and of more at a time, in `--dtype`."""
+    """Greedy tokens of one text and of more at a time, in `--dtype`, without transformers."""
     works = [(batch, 32, 64, False) for batch in args.batches or BATCHES]
-    return decoding(args, folder, works, {})
+    return decoding(args, folder, works, ["ours", *others_that_decode()])
 
 
 def bench_sample(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Drawn tokens in float32, which differ between peers: their number alone is compared."""
-    return decoding(args, folder, DECODE[:2], SAMPLE)
+    return decoding(args, folder, DECODE[:2], decoders(args), SAMPLE)
 
 
 def decoding(
-    args: argparse.Namespace, folder: Path, works: list[tuple], sample: dict[str, Any]
+    args: argparse.Namespace,
+    folder: Path,
+    works: list[tuple],
+    names: list[str],
+    sample: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Races in decoding, drawn by the options of `sample` or greedy without any."""
+    sample = sample or {}
     results = {}
     kind = ", ".join(f"{name} {value}" for name, value in sample.items()) or "greedy"
     for model in args.models or ["gpt2"]:
         path = make_checkpoint(model, folder)
-        # PyTorch has no int8 of its own for this model, and on CPU bfloat16 that is no faster.
-        theirs = peers(args, "transformers") if args.dtype == "float32" else ["ours"]
-        names = theirs + (["CTranslate2"] if importlib.util.find_spec("ctranslate2") else [])
-        # Takes one text at a time.
-        alone = ["llama.cpp"] if importlib.util.find_spec("llama_cpp") else []
         for batch, prompt, new, after in works:
             spec = {
                 "folder": path,
@@ -276,14 +276,26 @@ def decoding(
             }
             # What rounds the weights chooses other tokens: their number alone is compared then.
             tolerance = 0 if args.dtype == "float32" else float("inf")
-            contenders = names + (alone if batch == 1 else [])
-            result = race("decode", spec, contenders, args.rounds, tolerance)
+            result = race("decode", spec, names, args.rounds, tolerance)
             title = f"decode {model}, batch {batch}, {new} tokens after {prompt}, {kind}"
             title += f", {args.dtype}"
             passes = WEIGHT_BYTES[args.dtype] * matrix_parameters(model) / batch
             show(title, "tokens/s", result, flops=2 * matrix_parameters(model), bytes=passes)
             results[title] = result
     return results
+
+
+def decoders(args: argparse.Namespace) -> list[str]:
+    """Returns the contenders that decode in `--dtype`."""
+    # PyTorch has no int8 of its own for this model, and on CPU bfloat16 that is no faster.
+    theirs = peers(args, "transformers") if args.dtype == "float32" else ["ours"]
+    return theirs + others_that_decode()
+
+
+def others_that_decode() -> list[str]:
+    """Returns the contenders, beside ours and HF's, that are installed and decode."""
+    modules = {"CTranslate2": "ctranslate2", "llama.cpp": "llama_cpp"}
+    return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
 def bench_prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -379,7 +391,7 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for batch, length, new in MEMORY:
             spec = {"folder": path, "batch": batch, "length": length, "new": new, "after": False}
             found = {}
-            for name in decoders(batch):
+            for name in ["ours", "transformers", *others_that_decode()]:
                 # Twice: the first may convert the weights, in this very process.
                 for _ in range(2):
                     contender = Contender("decode", name, spec | {"sample": {}})
@@ -390,16 +402,6 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(f"batch {batch}, {new} tokens after {length}: {shown}", flush=True)
             results[title] = found
     return results
-
-
-def decoders(batch: int) -> list[str]:
-    """Returns the contenders that are installed and decode so many texts at once."""
-    names = ["ours", "transformers"]
-    if importlib.util.find_spec("ctranslate2"):
-        names.append("CTranslate2")
-    if batch == 1 and importlib.util.find_spec("llama_cpp"):
-        names.append("llama.cpp")
-    return names
 
 
 def bench_speculate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -205,28 +205,94 @@ def ctranslate2_decode(spec: Spec) -> Once:
 
 
 def llama_decode(spec: Spec) -> Once:
-    """llama.cpp through llama-cpp-python, in float32, or q8_0 for int8; one text at a time."""
+    """llama.cpp by its own functions, all texts in one pass: in float32, bfloat16, or q8_0."""
     import llama_cpp
+    import numpy as np
 
-    file = gguf_of(spec["folder"], spec["dtype"])
-    threads = {"n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count()}
-    # A cache in float32, as the others', and no answer but the tokens.
-    options = {"n_ctx": 1024, "n_batch": 1024, "type_k": 0, "type_v": 0, "verbose": False}
-    model = llama_cpp.Llama(str(file), **threads, **options)
-    (prompt,) = tokens_of(spec, model.n_vocab()).tolist()
-    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
-    choice = {
-        names[name]: value
-        for name, value in ({"top_k": 1, "temperature": 0.0} | spec["sample"]).items()
-    }
-    choice |= {"min_p": 0.0, "repeat_penalty": 1.0}
+    context = llama_context(spec)
+    n_vocab = llama_cpp.llama_vocab_n_tokens(
+        llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context))
+    )
+    prompts = tokens_of(spec, n_vocab)
+    batch = llama_cpp.llama_batch_init(prompts.size, 0, 1)
+    chain = llama_samplers(spec["sample"]) if spec["sample"] else None
+
+    def read(tokens, start):
+        """Reads `[rows, columns]` tokens from a position on; returns where each row's last is."""
+        n_columns = tokens.shape[1]
+        batch.n_tokens = tokens.size
+        for place, id in enumerate(tokens.ravel().tolist()):
+            row, column = divmod(place, n_columns)
+            batch.token[place] = id
+            batch.pos[place] = start + column
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = row
+            batch.logits[place] = column == n_columns - 1
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama.cpp read no {tokens.shape} tokens at position {start}.")
+        return range(n_columns - 1, tokens.size, n_columns)
+
+    def choose(places):
+        """Returns the next token of each row, `[rows, 1]`."""
+        if chain is not None:
+            drawn = [llama_cpp.llama_sampler_sample(chain, context, place) for place in places]
+            return np.array(drawn)[:, None]
+        logits = llama_cpp.llama_get_logits(context)  # of those places alone, in their order
+        logits = np.ctypeslib.as_array(logits, (len(places), n_vocab))
+        return logits.argmax(axis=1)[:, None]
 
     def run(count):
-        model.reset()  # else it would keep what it has read
-        tokens = model.generate(prompt, **choice)
-        return [next(tokens) for _ in range(count)]
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        made = [choose(read(prompts, 0))]
+        for position in range(prompts.shape[1], prompts.shape[1] + count - 1):
+            made.append(choose(read(made[-1], position)))
+        return np.concatenate(made, axis=1).ravel().tolist()
 
     return decoding(spec, run)
+
+
+def llama_context(spec: Spec) -> Any:
+    """Returns what llama.cpp computes in: a model, and room for each text."""
+    import logging
+
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+    llama_cpp.llama_backend_init()
+    file = gguf_of(spec["folder"], spec["dtype"])
+    model = llama_cpp.llama_model_load_from_file(
+        str(file).encode(), llama_cpp.llama_model_default_params()
+    )
+    options = llama_cpp.llama_context_default_params()
+    n_slots = spec["length"] + spec["new"] + 1
+    options.n_ctx = spec["batch"] * n_slots
+    options.n_seq_max = spec["batch"]
+    options.n_batch = spec["batch"] * spec["length"]
+    options.kv_unified = True  # faster for 8 texts than each in a cache of its own
+    options.n_threads = os.cpu_count()
+    options.n_threads_batch = os.cpu_count()
+    # A cache in float32, as the others'.
+    options.type_k = 0
+    options.type_v = 0
+    context = llama_cpp.llama_init_from_model(model, options)
+    if context is None:
+        raise RuntimeError(f"llama.cpp has no context for {file}.")
+    return context
+
+
+def llama_samplers(sample: Spec) -> Any:
+    """Returns llama.cpp's chain of samplers for options of drawing."""
+    import llama_cpp
+
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for sampler in (
+        llama_cpp.llama_sampler_init_top_k(sample["top_k"]),
+        llama_cpp.llama_sampler_init_top_p(sample["top_p"], 1),
+        llama_cpp.llama_sampler_init_temp(sample["temperature"]),
+        llama_cpp.llama_sampler_init_dist(0),
+    ):
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
+    return chain
 
 
 def gguf_of(folder: str, dtype: str) -> Path:
@@ -801,7 +867,9 @@ def serve(work: str, name: str, spec: Spec) -> None:
         print(json.dumps({"answer": content}), flush=True)
 
     plain = name.removesuffix(", compiled")
-    once = CONTENDERS[work][plain](spec | {"compile": name != plain})
+    # Where a work has no other dtype, its spec names none.
+    spec = {"dtype": "float32"} | spec | {"compile": name != plain}
+    once = CONTENDERS[work][plain](spec)
     answer(numbers=once().numbers)  # compiles, and is the first to be compared
     for _ in sys.stdin:
         begun = time.perf_counter()

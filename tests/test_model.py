@@ -7,6 +7,7 @@ import pytest
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
 from gpt2_jax.interpretability.taps import site_names
+from gpt2_jax.kernels import FEW_ROWS
 from gpt2_jax.modules import dropout
 
 TINY = GPT2Config(
@@ -86,6 +87,24 @@ def test_prefill_decode_step_and_apply_agree(params, rng):
         chex.assert_trees_all_close(logits, expected[:, t - 1], atol=1e-6)
         logits, cache = decode_step(params, ids[:, t], cache, config=TINY)
     chex.assert_trees_all_close(logits, expected[:, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, FEW_ROWS + 1])
+def test_the_head_is_a_product_with_the_table_whatever_the_number_of_rows(rng, n_rows):
+    config = TINY.replace(dtype="float64")
+    hidden = rng.normal(size=(n_rows, 24))
+    table = rng.normal(size=(61, 24))
+    slopes = rng.normal(size=(n_rows, 61))
+
+    @jax.jit
+    def unembed(hidden, table):
+        return gpt2_jax.unembed({"wte": {"embedding": table}}, hidden, config=config)
+
+    logits, pull = jax.vjp(unembed, hidden, table)
+    hidden_grad, table_grad = pull(slopes)
+    np.testing.assert_allclose(logits, hidden @ table.T, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(hidden_grad, slopes @ table, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(table_grad, slopes.T @ hidden, rtol=0, atol=1e-12)
 
 
 def test_initialisation_follows_gpt2():
