@@ -526,9 +526,10 @@ def test_float8_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["banana", "int32", jnp.int16])
-def test_dtype_must_be_a_float(dtype):
+def test_dtype_must_be_a_float_or_int8(dtype):
     with pytest.raises(
-        CheckpointError, match="`dtype` must be one of float32, bfloat16, float16, float64; got"
+        CheckpointError,
+        match="`dtype` must be one of float32, bfloat16, float16, float64, int8; got",
     ):
         weights.from_hf(random_state(), CONFIG, dtype)
 
