@@ -96,13 +96,13 @@ def _table_product_turned(
 
 
 def contract(
-    a: Num[Array, "*n M K"],
-    b: Num[Array, "*n K N"],
+    a: Num[Array, "*n _ _"],
+    b: Num[Array, "*n _ _"],
     axes: tuple[int, int],
     *,
     dtype: DTypeLike,
     precision: str | None,
-) -> Num[Array, "*n M N"]:
+) -> Num[Array, "*n _ _"]:
     """Returns the matrix product of two arrays in `dtype`, summed over one axis of each.
 
     `axes` are those, of the last two: `(1, 0)` is `a @ b`, `(1, 1)` is `a @ b.T` and `(0, 0)` is

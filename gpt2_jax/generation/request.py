@@ -291,22 +291,17 @@ def make_request(
         )
     # Before the prompts are repeated, which is done on the device: a key for each text.
     n_rows = prompts.ids.shape[0] * n_sequences
-    # Arrays, and so no part of the program: other stop ids, if as many, compile nothing. Of numpy,
-    # as what the prompts are: each array that JAX makes itself is a program to load. Within
-    # programs they are JAX's, as the types of the fields say.
-    stop_ids: Any = np.asarray(endings.stop_ids, np.int32)
-    pad_id: Any = np.int32(endings.pad_id)
-    ids: Any = prompts.ids
-    lengths: Any = prompts.lengths
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
-        stop_ids=stop_ids,
-        pad_id=pad_id,
+        # An array, and so no part of the program: other stop ids, if as many, compile nothing. By
+        # way of numpy: an array that JAX makes of Python's numbers is a program to load.
+        stop_ids=jnp.asarray(np.asarray(endings.stop_ids, np.int32)),
+        pad_id=jnp.asarray(np.asarray(endings.pad_id, np.int32)),
         tap=as_pytree(tap),
         outputs=outputs,
     )
-    return Request(ids, lengths, rules)
+    return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
 
 
 def remember(request: Request, room: Room) -> Request:
