@@ -32,10 +32,16 @@ class Shift:
 class Left:
     by: Any
 
+    def __call__(self, logits, history=None):
+        return logits - self.by
+
 
 @struct.dataclass
 class Right:
     by: Any
+
+    def __call__(self, logits, history=None):
+        return logits + self.by
 
 
 def blank(cls):

@@ -373,7 +373,7 @@ def test_past_the_context_a_row_slides_on_from_its_last_tokens(params, rng, keep
                 token = int(logits.argmax())
             assert out.ids[row, i] == token
             logp = jax.nn.log_softmax(logits)[0, token]
-            np.testing.assert_allclose(out.logprobs[row, i], logp, atol=1e-5)
+            np.testing.assert_allclose(out.logprobs[row, i], logp, atol=2e-5)
             text.append(token)
     pieces = list(stream(params, ids, lengths, keys(3), keep=keep, chunk=5, **options))
     np.testing.assert_array_equal(np.concatenate([piece.ids for piece in pieces], axis=1), out.ids)
