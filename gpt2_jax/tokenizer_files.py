@@ -278,13 +278,13 @@ def _as_pairs(merges: list[Any], file: Path) -> list[Pair]:
     pairs: list[Any] = []
     for merge in merges:
         pairs.append(tuple(merge.split(" ") if isinstance(merge, str) else merge))
-    kinds = set(map(type, chain.from_iterable(pairs)))
-    for pair in pairs:
-        if len(pair) != 2 or kinds - {str}:
-            got = " ".join(map(str, pair))
-            expected = "a merge of two tokens with a space between"
-            raise ValueError(f"{file}: expected {expected}, got {got!r}.")
-    return pairs
+    # All at once, as every start waits for it: which one is wrong is looked for only then.
+    if set(map(len, pairs)) <= {2} and set(map(type, chain.from_iterable(pairs))) <= {str}:
+        return pairs
+    wrong = next(pair for pair in pairs if len(pair) != 2 or set(map(type, pair)) != {str})
+    got = " ".join(map(str, wrong))
+    expected = "a merge of two tokens with a space between"
+    raise ValueError(f"{file}: expected {expected}, got {got!r}.")
 
 
 # Whether a `tokenizer.json` does with a text what GPT-2's tokenizer does.

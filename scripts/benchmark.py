@@ -102,6 +102,8 @@ def race(work: str, spec: Spec, names: list[str], rounds: int, tolerance: float)
       RuntimeError: what they computed differs, by more than `tolerance` relative to the largest
         number.
     """
+    if spec.get("dtype", "float32") != "float32":
+        names = [*names, "ours, float32"]  # in the same rounds: what fewer bits give
     contenders = {name: Contender(work, name, spec) for name in names}
     machine = Contender("limits", "limits", spec)
     mine = contenders["ours"].ready["numbers"]
@@ -243,7 +245,7 @@ def bench_decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def bench_batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Greedy tokens of one text and of more at a time, in `--dtype`, without transformers."""
     works = [(batch, 32, 64, False) for batch in args.batches or BATCHES]
-    return decoding(args, folder, works, ["ours", *others_that_decode()])
+    return decoding(args, folder, works, ["ours", *others_that_decode(args.dtype)])
 
 
 def bench_sample(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -289,12 +291,14 @@ def decoders(args: argparse.Namespace) -> list[str]:
     """Returns the contenders that decode in `--dtype`."""
     # PyTorch has no int8 of its own for this model, and on CPU bfloat16 that is no faster.
     theirs = peers(args, "transformers") if args.dtype == "float32" else ["ours"]
-    return theirs + others_that_decode()
+    return theirs + others_that_decode(args.dtype)
 
 
-def others_that_decode() -> list[str]:
-    """Returns the contenders, beside ours and HF's, that are installed and decode."""
+def others_that_decode(dtype: str) -> list[str]:
+    """Returns the contenders, beside ours and HF's, that are installed and decode in a dtype."""
     modules = {"CTranslate2": "ctranslate2", "llama.cpp": "llama_cpp"}
+    if dtype == "bfloat16":
+        del modules["CTranslate2"]  # which refuses it on CPU
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
@@ -391,7 +395,7 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for batch, length, new in MEMORY:
             spec = {"folder": path, "batch": batch, "length": length, "new": new, "after": False}
             found = {}
-            for name in ["ours", "transformers", *others_that_decode()]:
+            for name in ["ours", "transformers", *others_that_decode("float32")]:
                 # Twice: the first may convert the weights, in this very process.
                 for _ in range(2):
                     contender = Contender("decode", name, spec | {"sample": {}})

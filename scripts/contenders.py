@@ -866,9 +866,12 @@ def serve(work: str, name: str, spec: Spec) -> None:
     def answer(**content):
         print(json.dumps({"answer": content}), flush=True)
 
-    plain = name.removesuffix(", compiled")
     # Where a work has no other dtype, its spec names none.
-    spec = {"dtype": "float32"} | spec | {"compile": name != plain}
+    spec = {"dtype": "float32"} | spec
+    plain, _, setting = name.partition(", ")
+    if setting == "float32":
+        spec["dtype"] = setting
+    spec["compile"] = setting == "compiled"
     once = CONTENDERS[work][plain](spec)
     answer(numbers=once().numbers)  # compiles, and is the first to be compared
     for _ in sys.stdin:

@@ -3,11 +3,12 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
 
-from gpt2_jax import Tokenizer
+from gpt2_jax import Tokenizer, tokenizer_files
 from gpt2_jax.files import read_json_object
 from gpt2_jax.pretrained import hub
 from gpt2_jax.tokenizer_files import TokenizerKindError
@@ -281,3 +282,10 @@ def test_a_class_that_cuts_otherwise_is_refused(folder, name):
     write(folder, "tokenizer_config", {"tokenizer_class": name})
     with pytest.raises(TokenizerKindError, match=f"the class {name} and merges.txt, "):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("wrong", [["a", 3], ["a", "b", "c"], "a b c"])
+def test_of_many_merges_the_wrong_one_is_named(wrong):
+    got = wrong if isinstance(wrong, str) else " ".join(map(str, wrong))
+    with pytest.raises(ValueError, match=f"merges.txt: .* with a space between, got '{got}'"):
+        tokenizer_files._as_pairs(["x y", ["x", "z"], wrong], Path("merges.txt"))

@@ -294,10 +294,9 @@ def make_request(
     rules = Rules(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
-        # An array, and so no part of the program: other stop ids, if as many, compile nothing. By
-        # way of numpy: an array that JAX makes of Python's numbers is a program to load.
-        stop_ids=jnp.asarray(np.asarray(endings.stop_ids, np.int32)),
-        pad_id=jnp.asarray(np.asarray(endings.pad_id, np.int32)),
+        # An array, and so no part of the program: other stop ids, if as many, compile nothing.
+        stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
+        pad_id=jnp.int32(endings.pad_id),
         tap=as_pytree(tap),
         outputs=outputs,
     )
