@@ -606,6 +606,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=4, help="plan: windows of a device")
     parser.add_argument("--remat", default="full", help="plan: none, dots or full")
+    parser.add_argument(
+        "--folder", metavar="FOLDER", help="keep the models there, for the next run to find"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, as JSON")
     args = parser.parse_args()
     if args.dtype == "int8" and args.work in ("train", "eval", "all"):
@@ -613,7 +616,8 @@ def main() -> None:
     facts = {"date": date.today().isoformat(), "cores": os.cpu_count(), "processor": processor()}
     facts |= {name: version(name) for name in ("jax", "flax", "optax", "torch", "transformers")}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    with tempfile.TemporaryDirectory() as folder:
+    place = contextlib.nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory()
+    with place as folder:
         # A plan is no race: who asks for all wants figures of this machine.
         races = [work for work in BENCHES if work != "plan"]
         works = races if args.work == "all" else [args.work]
