@@ -27,7 +27,6 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.kernels import table_product
 from gpt2_jax.modules import (
     GPT2,
     Blocks,
@@ -40,6 +39,7 @@ from gpt2_jax.modules import (
     prefixed,
     wide_dtype,
 )
+from gpt2_jax.products import table_product
 from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import (
     BATCH_AXES,

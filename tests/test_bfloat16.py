@@ -11,7 +11,7 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.kernels import contract
+from gpt2_jax.products import contract
 from gpt2_jax.training import step
 
 ROUNDING = 2.0**-8  # the most that a number changes, relatively, when it becomes bfloat16
