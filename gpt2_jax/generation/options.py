@@ -1,14 +1,15 @@
 """HF's generation options by their names: one table, and what is made of it.
 
 From `OPTIONS` come the sampler of `sampler_from_options`, the options of the command line and the
-table in the documentation. Knows the transforms of `sampling` by name alone, and imports them where
-one is made: the table is read without JAX.
+table in the documentation. Knows transforms and samplers by name alone, and imports them where one
+is made: the table is read without JAX.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gpt2_jax import generation  # whose modules are imported when a transform is made
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
 
@@ -62,39 +63,49 @@ class Option(NamedTuple):
 # Makers. What most transforms take is the option's value, and cuts also how many tokens they leave.
 
 
-def _transform(name: str) -> Maker:
-    """Returns the maker of a class in `sampling` that takes the option's value."""
+def _rule(name: str) -> Maker:
+    """Returns the maker of a class in `rules` that takes the option's value."""
 
     def make(value: Any, context: Context) -> Any:
         del context
-        return getattr(_sampling(), name)(value)
+        return getattr(generation.rules, name)(value)
 
     return make
 
 
 def _cut(name: str) -> Maker:
-    """Returns the maker of a class in `sampling` that also takes how many tokens must stay."""
+    """Returns the maker of a class in `cuts` that also takes how many tokens must stay."""
 
     def make(value: Any, context: Context) -> Any:
-        return getattr(_sampling(), name)(value, context.min_tokens_to_keep)
+        return getattr(generation.cuts, name)(value, context.min_tokens_to_keep)
 
     return make
 
 
+def _temperature(value: Any, context: Context) -> Any:
+    del context
+    return generation.cuts.Temperature(value)
+
+
+def _top_h(value: Any, context: Context) -> Any:
+    del context
+    return generation.cuts.TopH(value)
+
+
 def _top_k(value: Any, context: Context) -> Any:
     # HF's `min_tokens_to_keep` acts on the number itself here, and so on ties as well.
-    return _sampling().TopK(max(value, context.min_tokens_to_keep))
+    return generation.cuts.TopK(max(value, context.min_tokens_to_keep))
 
 
 def _sequence_bias(value: Any, context: Context) -> Any:
-    # Here, like `sampling`: the table is read without any arrays.
+    # Not at the top: the table is read without any arrays.
     import numpy as np
 
     del context
     pairs = _bias_pairs(value)
     sequences = tuple(tuple(sequence) for sequence, _ in pairs)
     biases = np.array([bias for _, bias in pairs], np.float32)
-    return _sampling().SequenceBias(sequences, biases)
+    return generation.rules.SequenceBias(sequences, biases)
 
 
 def _bad_words(value: Any, context: Context) -> Any:
@@ -103,23 +114,23 @@ def _bad_words(value: Any, context: Context) -> Any:
     words = [word for word in value if list(word) not in stops]
     if not words:
         # A maker owes a transform, and this one does nothing.
-        return _sampling().Chain()
-    return _sampling().SequenceBias.ban(words)
+        return generation.transforms.Chain()
+    return generation.rules.SequenceBias.ban(words)
 
 
 def _min_length(value: Any, context: Context) -> Any:
     # HF counts the prompt in `min_length` and not in `min_new_tokens`.
-    return _sampling().Suppress(context.stop_ids, length=value)
+    return generation.rules.Suppress(context.stop_ids, length=value)
 
 
 def _min_new_tokens(value: Any, context: Context) -> Any:
-    return _sampling().Suppress(context.stop_ids, steps=value)
+    return generation.rules.Suppress(context.stop_ids, steps=value)
 
 
 def _forced_first(value: Any, context: Context) -> Any:
     del context
     # HF acts where the text has one token, which for GPT-2 is a prompt of one.
-    return _sampling().Force((value,), length=1)
+    return generation.rules.Force((value,), length=1)
 
 
 def _forced_last(value: Any, context: Context) -> Any:
@@ -127,29 +138,29 @@ def _forced_last(value: Any, context: Context) -> Any:
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
     # Of several ids, any may come.
-    return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
+    return generation.rules.Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
 def _decay(value: Any, context: Context) -> Any:
     # HF has them as a pair too, the start counted from the end of the prompt.
     start, factor = value
-    return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
+    return generation.rules.ExponentialDecayLength(context.stop_ids, start, factor)
 
 
 def _suppress(value: Any, context: Context) -> Any:
     del context
-    return _sampling().Suppress(as_ids(value))
+    return generation.rules.Suppress(as_ids(value))
 
 
 def _suppress_first(value: Any, context: Context) -> Any:
     del context
     # HF counts from the prompt's end, and so from step 0, as here.
-    return _sampling().Suppress(as_ids(value), steps=1)
+    return generation.rules.Suppress(as_ids(value), steps=1)
 
 
 def _renormalize(value: Any, context: Context) -> Any:
     del value, context
-    return _sampling().Renormalize()
+    return generation.transforms.Renormalize()
 
 
 # Rules, for every search. The order of transforms is HF's
@@ -171,7 +182,7 @@ RULES = (
         metavar="R",
         help="above 1, makes tokens that have come, in the prompt too, less likely",
         here="`RepetitionPenalty`",
-        make=_transform("RepetitionPenalty"),
+        make=_rule("RepetitionPenalty"),
         range=ranges.POSITIVE,
         neutral=(1.0,),
     ),
@@ -181,7 +192,7 @@ RULES = (
         metavar="F",
         help="lowers a token's logit by F for each time that it was generated",
         here="`FrequencyPenalty`",
-        make=_transform("FrequencyPenalty"),
+        make=_rule("FrequencyPenalty"),
         range=ranges.FINITE,
         neutral=(0.0,),
         differs="OpenAI's",
@@ -192,7 +203,7 @@ RULES = (
         metavar="F",
         help="lowers the logit of tokens that were generated by F",
         here="`PresencePenalty`",
-        make=_transform("PresencePenalty"),
+        make=_rule("PresencePenalty"),
         range=ranges.FINITE,
         neutral=(0.0,),
         differs="OpenAI's",
@@ -203,7 +214,7 @@ RULES = (
         metavar="N",
         help="never repeat a run of N tokens",
         here="`NoRepeatNGram`",
-        make=_transform("NoRepeatNGram"),
+        make=_rule("NoRepeatNGram"),
         range=ranges.COUNT_OR_0,
         neutral=(0,),
         differs="padding is no token",
@@ -294,7 +305,7 @@ DRAWS = (
         metavar="T",
         help="below 1 is safer, above 1 is wilder",
         here="`Temperature`",
-        make=_transform("Temperature"),
+        make=_temperature,
         range=ranges.POSITIVE,
         neutral=(1.0,),
         needs="do_sample",
@@ -306,7 +317,7 @@ DRAWS = (
         metavar="H",
         help="draw from the likeliest that hold H of the entropy",
         here="`TopH`",
-        make=_transform("TopH"),
+        make=_top_h,
         range=ranges.POSITIVE_FRACTION,
         needs="do_sample",
     ),
@@ -524,10 +535,10 @@ def sampler_from_options(
         make = OPTIONS[name].make
         assert make is not None, name  # `_chosen` takes no others
         transforms.append(make(value, context))
-    sampling = _sampling()
     # Even of none: every sampler has a transform, which beams and speculation look for.
-    chain = sampling.Chain(tuple(transforms))
-    return sampling.Categorical(chain) if do_sample else sampling.Greedy(chain)
+    chain = generation.transforms.Chain(tuple(transforms))
+    samplers = generation.sampling
+    return samplers.Categorical(chain) if do_sample else samplers.Greedy(chain)
 
 
 def options_table() -> str:
@@ -606,7 +617,7 @@ def _check_ranges(chosen: Mapping[str, Any]) -> None:
     for name, value in chosen.items():
         expected = OPTIONS[name].range
         if expected is not None:
-            _sampling().check_range(name, value, expected)
+            generation.transforms.check_range(name, value, expected)
 
 
 def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
@@ -658,10 +669,3 @@ def as_ids(value: Any) -> tuple[int, ...]:
 def _bias_pairs(value: Any) -> list[tuple[Sequence[int], float]]:
     """Returns `sequence_bias` as pairs: HF has it as a mapping or as a list of pairs."""
     return list(value.items() if isinstance(value, Mapping) else value)
-
-
-def _sampling() -> Any:
-    # Not at the top: the command line reads this table before anything imports JAX.
-    from gpt2_jax.generation import sampling
-
-    return sampling

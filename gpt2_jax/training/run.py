@@ -44,8 +44,10 @@ from gpt2_jax.files import (
     replacing,
     write_json,
 )
+from gpt2_jax.generation.cuts import Temperature, TopK
 from gpt2_jax.generation.generate import generate
-from gpt2_jax.generation.sampling import Categorical, Chain, Temperature, TopK
+from gpt2_jax.generation.sampling import Categorical
+from gpt2_jax.generation.transforms import Chain
 from gpt2_jax.model import init
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
