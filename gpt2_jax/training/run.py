@@ -51,7 +51,8 @@ from gpt2_jax.generation.transforms import Chain
 from gpt2_jax.model import init
 from gpt2_jax.modules import Params
 from gpt2_jax.pretrained.hub import resolve
-from gpt2_jax.pretrained.weights import load, param_shapes, save
+from gpt2_jax.pretrained.layout import param_shapes
+from gpt2_jax.pretrained.weights import load, save
 from gpt2_jax.sharding import AXES, batch_sharding, make_mesh, n_batch_shards, shardings
 from gpt2_jax.stack import is_stacked, stack_layers, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer
