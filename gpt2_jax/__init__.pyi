@@ -85,14 +85,9 @@ from gpt2_jax.stack import stack_layers, unstack_layers
 from gpt2_jax.summary import Summary, summarize
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
-from gpt2_jax.training.step import (
-    TrainState,
-    init_state,
-    make_optimizer,
-    next_token_loss,
-    train_step,
-    warmup_cosine,
-)
+from gpt2_jax.training.losses import next_token_loss
+from gpt2_jax.training.optimizers import make_optimizer, warmup_cosine
+from gpt2_jax.training.step import TrainState, init_state, train_step
 
 __version__: str
 

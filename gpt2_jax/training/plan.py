@@ -32,9 +32,10 @@ from gpt2_jax.tokenizer_files import TokenizerKindError
 from gpt2_jax.training.checkpoint import placed_shape
 from gpt2_jax.training.corpus import Corpus
 from gpt2_jax.training.data import Batches
+from gpt2_jax.training.optimizers import make_optimizer, warmup_cosine
 from gpt2_jax.training.processes import agree
 from gpt2_jax.training.recipes import Recipe
-from gpt2_jax.training.step import TrainState, init_state, make_optimizer, warmup_cosine
+from gpt2_jax.training.step import TrainState, init_state
 from gpt2_jax.training.token_files import DataError
 
 TRAINING_BYTES = 12  # of each parameter, at the least: its value, gradient and mean in float32

@@ -34,6 +34,7 @@ from gpt2_jax.training.log import (
     TrainingError,
     plot_curves,
 )
+from gpt2_jax.training.losses import Metrics
 from gpt2_jax.training.plan import (
     Plan,
     Position,
@@ -62,7 +63,7 @@ from gpt2_jax.training.run_folder import (
     write_run,
 )
 from gpt2_jax.training.signals import stop_requests
-from gpt2_jax.training.step import Metrics, train_step
+from gpt2_jax.training.step import train_step
 from gpt2_jax.training.validation import evaluate, is_evaluated
 
 

@@ -20,9 +20,9 @@ from gpt2_jax.modules import Params
 from gpt2_jax.training.data import Ids, Place, windows
 from gpt2_jax.training.devices import gathered, on_mesh
 from gpt2_jax.training.log import Evaluation
+from gpt2_jax.training.losses import next_token_loss
 from gpt2_jax.training.plan import Plan, Position, apart
 from gpt2_jax.training.recipes import Recipe
-from gpt2_jax.training.step import next_token_loss
 
 # Of the samples at each evaluation: nanoGPT's `sample.py`.
 SAMPLE_TEMPERATURE = 0.8
