@@ -37,6 +37,7 @@ from gpt2_jax.interpretability.circuits import (
     qk_circuit,
 )
 from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
+from gpt2_jax.interpretability.edits import add, replace
 from gpt2_jax.interpretability.page import Page, inspect_page
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
@@ -60,20 +61,9 @@ from gpt2_jax.interpretability.reading import (
     stream_logits,
 )
 from gpt2_jax.interpretability.residual import ResidStack, resid_stack
+from gpt2_jax.interpretability.sites import SITES, axis_masks, find_sites, site_names
 from gpt2_jax.interpretability.stream import Captured, capture_stream
-from gpt2_jax.interpretability.taps import (
-    SITES,
-    ChainedTaps,
-    Edits,
-    add,
-    axis_masks,
-    capture,
-    find_sites,
-    make_tap,
-    patch,
-    replace,
-    site_names,
-)
+from gpt2_jax.interpretability.taps import ChainedTaps, Edits, capture, make_tap, patch
 from gpt2_jax.model import apply, decode_step, extend, init, prefill, run_layers, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer

@@ -149,8 +149,8 @@ def apply(
       inputs_embeds: what the table of embeddings would give, in the place of `ids`, which must be
         None then.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
-        place. See `gpt2_jax.interpretability.taps` for the sites and the methods that a tap may
-        have, and for `capture` and `patch`, which are easier.
+        place. See `gpt2_jax.interpretability.sites` for the sites, and `taps` beside it for the
+        methods that a tap may have, and for `capture` and `patch`, which are easier.
       dropout_key: turns dropout on.
       remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
         all but what dense layers give; or "full", all. True is "full".

@@ -6,7 +6,7 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
-from gpt2_jax.interpretability.taps import site_names
+from gpt2_jax.interpretability.sites import site_names
 from gpt2_jax.modules import dropout
 from gpt2_jax.products import FEW_ROWS
 

@@ -13,7 +13,8 @@ from gpt2_jax import generation, pytrees
 from gpt2_jax.generation.request import Rules
 from gpt2_jax.generation.sampling import Greedy
 from gpt2_jax.generation.transforms import Chain
-from gpt2_jax.interpretability.taps import Edits, add, replace
+from gpt2_jax.interpretability.edits import add, replace
+from gpt2_jax.interpretability.taps import Edits
 from gpt2_jax.pytrees import classes_of
 
 
