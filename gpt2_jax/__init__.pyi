@@ -17,10 +17,10 @@ from gpt2_jax.generation.constrained import (
 from gpt2_jax.generation.conversation import Conversation
 from gpt2_jax.generation.cuts import MinP, Temperature, TopK, TopP
 from gpt2_jax.generation.decode import Generation
+from gpt2_jax.generation.from_options import sampler_from_options
 from gpt2_jax.generation.generate import generate, join, stream
 from gpt2_jax.generation.generation_config import load_generation_config
 from gpt2_jax.generation.guided import Contrastive, Guidance
-from gpt2_jax.generation.options import sampler_from_options
 from gpt2_jax.generation.sampling import Categorical, Greedy
 from gpt2_jax.generation.speculate import Speculation, speculate
 from gpt2_jax.generation.text import Continuation, complete, encode_batch, stream_text
