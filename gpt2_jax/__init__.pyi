@@ -15,24 +15,16 @@ from gpt2_jax.generation.constrained import (
     from_regex,
 )
 from gpt2_jax.generation.conversation import Conversation
+from gpt2_jax.generation.cuts import MinP, Temperature, TopK, TopP
 from gpt2_jax.generation.decode import Generation
+from gpt2_jax.generation.from_options import sampler_from_options
 from gpt2_jax.generation.generate import generate, join, stream
 from gpt2_jax.generation.generation_config import load_generation_config
 from gpt2_jax.generation.guided import Contrastive, Guidance
-from gpt2_jax.generation.options import sampler_from_options
-from gpt2_jax.generation.sampling import (
-    Categorical,
-    Chain,
-    Greedy,
-    History,
-    MinP,
-    Stateful,
-    Temperature,
-    TopK,
-    TopP,
-)
+from gpt2_jax.generation.sampling import Categorical, Greedy
 from gpt2_jax.generation.speculate import Speculation, speculate
 from gpt2_jax.generation.text import Continuation, complete, encode_batch, stream_text
+from gpt2_jax.generation.transforms import Chain, History, Stateful
 from gpt2_jax.interpretability.circuits import (
     CircuitSVD,
     CompositionScores,
@@ -45,6 +37,7 @@ from gpt2_jax.interpretability.circuits import (
     qk_circuit,
 )
 from gpt2_jax.interpretability.edges import EDGE_SITES, Edge, EdgeScores, edge_attribution
+from gpt2_jax.interpretability.edits import add, replace
 from gpt2_jax.interpretability.page import Page, inspect_page
 from gpt2_jax.interpretability.patching import (
     mean_ablation,
@@ -68,20 +61,9 @@ from gpt2_jax.interpretability.reading import (
     stream_logits,
 )
 from gpt2_jax.interpretability.residual import ResidStack, resid_stack
+from gpt2_jax.interpretability.sites import SITES, axis_masks, find_sites, site_names
 from gpt2_jax.interpretability.stream import Captured, capture_stream
-from gpt2_jax.interpretability.taps import (
-    SITES,
-    ChainedTaps,
-    Edits,
-    add,
-    axis_masks,
-    capture,
-    find_sites,
-    make_tap,
-    patch,
-    replace,
-    site_names,
-)
+from gpt2_jax.interpretability.taps import ChainedTaps, Edits, capture, make_tap, patch
 from gpt2_jax.model import apply, decode_step, extend, init, prefill, run_layers, unembed
 from gpt2_jax.pretrained.hub import resolve
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained, load_tokenizer
@@ -93,14 +75,9 @@ from gpt2_jax.stack import stack_layers, unstack_layers
 from gpt2_jax.summary import Summary, summarize
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.lora import lora, merge_lora
-from gpt2_jax.training.step import (
-    TrainState,
-    init_state,
-    make_optimizer,
-    next_token_loss,
-    train_step,
-    warmup_cosine,
-)
+from gpt2_jax.training.losses import next_token_loss
+from gpt2_jax.training.optimizers import make_optimizer, warmup_cosine
+from gpt2_jax.training.step import TrainState, init_state, train_step
 
 __version__: str
 

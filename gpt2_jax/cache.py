@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gpt2_jax.config import GPT2Config, as_count
-from gpt2_jax.kernels import contract
+from gpt2_jax.products import contract
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, automatic, constrain, n_parts, own_values
 

@@ -27,7 +27,6 @@ from gpt2_jax.inputs import (
     read_layout,
     read_tokens,
 )
-from gpt2_jax.kernels import table_product
 from gpt2_jax.modules import (
     GPT2,
     Blocks,
@@ -40,6 +39,7 @@ from gpt2_jax.modules import (
     prefixed,
     wide_dtype,
 )
+from gpt2_jax.products import table_product
 from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import (
     BATCH_AXES,
@@ -149,8 +149,8 @@ def apply(
       inputs_embeds: what the table of embeddings would give, in the place of `ids`, which must be
         None then.
       tap: called as `tap(site, activation)` at every site; what it returns takes the activation's
-        place. See `gpt2_jax.interpretability.taps` for the sites and the methods that a tap may
-        have, and for `capture` and `patch`, which are easier.
+        place. See `gpt2_jax.interpretability.sites` for the sites, and `taps` beside it for the
+        methods that a tap may have, and for `capture` and `patch`, which are easier.
       dropout_key: turns dropout on.
       remat: what a backward pass recomputes of each layer instead of keeping it: "none"; "dots",
         all but what dense layers give; or "full", all. True is "full".

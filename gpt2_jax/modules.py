@@ -26,7 +26,8 @@ from gpt2_jax import cache as kv_cache
 from gpt2_jax import quantised
 from gpt2_jax.cache import LayerCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kernels import keeps_dense_products, normal, product, query_parts
+from gpt2_jax.kernels import normal, query_parts
+from gpt2_jax.products import keeps_dense_products, product
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.quantised import Quantised
 from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, mesh_of, n_batch_shards, n_parts

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kernels import in_turn
+from gpt2_jax.products import in_turn
 from gpt2_jax.pytrees import dataclass
 
 LARGEST = 127  # -128 is left out: what is symmetric needs no zero point

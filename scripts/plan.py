@@ -114,7 +114,9 @@ def compiled_step(options: dict[str, Any], args: argparse.Namespace, *, stacked:
 
     import gpt2_jax
     from gpt2_jax import sharding
+    from gpt2_jax.inputs import Layout
     from gpt2_jax.training import step as training
+    from gpt2_jax.training.losses import TextBatch
 
     config = gpt2_jax.GPT2Config(
         **options,
@@ -141,10 +143,10 @@ def compiled_step(options: dict[str, Any], args: argparse.Namespace, *, stacked:
     n_rows = args.rows * sharding.n_batch_shards(mesh) * args.micro_batches
     rows = sharding.batch_sharding(mesh)
     shape = (n_rows, config.n_positions + 1)
-    batch = training._Batch(
+    batch = TextBatch(
         ids=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
         weights=jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
-        layout=training.Layout(),
+        layout=Layout(),
         inputs_embeds=None,
     )
     specs = tuple(place.spec for place in jax.tree.leaves(where))
@@ -157,7 +159,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the plan of a step, as numbers."""
     import jax
 
-    from gpt2_jax.training import step as training
+    from gpt2_jax.training import losses
 
     options = MODELS[args.model]
     n_layers = options.get("n_layer", 12)
@@ -165,7 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     parts = args.micro_batches
     args.micro_batches = 1
     # In one chunk: a loop's body would be counted once.
-    training.LARGEST_LOGITS = 2**60
+    losses.LARGEST_LOGITS = 2**60
     costs = []
     for depth in (2, 3):
         jax.clear_caches()

@@ -11,8 +11,8 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import GPT2Config
-from gpt2_jax.kernels import contract
-from gpt2_jax.training import step
+from gpt2_jax.products import contract
+from gpt2_jax.training import losses
 
 ROUNDING = 2.0**-8  # the most that a number changes, relatively, when it becomes bfloat16
 AXES = list(pairs((0, 1), repeat=2))
@@ -149,7 +149,7 @@ def test_all_products_of_a_training_step_have_the_fast_form_on_cpu(chunked, monk
     # float32, and if the first operand is summed over its last axis.
     config = TINY.replace(dtype="bfloat16")
     if chunked:
-        monkeypatch.setattr(step, "LARGEST_LOGITS", 200)
+        monkeypatch.setattr(losses, "LARGEST_LOGITS", 200)
     loss = partial(gpt2_jax.next_token_loss, config=config)
     gradient = jax.jit(jax.grad(lambda params, ids: loss(params, ids)[0]))
     found = dots(gradient.lower(PARAMS, ids))

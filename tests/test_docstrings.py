@@ -14,7 +14,11 @@ TEXT = "\n".join(PAGES.values())
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: (\S+)$", re.MULTILINE)
 DATA = re.compile(r"^\.\. data:: (\S+)$", re.MULTILINE)
 ENTRIES = ENTRY.findall(TEXT)
-PAGES_INSTEAD = ("gpt2_jax.training.run.", "gpt2_jax.interpretability.plot.")
+PAGES_INSTEAD = (
+    "gpt2_jax.training.run.",
+    "gpt2_jax.training.run_folder.",
+    "gpt2_jax.interpretability.plot.",
+)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 
 

@@ -11,9 +11,9 @@ CLUSTERS = {"pretrained", "generation", "training", "evaluation", "interpretabil
 # Edges between clusters, each with what it is for.
 ALLOWED = {
     ("training/vocabularies.py", "pretrained"),  # the tokenizer of a checkpoint
-    # Weights to start from, and the export of those that came out.
-    ("training/run.py", "pretrained"),
-    ("training/run.py", "generation"),  # a sample text to look at
+    ("training/plan.py", "pretrained"),  # weights to start from
+    ("training/run.py", "pretrained"),  # the export of those that came out
+    ("training/validation.py", "generation"),  # a sample text to look at
     ("evaluation/harness.py", "pretrained"),  # the harness names a model, it does not pass one
     ("evaluation/harness.py", "generation"),  # tasks that let the model write
 }

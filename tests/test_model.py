@@ -6,9 +6,9 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import PRESETS, GPT2Config
-from gpt2_jax.interpretability.taps import site_names
-from gpt2_jax.kernels import FEW_ROWS
+from gpt2_jax.interpretability.sites import site_names
 from gpt2_jax.modules import dropout
+from gpt2_jax.products import FEW_ROWS
 
 TINY = GPT2Config(
     vocab_size=61, n_positions=24, n_embd=24, n_layer=2, n_head=3, eos_token_id=0, bos_token_id=0

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import pytest
 from flax import struct
 
-from gpt2_jax import pytrees
-from gpt2_jax.generation import sampling
+from gpt2_jax import generation, pytrees
 from gpt2_jax.generation.request import Rules
-from gpt2_jax.interpretability.taps import Edits, add, replace
+from gpt2_jax.generation.sampling import Greedy
+from gpt2_jax.generation.transforms import Chain
+from gpt2_jax.interpretability.edits import add, replace
+from gpt2_jax.interpretability.taps import Edits
 from gpt2_jax.pytrees import classes_of
 
 
@@ -53,7 +55,10 @@ def blank(cls):
 
 
 def test_structures_of_all_our_classes_differ():
-    ours = [c for c in vars(sampling).values() if hasattr(c, "__dataclass_fields__")]
+    homes = (generation.transforms, generation.cuts, generation.rules, generation.sampling)
+    named = [vars(home) for home in homes]
+    # A set, as modules hold what they import, too.
+    ours = {c for names in named for c in names.values() if hasattr(c, "__dataclass_fields__")}
     nodes = [*map(blank, ours), Edits({"wte": 0}), add(0), replace(0)]
     assert len(ours) > 20
     for one, other in combinations(nodes, 2):
@@ -64,11 +69,11 @@ def test_rules_tell_users_classes_apart():
     def rules(sampler, tap=None):
         return jax.tree.structure(Rules(None, sampler, jnp.array([0]), jnp.int32(0), tap))
 
-    chained = sampling.Greedy(sampling.Chain((Left(1.0),)))
-    other = sampling.Greedy(sampling.Chain((Right(1.0),)))
+    chained = Greedy(Chain((Left(1.0),)))
+    other = Greedy(Chain((Right(1.0),)))
     assert rules(chained) != rules(other)
     assert rules(None, Left(1.0)) != rules(None, Right(1.0))
-    assert rules(chained) == rules(sampling.Greedy(sampling.Chain((Left(2.0),))))
+    assert rules(chained) == rules(Greedy(Chain((Left(2.0),))))
     assert hash(classes_of(chained)) != hash(classes_of(other))
 
 

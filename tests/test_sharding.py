@@ -16,6 +16,7 @@ from gpt2_jax.generation import decode
 from gpt2_jax.interpretability.reading import logit_lens
 from gpt2_jax.pretrained.formats import SafetensorsFile
 from gpt2_jax.training import step
+from gpt2_jax.training.losses import make_batch
 from tests.reference import ROOT, assert_near
 
 # Large weights: of small ones, all texts are alike.
@@ -280,7 +281,7 @@ def test_a_decode_step_along_tensor_sums_activations_and_nothing_else(params, id
 def test_a_training_step_along_tensor_gathers_no_param(params, ids):
     state = gpt2_jax.init_state(sharding.shard(params, sharding.make_mesh("tensor=4")), TX)
     program = step._Program(TX, 1, "none", None, None, sharding.places(state))
-    batch = step._make_batch(ids, None, step.Layout(), None, CONFIG)
+    batch = make_batch(ids, None, step.Layout(), None, CONFIG)
     lowered = step._train_step.lower(state, batch, None, config=CONFIG, program=program)
     sent = between_devices(lowered.compile().as_text())
     gathered = [shape for name, shapes in sent if name == "all-gather" for shape in shapes]

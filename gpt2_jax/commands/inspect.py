@@ -20,7 +20,7 @@ from gpt2_jax.commands.common import add_model_arguments, check_numbers, unwindi
 from gpt2_jax.files import replacing
 from gpt2_jax.generation import ranges
 from gpt2_jax.interpretability import page, plot, views
-from gpt2_jax.interpretability.taps import find_sites, site_axes
+from gpt2_jax.interpretability.sites import find_sites, site_axes
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
 from gpt2_jax.tokenizer import Tokenizer
 

@@ -35,9 +35,10 @@ except ImportError as error:
 from gpt2_jax.config import as_count, ids_within
 from gpt2_jax.evaluation.pairs import encode_pair
 from gpt2_jax.evaluation.score import ScoreRequest, after, rolling_windows, score, score_groups
+from gpt2_jax.generation.from_options import sampler_from_options
 from gpt2_jax.generation.generate import Generation, stream
 from gpt2_jax.generation.generation_config import HF_TOP_K
-from gpt2_jax.generation.options import OPTIONS, sampler_from_options
+from gpt2_jax.generation.options import OPTIONS
 from gpt2_jax.inputs import pad_rows
 from gpt2_jax.pretrained.loading import load_pretrained
 

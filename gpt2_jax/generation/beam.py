@@ -33,7 +33,7 @@ from gpt2_jax.generation.request import (
     remember,
     transform_of,
 )
-from gpt2_jax.generation.sampling import History, Room, select_state, update_state
+from gpt2_jax.generation.transforms import History, Room, select_state, update_state
 from gpt2_jax.model import decode_step, prefill
 from gpt2_jax.modules import Params, Tap, no_tap
 from gpt2_jax.sharding import automatic, constrain

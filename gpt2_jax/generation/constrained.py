@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
-from gpt2_jax.generation.sampling import History, Ids, Logits, Room, Stateful
+from gpt2_jax.generation.transforms import History, Ids, Logits, Room, Stateful
 from gpt2_jax.pytrees import dataclass, static
 from gpt2_jax.tokenizer import Tokenizer
 

@@ -35,7 +35,7 @@ from gpt2_jax.generation.request import (
     read_prompts,
     remember,
 )
-from gpt2_jax.generation.sampling import Room
+from gpt2_jax.generation.transforms import Room
 from gpt2_jax.inputs import check_side, pad_rows
 from gpt2_jax.modules import Params, Tap
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from gpt2_jax.config import GPT2Config, ids_within
 from gpt2_jax.files import read_json_object
-from gpt2_jax.generation.options import OPTIONS, sampler_from_options
+from gpt2_jax.generation.from_options import sampler_from_options
+from gpt2_jax.generation.options import OPTIONS
 
 HF_TOP_K = 50  # what HF's `generate` cuts to when it samples, unless it is told otherwise
 

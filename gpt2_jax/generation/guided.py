@@ -17,7 +17,7 @@ from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, cache_slots
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation import ranges
-from gpt2_jax.generation.sampling import (
+from gpt2_jax.generation.transforms import (
     History,
     Ids,
     Logits,

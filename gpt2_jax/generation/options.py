@@ -1,19 +1,17 @@
-"""HF's generation options by their names: one table, and what is made of it.
+"""HF's generation options by their names: one table.
 
 From `OPTIONS` come the sampler of `sampler_from_options`, the options of the command line and the
-table in the documentation. Knows the transforms of `sampling` by name alone, and imports them where
-one is made: the table is read without JAX.
+table in the documentation. Knows transforms by name alone, and imports them where one is made: the
+table is read without JAX.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from gpt2_jax import generation  # whose modules are imported when a transform is made
 from gpt2_jax.generation import ranges
 from gpt2_jax.generation.ranges import Range
-
-if TYPE_CHECKING:
-    from gpt2_jax.generation.sampling import Categorical, Greedy
 
 
 class Context(NamedTuple):
@@ -62,39 +60,49 @@ class Option(NamedTuple):
 # Makers. What most transforms take is the option's value, and cuts also how many tokens they leave.
 
 
-def _transform(name: str) -> Maker:
-    """Returns the maker of a class in `sampling` that takes the option's value."""
+def _rule(name: str) -> Maker:
+    """Returns the maker of a class in `rules` that takes the option's value."""
 
     def make(value: Any, context: Context) -> Any:
         del context
-        return getattr(_sampling(), name)(value)
+        return getattr(generation.rules, name)(value)
 
     return make
 
 
 def _cut(name: str) -> Maker:
-    """Returns the maker of a class in `sampling` that also takes how many tokens must stay."""
+    """Returns the maker of a class in `cuts` that also takes how many tokens must stay."""
 
     def make(value: Any, context: Context) -> Any:
-        return getattr(_sampling(), name)(value, context.min_tokens_to_keep)
+        return getattr(generation.cuts, name)(value, context.min_tokens_to_keep)
 
     return make
 
 
+def _temperature(value: Any, context: Context) -> Any:
+    del context
+    return generation.cuts.Temperature(value)
+
+
+def _top_h(value: Any, context: Context) -> Any:
+    del context
+    return generation.cuts.TopH(value)
+
+
 def _top_k(value: Any, context: Context) -> Any:
     # HF's `min_tokens_to_keep` acts on the number itself here, and so on ties as well.
-    return _sampling().TopK(max(value, context.min_tokens_to_keep))
+    return generation.cuts.TopK(max(value, context.min_tokens_to_keep))
 
 
 def _sequence_bias(value: Any, context: Context) -> Any:
-    # Here, like `sampling`: the table is read without any arrays.
+    # Not at the top: the table is read without any arrays.
     import numpy as np
 
     del context
-    pairs = _bias_pairs(value)
+    pairs = bias_pairs(value)
     sequences = tuple(tuple(sequence) for sequence, _ in pairs)
     biases = np.array([bias for _, bias in pairs], np.float32)
-    return _sampling().SequenceBias(sequences, biases)
+    return generation.rules.SequenceBias(sequences, biases)
 
 
 def _bad_words(value: Any, context: Context) -> Any:
@@ -103,23 +111,23 @@ def _bad_words(value: Any, context: Context) -> Any:
     words = [word for word in value if list(word) not in stops]
     if not words:
         # A maker owes a transform, and this one does nothing.
-        return _sampling().Chain()
-    return _sampling().SequenceBias.ban(words)
+        return generation.transforms.Chain()
+    return generation.rules.SequenceBias.ban(words)
 
 
 def _min_length(value: Any, context: Context) -> Any:
     # HF counts the prompt in `min_length` and not in `min_new_tokens`.
-    return _sampling().Suppress(context.stop_ids, length=value)
+    return generation.rules.Suppress(context.stop_ids, length=value)
 
 
 def _min_new_tokens(value: Any, context: Context) -> Any:
-    return _sampling().Suppress(context.stop_ids, steps=value)
+    return generation.rules.Suppress(context.stop_ids, steps=value)
 
 
 def _forced_first(value: Any, context: Context) -> Any:
     del context
     # HF acts where the text has one token, which for GPT-2 is a prompt of one.
-    return _sampling().Force((value,), length=1)
+    return generation.rules.Force((value,), length=1)
 
 
 def _forced_last(value: Any, context: Context) -> Any:
@@ -127,29 +135,29 @@ def _forced_last(value: Any, context: Context) -> Any:
     if context.max_new_tokens is None:
         raise ValueError("`forced_eos_token_id` needs to know `max_new_tokens`.")
     # Of several ids, any may come.
-    return _sampling().Force(as_ids(value), step=context.max_new_tokens - 1)
+    return generation.rules.Force(as_ids(value), step=context.max_new_tokens - 1)
 
 
 def _decay(value: Any, context: Context) -> Any:
     # HF has them as a pair too, the start counted from the end of the prompt.
     start, factor = value
-    return _sampling().ExponentialDecayLength(context.stop_ids, start, factor)
+    return generation.rules.ExponentialDecayLength(context.stop_ids, start, factor)
 
 
 def _suppress(value: Any, context: Context) -> Any:
     del context
-    return _sampling().Suppress(as_ids(value))
+    return generation.rules.Suppress(as_ids(value))
 
 
 def _suppress_first(value: Any, context: Context) -> Any:
     del context
     # HF counts from the prompt's end, and so from step 0, as here.
-    return _sampling().Suppress(as_ids(value), steps=1)
+    return generation.rules.Suppress(as_ids(value), steps=1)
 
 
 def _renormalize(value: Any, context: Context) -> Any:
     del value, context
-    return _sampling().Renormalize()
+    return generation.transforms.Renormalize()
 
 
 # Rules, for every search. The order of transforms is HF's
@@ -171,7 +179,7 @@ RULES = (
         metavar="R",
         help="above 1, makes tokens that have come, in the prompt too, less likely",
         here="`RepetitionPenalty`",
-        make=_transform("RepetitionPenalty"),
+        make=_rule("RepetitionPenalty"),
         range=ranges.POSITIVE,
         neutral=(1.0,),
     ),
@@ -181,7 +189,7 @@ RULES = (
         metavar="F",
         help="lowers a token's logit by F for each time that it was generated",
         here="`FrequencyPenalty`",
-        make=_transform("FrequencyPenalty"),
+        make=_rule("FrequencyPenalty"),
         range=ranges.FINITE,
         neutral=(0.0,),
         differs="OpenAI's",
@@ -192,7 +200,7 @@ RULES = (
         metavar="F",
         help="lowers the logit of tokens that were generated by F",
         here="`PresencePenalty`",
-        make=_transform("PresencePenalty"),
+        make=_rule("PresencePenalty"),
         range=ranges.FINITE,
         neutral=(0.0,),
         differs="OpenAI's",
@@ -203,7 +211,7 @@ RULES = (
         metavar="N",
         help="never repeat a run of N tokens",
         here="`NoRepeatNGram`",
-        make=_transform("NoRepeatNGram"),
+        make=_rule("NoRepeatNGram"),
         range=ranges.COUNT_OR_0,
         neutral=(0,),
         differs="padding is no token",
@@ -294,7 +302,7 @@ DRAWS = (
         metavar="T",
         help="below 1 is safer, above 1 is wilder",
         here="`Temperature`",
-        make=_transform("Temperature"),
+        make=_temperature,
         range=ranges.POSITIVE,
         neutral=(1.0,),
         needs="do_sample",
@@ -306,7 +314,7 @@ DRAWS = (
         metavar="H",
         help="draw from the likeliest that hold H of the entropy",
         here="`TopH`",
-        make=_transform("TopH"),
+        make=_top_h,
         range=ranges.POSITIVE_FRACTION,
         needs="do_sample",
     ),
@@ -475,61 +483,6 @@ ELSEWHERE = (
 )
 
 
-def sampler_from_options(
-    options: Mapping[str, Any],
-    *,
-    do_sample: bool = False,
-    stop_ids: Sequence[int] = (),
-    max_new_tokens: int | None = None,
-    vocab_size: int | None = None,
-    num_beams: int = 1,
-) -> "Greedy | Categorical":
-    """Returns the sampler that HF's `generate` is with these options.
-
-    Options are such as `{"top_k": 50, "temperature": 0.7}`; two names are OpenAI's:
-    `frequency_penalty` and `presence_penalty`. An option that is None, or has the value that
-    changes nothing, is left out. Nothing is cut that is not asked for: HF's own default is
-    `top_k=50`. It compiles nothing.
-
-    Args:
-      options: HF's name of each option to its value.
-      do_sample: draw tokens; otherwise the likeliest is taken.
-      stop_ids: what ends a text, for the options that are about its length.
-      max_new_tokens: for `forced_eos_token_id`.
-      vocab_size: what ids must be less than, where it is given.
-      num_beams: from 2 on, for `beam_search`: then cuts leave one token more than there are stop
-        ids, at least two.
-
-    Raises:
-      ValueError: an option is unknown, out of range, needs `do_sample`, or needs a stop id.
-
-    Examples:
-      >>> sampler = gpt2_jax.sampler_from_options({"top_k": 40, "temperature": 0.8}, do_sample=True)
-      >>> sampler.transform.transforms  # in HF's order
-      (Temperature(temperature=0.8), TopK(k=40))
-    """
-    # What changes nothing is left out first: a file may spell out what a check would refuse.
-    chosen = _chosen(options)
-    # All of them before anything is made, so that messages have the user's names.
-    _check_needs(chosen, do_sample, stop_ids)
-    _check_ranges(chosen)
-    _check_first_and_last(chosen)
-    if vocab_size is not None:
-        _check_ids(chosen, stop_ids, vocab_size)
-    # As in HF's code: a beam that ends must leave another one to go on.
-    min_tokens_to_keep = 1 if num_beams == 1 else max(2, 1 + len(stop_ids))
-    context = Context(tuple(stop_ids), max_new_tokens, min_tokens_to_keep)
-    transforms = []
-    for name, value in chosen.items():
-        make = OPTIONS[name].make
-        assert make is not None, name  # `_chosen` takes no others
-        transforms.append(make(value, context))
-    sampling = _sampling()
-    # Even of none: every sampler has a transform, which beams and speculation look for.
-    chain = sampling.Chain(tuple(transforms))
-    return sampling.Categorical(chain) if do_sample else sampling.Greedy(chain)
-
-
 def options_table() -> str:
     """Returns the documentation's table of options, as Markdown."""
     # A test holds docs/generation.md to it.
@@ -545,123 +498,11 @@ def options_table() -> str:
     return "\n".join(lines)
 
 
-def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that change something, in the order of their transforms.
-
-    Raises:
-      ValueError: there is no transform for one.
-    """
-    known = [option for option in OPTIONS.values() if option.make is not None]
-    names = [option.name for option in known]
-    unknown = sorted(options.keys() - set(names))
-    if unknown:
-        listed = ", ".join(unknown)
-        supported = ", ".join(names)
-        raise ValueError(
-            f"These options are not supported: {listed}. There are {supported}.{_advice(unknown)}"
-        )
-    # In the order of the table, whatever order the user's are in: transforms do not commute.
-    return {
-        option.name: options[option.name]
-        for option in known
-        if not changes_nothing(option, options.get(option.name))
-    }
-
-
-def _advice(unknown: Sequence[str]) -> str:
-    """Returns what else there is for options that are no transforms made of a value."""
-    elsewhere = {name: here for name, here, _ in ELSEWHERE if here != "raises"}
-    known = [f"`{name}` is {elsewhere[name]}" for name in unknown if name in elsewhere]
-    return f" Elsewhere: {'; '.join(known)}." if known else ""
-
-
-def changes_nothing(option: Option, value: Any) -> bool:
-    """Returns whether a value is None or neutral.
-
-    An array, with a number for each row, may be neutral in some rows: it is not compared.
-    """
-    if value is None:
-        return True
-    # numpy's and JAX's arrays, traced ones too, without importing either.
-    is_array = hasattr(value, "shape")
-    return not is_array and value in option.neutral
-
-
-def _check_needs(chosen: Mapping[str, Any], do_sample: bool, stop_ids: Sequence[int]) -> None:
-    """Raises `ValueError` for options that would do nothing."""
-    # HF warns, or passes such options over: who asks for them has mistaken what is done.
-    if not do_sample:
-        idle = [name for name in chosen if OPTIONS[name].needs == "do_sample"]
-        if idle:
-            raise ValueError(f"{', '.join(idle)} acts on random draws: set `do_sample`.")
-    if not stop_ids:
-        idle = [name for name in chosen if OPTIONS[name].needs == "stop_ids"]
-        if idle:
-            raise ValueError(f"{', '.join(idle)} acts on stop ids, and there are none.")
-
-
-def _check_ranges(chosen: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a number out of its option's range."""
-    # Here with the option's name; the class would name its own field.
-    for name, value in chosen.items():
-        expected = OPTIONS[name].range
-        if expected is not None:
-            _sampling().check_range(name, value, expected)
-
-
-def _check_first_and_last(chosen: Mapping[str, Any]) -> None:
-    """Raises `ValueError` where a token would be forced and removed at once."""
-    # HF then moves the second on by a token after a prompt of one, which nobody expects.
-    if "forced_bos_token_id" in chosen and "begin_suppress_tokens" in chosen:
-        both = "`forced_bos_token_id` and `begin_suppress_tokens`"
-        raise ValueError(f"{both} are both about the first token: give one.")
-    # Here by ids, unlike above: another token that is suppressed is no contradiction.
-    suppressed = set(as_ids(chosen.get("suppress_tokens", ())))
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        if name not in chosen:
-            continue
-        # HF suppresses after it has forced, and so leaves no token at all.
-        if suppressed.issuperset(as_ids(chosen[name])):
-            named = f"`{name}` ({chosen[name]})"
-            raise ValueError(f"{named} is in `suppress_tokens`, so no token would be left.")
-
-
-def _check_ids(chosen: Mapping[str, Any], stop_ids: Sequence[int], vocab_size: int) -> None:
-    """Raises `ValueError` for an id outside the vocabulary."""
-    expected = f"ids in [0, {vocab_size}) (`vocab_size`)"
-    for name, value in chosen.items():
-        # Before any array is made: JAX would drop an id beyond the last without a word.
-        ids = list(_ids_in(OPTIONS[name], value))
-        if OPTIONS[name].needs == "stop_ids":
-            ids += stop_ids  # its transform acts on these
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"`{name}` must hold {expected}, got {token}.")
-
-
-def _ids_in(option: Option, value: Any) -> Iterable[int]:
-    """Returns every token id in an option's value."""
-    if option.kind in ("id", "ids"):
-        return as_ids(value)
-    if option.kind == "runs":
-        return [token for run in value for token in run]
-    if option.kind == "biases":
-        return [token for run, _ in _bias_pairs(value) for token in run]
-    return ()
-
-
 def as_ids(value: Any) -> tuple[int, ...]:
     """Returns one id, or a sequence of ids, as a tuple."""
     return (int(value),) if isinstance(value, Integral) else tuple(value)
 
 
-def _bias_pairs(value: Any) -> list[tuple[Sequence[int], float]]:
+def bias_pairs(value: Any) -> list[tuple[Sequence[int], float]]:
     """Returns `sequence_bias` as pairs: HF has it as a mapping or as a list of pairs."""
     return list(value.items() if isinstance(value, Mapping) else value)
-
-
-def _sampling() -> Any:
-    # Not at the top: the command line reads this table before anything imports JAX.
-    from gpt2_jax.generation import sampling
-
-    return sampling

@@ -20,7 +20,8 @@ from jaxtyping import Array, Int, Key, UInt32
 
 from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
 from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
-from gpt2_jax.generation.sampling import Room, as_sampler, init_state, is_stateful
+from gpt2_jax.generation.sampling import as_sampler
+from gpt2_jax.generation.transforms import Room, init_state, is_stateful
 from gpt2_jax.inputs import check_ids, check_side, pad_rows
 from gpt2_jax.model import apply, init
 from gpt2_jax.modules import Tap, repeated

@@ -18,13 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.circuits import head_weights
+from gpt2_jax.interpretability.edits import Edit
 from gpt2_jax.interpretability.reading import (
     Metric,
     SiteGradients,
     check_donors,
     gradients_under,
 )
-from gpt2_jax.interpretability.taps import ChainedTaps, Edit, find_sites, make_tap
+from gpt2_jax.interpretability.sites import find_sites
+from gpt2_jax.interpretability.taps import ChainedTaps, make_tap
 from gpt2_jax.model import Params
 from gpt2_jax.modules import wide_dtype
 from gpt2_jax.pytrees import dataclass, static

@@ -15,7 +15,8 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import replacing
-from gpt2_jax.interpretability.taps import Edit, find_sites
+from gpt2_jax.interpretability.edits import Edit
+from gpt2_jax.interpretability.sites import find_sites
 from gpt2_jax.interpretability.views import TextView, view_text
 from gpt2_jax.modules import Params
 from gpt2_jax.tokenizer import Tokenizer

@@ -17,21 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import check_ids
+from gpt2_jax.interpretability.edits import AnyArray, Edit, Positions, replace
 from gpt2_jax.interpretability.reading import Metric
-from gpt2_jax.interpretability.taps import (
-    AnyArray,
-    Edit,
-    Positions,
-    at_last_token,
-    axis_masks,
-    capture,
-    find_site,
-    find_sites,
-    make_tap,
-    patch,
-    replace,
-    site_axes,
-)
+from gpt2_jax.interpretability.sites import axis_masks, find_site, find_sites, site_axes
+from gpt2_jax.interpretability.taps import at_last_token, capture, make_tap, patch
 from gpt2_jax.model import Params, hidden_states, unembed
 from gpt2_jax.modules import Tap, placed, wants
 from gpt2_jax.sharding import automatic

@@ -15,18 +15,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interpretability.circuits import head_weights
+from gpt2_jax.interpretability.edits import AnyArray, Edit, add
+from gpt2_jax.interpretability.sites import find_sites
 from gpt2_jax.interpretability.taps import (
     Acts,
-    AnyArray,
     ChainedTaps,
-    Edit,
     Edits,
     Recorder,
-    add,
     at_last_token,
     by_layer,
     capture,
-    find_sites,
     make_tap,
 )
 from gpt2_jax.model import Params, apply, head_matrix, unembed

@@ -13,15 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.interpretability.taps import (
-    Acts,
-    Edit,
-    at_last_token,
-    capture,
-    find_site,
-    site_axes,
-    site_names,
-)
+from gpt2_jax.interpretability.edits import Edit
+from gpt2_jax.interpretability.sites import find_site, site_axes, site_names
+from gpt2_jax.interpretability.taps import Acts, at_last_token, capture
 from gpt2_jax.model import Params
 from gpt2_jax.modules import dense_kernel
 from gpt2_jax.pytrees import dataclass, static

@@ -13,7 +13,9 @@ from jaxtyping import Array, Int
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import check_ids
-from gpt2_jax.interpretability.taps import Acts, AnyArray, Edit, Recorder, find_sites, make_tap
+from gpt2_jax.interpretability.edits import AnyArray, Edit
+from gpt2_jax.interpretability.sites import find_sites
+from gpt2_jax.interpretability.taps import Acts, Recorder, make_tap
 from gpt2_jax.model import Params, apply
 from gpt2_jax.rebuilt import TapArgument, tap_argument
 

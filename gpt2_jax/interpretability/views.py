@@ -15,18 +15,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.config import GPT2Config, as_count
+from gpt2_jax.interpretability.edits import Edit
 from gpt2_jax.interpretability.patching import patch_each
 from gpt2_jax.interpretability.reading import stream_logits
-from gpt2_jax.interpretability.taps import (
-    Acts,
-    Edit,
-    Edits,
-    axis_masks,
-    capture,
-    find_sites,
-    make_tap,
-    site_axes,
-)
+from gpt2_jax.interpretability.sites import axis_masks, find_sites, site_axes
+from gpt2_jax.interpretability.taps import Acts, Edits, capture, make_tap
 from gpt2_jax.model import Params, apply
 
 # Wraps batches of masks on their way, such as `tqdm`, to show how far a sweep is.

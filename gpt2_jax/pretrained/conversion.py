@@ -17,7 +17,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import CheckpointError, local_path, replacing, write_json
 from gpt2_jax.model import apply
 from gpt2_jax.modules import Params
-from gpt2_jax.pretrained import hub, loading, weights
+from gpt2_jax.pretrained import hub, loading, params_file, reading, weights
 from gpt2_jax.pretrained.foreign import export, find, flax_msgpack
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_files import files_in
@@ -71,7 +71,7 @@ def convert(
       CheckpointError: the source is no sound GPT-2, the target is in use, PyTorch is not installed,
         or the logits differ.
     """
-    dtype = weights.checked_dtype(dtype)  # which are fewer than `load` takes
+    dtype = reading.checked_dtype(dtype)  # which are fewer than `load` takes
     place = hub.resolve(source, revision=revision)
     brings_tokenizer = bool(files_in(find.folder_of(place))) or find.has_tokenizer(place)
     keep = None
@@ -118,7 +118,7 @@ def read(
 def write(target: Path, params: Params, config: GPT2Config, *, source: Path) -> None:
     """Writes a file, by the ending of its name, or a folder, with the source's tokenizer."""
     if is_params_file(target):
-        weights.save_params(target, params, config)
+        params_file.save_params(target, params, config)
         return
     if export.is_written(target):
         export.write(target, params, config, lambda: _tokenizer_of(source))

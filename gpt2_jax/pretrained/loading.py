@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import read_json_object
 from gpt2_jax.modules import Params
-from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained import reading, weights
 from gpt2_jax.pretrained.foreign import find
 from gpt2_jax.pretrained.formats import WEIGHT_FILE
 from gpt2_jax.pretrained.hub import HUB_IDS, resolve
@@ -93,7 +93,7 @@ def load_pretrained(
       (3, 4096)
       >>> config, params, tokenizer = model  # it unpacks, the config first
     """
-    dtype = weights.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
+    dtype = reading.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from gpt2_jax.files import CheckpointError, check_content, replacing
-from gpt2_jax.training.step import Metrics
+from gpt2_jax.training.losses import Metrics
 
 # `(step, values)`: what one line of `metrics.jsonl` holds by name, such as `loss` or `val_loss`.
 LogFn = Callable[[int, dict[str, Any]], None]

@@ -1,18 +1,14 @@
-"""The training step: loss, optimizer, state, update. Knows the model; nothing of files or loops.
+"""The training step: gradients of a loss, an update, the state. Knows nothing of files or loops.
 
-It equals PyTorch's on HF's model, setting for setting:
+What is learnt from is `losses`', and how far a step goes `optimizers`'. It equals PyTorch's on HF's
+model, setting for setting, as these do:
 
 | here | PyTorch |
 |---|---|
-| `make_optimizer(lr, b1=, b2=, eps=, weight_decay=)` | `AdamW(lr=, betas=, eps=, weight_decay=)` |
-| decay of leaves of two axes | two groups: `p.ndim >= 2`, and the rest with `weight_decay=0` |
-| `max_grad_norm` | `clip_grad_norm_(max_norm)`; it divides by `norm + 1e-6`, optax by `norm` |
-| `warmup_cosine` | `LambdaLR` over the same formula; PyTorch's steps count from 0 likewise |
 | `micro_batches=n` | n times `backward()`, of losses that are sums over the whole batch's weight |
-| `dropout_key` | `model.train()`: the same law, other draws |
+| `key` | `model.train()`: the same law of dropout, other draws |
 
-Axes are those of `modules.py`; here `T` counts one id more than the model reads, as the last one is
-only predicted.
+Axes are those of `losses.py`.
 """
 
 import difflib
@@ -28,36 +24,28 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.inputs import Layout, check_ids
-from gpt2_jax.kernels import summed_cross_entropy
-from gpt2_jax.model import apply, gathered, head_matrix, hidden_states, unembed
-from gpt2_jax.modules import Params, Tap, checked_remat, no_tap, wants, wide_dtype
+from gpt2_jax.inputs import Layout
+from gpt2_jax.modules import Params, checked_remat
 from gpt2_jax.quantised import refuse_quantised
 from gpt2_jax.rebuilt import Watch
 from gpt2_jax.sharding import (
     BATCH_AXES,
-    automatic,
     automatic_update,
     constrain,
     places,
     put_back,
     together,
 )
-from gpt2_jax.stack import n_axes
+from gpt2_jax.training.losses import Metrics, TextBatch, make_batch, predicted_weight, share_of_loss
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
     " learning rate as a schedule where it is to change."
 )
 
-# Numbers in the logits of a batch, 128 MiB in float32, beyond which its loss is computed by chunks.
-# In a step of GPT-2 124M on CPU, over 4 texts of 256 tokens, two chunks took the time of one.
-LARGEST_LOGITS = 2**25
-
-Metrics = dict[str, Array]  # scalars by name
 # `(params, batch, *, config, dropout_key) -> (loss, metrics)`
 LossFn = Callable[..., tuple[Array, Metrics]]
 
@@ -73,15 +61,6 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # int32, how many updates were made
     params: Params  # float32 (float64 in a float64 model), whatever dtype the model computes in
     opt_state: Any  # optax's
-
-
-class _Batch(NamedTuple):
-    """What a step learns from, checked."""
-
-    ids: Int[Array, "B T"]
-    weights: Float[Array, "B T"]  # how much the prediction of each id counts; the first, never
-    layout: Layout
-    inputs_embeds: Float[Array, "B T D"] | None  # what the model reads in the place of `ids`
 
 
 class _Program(NamedTuple):
@@ -197,72 +176,6 @@ def _unshared(state: TrainState) -> TrainState:
     return jax.tree.map(own, state)
 
 
-@automatic
-def next_token_loss(
-    params: Params,
-    ids: Int[ArrayLike, "B T"],
-    *,
-    config: GPT2Config,
-    weights: Num[ArrayLike, "B T"] | None = None,
-    positions: Int[ArrayLike, "#B T"] | None = None,
-    mask: Shaped[ArrayLike, "..."] | None = None,
-    segment_ids: Int[ArrayLike, "B T"] | None = None,
-    inputs_embeds: Float[ArrayLike, "B T D"] | None = None,
-    tap: Tap = no_tap,
-    dropout_key: PRNGKeyArray | None = None,
-    remat: str | bool = "none",
-) -> tuple[Float[Array, ""], Metrics]:
-    """Returns the mean negative log-likelihood of each token after those before it, and metrics.
-
-    The loss of HF's `GPT2LMHeadModel(ids, labels=ids)`, in nats; its `-100` labels are weights of 0
-    here. It does not compile itself: `jax.jit` and `jax.grad` are the caller's.
-
-    Args:
-      params: the parameters.
-      ids: token ids, of which the model reads the first `T - 1` columns and predicts the last
-        `T - 1`; so `T` is 2 to `n_positions + 1`.
-      config: the model's configuration.
-      weights: how much the prediction of each id counts, not negative. The first column is never
-        predicted and is ignored. Padding on the right has weight 0.
-      positions, mask: see `apply`; with a place for each of `ids`, the last included. A mask says
-        what is seen, not what counts.
-      segment_ids: several texts to a row: see `apply`. The first token of each is not predicted,
-        whatever its weight.
-      inputs_embeds: what the model reads in the place of `ids`, which it predicts all the same.
-      tap: see `apply`; of the first `T - 1` columns.
-      dropout_key: turns dropout on.
-      remat: what the backward pass recomputes: see `apply`.
-
-    Returns:
-      The loss, float32 (float64 in a float64 model), 0 where all weights are 0; and a dict of
-      `loss` and `weight`, the sum of the weights: without them, the number of predictions.
-
-    Raises:
-      ValueError: as `apply`; or `ids` has less than 2 columns, or `weights` another shape.
-
-    Examples:
-      >>> loss_and_grad = jax.jit(jax.value_and_grad(gpt2_jax.next_token_loss, has_aux=True))
-      >>> (loss, metrics), grads = loss_and_grad(params, ids, config=config)
-      >>> bool(abs(loss - np.log(config.vocab_size)) < 0.5), float(metrics["weight"])  # untrained
-      (True, 3.0)
-      >>> jax.tree.structure(grads) == jax.tree.structure(params)
-      True
-    """
-    layout = Layout(positions, mask, segment_ids)
-    batch = _make_batch(ids, weights, layout, inputs_embeds, config)
-    weight = _predicted_weight(batch)
-    loss = _share_of_loss(
-        params,
-        batch,
-        dropout_key,
-        whole_weight=weight,
-        config=config,
-        remat=checked_remat(remat),
-        tap=tap,
-    )
-    return loss, {"loss": loss, "weight": weight}
-
-
 def train_step(
     state: TrainState,
     ids: Any,
@@ -317,7 +230,7 @@ def train_step(
     # Everything is checked before the compiled step, which takes the state's memory away.
     remat = checked_remat(remat)
     if loss_fn is None:
-        batch = _make_batch(ids, weights, Layout(segment_ids=segment_ids), None, config)
+        batch = make_batch(ids, weights, Layout(segment_ids=segment_ids), None, config)
     elif weights is not None or segment_ids is not None or remat != "none":
         raise ValueError(
             "`weights`, `segment_ids` and `remat` are the usual loss's: a `loss_fn` finds what it"
@@ -369,7 +282,7 @@ def _train_step(
     step_key = None if key is None else jax.random.fold_in(key, state.step)
     trained, frozen = partition(state.params, program.trainable)
     # A batch of another loss weighs what that loss says.
-    weight = _predicted_weight(batch) if isinstance(batch, _Batch) else None
+    weight = predicted_weight(batch) if isinstance(batch, TextBatch) else None
     share = partial(_share, whole_weight=weight, config=config, program=program)
 
     # Of what is trained alone: the gradient of the rest is never computed.
@@ -455,290 +368,10 @@ def _share(
     """Returns what a part of a batch adds to the loss and the metrics of the whole."""
     if program.loss_fn is None:
         assert whole_weight is not None
-        loss = _share_of_loss(
+        loss = share_of_loss(
             params, part, key, whole_weight=whole_weight, config=config, remat=program.remat
         )
-        return loss, {"weight": _predicted_weight(part)}
+        return loss, {"weight": predicted_weight(part)}
     loss, metrics = program.loss_fn(params, part, config=config, dropout_key=key)
     # The mean over the parts, which are of one size.
     return jax.tree.map(lambda x: x / program.micro_batches, (loss, metrics))
-
-
-def _share_of_loss(
-    params: Params,
-    part: _Batch,
-    dropout_key: PRNGKeyArray | None,
-    *,
-    whole_weight: Float[Array, ""],
-    config: GPT2Config,
-    remat: str,
-    tap: Tap = no_tap,
-) -> Float[Array, ""]:
-    """Returns what a part of a batch adds to the loss of the whole.
-
-    The divisor is the weight of the whole batch: where parts weigh differently, the mean of their
-    means is another number.
-    """
-    read = part.ids[:, :-1]
-    predicted = part.ids[:, 1:]
-    embeds = None if part.inputs_embeds is None else part.inputs_embeds[:, :-1]
-    layout = part.layout.without_last()
-    # Who wants the logits themselves gets those of all tokens.
-    gives_logits = wants(tap, "logits")
-    run = apply if gives_logits else hidden_states
-    out = run(
-        params,
-        read if embeds is None else None,
-        config=config,
-        positions=layout.positions,
-        mask=layout.mask,
-        segment_ids=layout.segment_ids,
-        inputs_embeds=embeds,
-        tap=tap,
-        dropout_key=dropout_key,
-        remat=remat,
-    )
-    weights = part.weights[:, 1:]
-    if gives_logits:
-        total = _summed_losses_of(out, predicted, weights)
-    else:
-        total = _summed_losses(params, out, predicted, weights, config=config)
-    # Where nothing counts, `total` is 0 and so is the loss; 0 / 0 would make every parameter NaN.
-    divisor = jnp.where(whole_weight == 0, 1, whole_weight)
-    return total / divisor
-
-
-def _summed_losses_of(
-    logits: Float[Array, "B T V"], predicted: Int[Array, "B T"], weights: Float[Array, "B T"]
-) -> Float[Array, ""]:
-    """Returns the weighted sum of the losses that logits make."""
-    # Logits are float32 even of a model that computes in bfloat16, and so is all that follows.
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, predicted)
-    return (losses * weights).sum()
-
-
-def _summed_losses(
-    params: Params,
-    hidden: Float[Array, "B T D"],
-    predicted: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    *,
-    config: GPT2Config,
-) -> Float[Array, ""]:
-    """Returns the weighted sum of the losses, in float32 (float64 in a float64 model)."""
-    n_chunks = -(-predicted.size * config.vocab_size // LARGEST_LOGITS)
-    if n_chunks == 1:
-        return _summed_losses_of(unembed(params, hidden, config=config), predicted, weights)
-    table = gathered(head_matrix(params, config=config).astype(config.dtype))
-    chunk = -(-predicted.shape[1] // n_chunks)
-    return summed_cross_entropy(
-        hidden.astype(config.dtype), table, predicted, weights, chunk, config.precision
-    )
-
-
-def _predicted_weight(batch: _Batch) -> Float[Array, ""]:
-    """Returns the sum of the weights that count: nothing predicts the first column."""
-    return batch.weights[:, 1:].sum()
-
-
-def _make_batch(
-    ids: Int[ArrayLike, "B T"],
-    weights: Num[ArrayLike, "B T"] | None,
-    layout: Layout,
-    inputs_embeds: Float[ArrayLike, "B T D"] | None,
-    config: GPT2Config,
-) -> _Batch:
-    """Returns what a step learns from as arrays that fit each other.
-
-    Raises:
-      ValueError: they do not.
-    """
-    # One more than the model reads: the last id is only predicted.
-    ids = check_ids(ids, config, longest=config.n_positions + 1)
-    if ids.shape[1] < 2:
-        raise ValueError(
-            "`ids` must have at least 2 columns: one to read and one to predict, got 1."
-        )
-    # The dtype of the logits, whatever the weights came in: a mask of integers, say.
-    dtype = wide_dtype(config)
-    if weights is None:
-        weights = jnp.ones(ids.shape, dtype)
-    _check_shape("weights", weights, ids)
-    weights = jnp.asarray(weights, dtype)
-    if inputs_embeds is not None:
-        inputs_embeds = jnp.asarray(inputs_embeds)
-    if layout.segment_ids is not None:
-        _check_shape("segment_ids", layout.segment_ids, ids)
-        segment_ids = jnp.asarray(layout.segment_ids)
-        layout = layout._replace(segment_ids=segment_ids)
-        # Nothing before it says what a text begins with.
-        is_first = segment_ids[:, 1:] != segment_ids[:, :-1]
-        # Multiplied, not set: where a token counts, the weight that it was given stays.
-        weights = weights.at[:, 1:].multiply(~is_first)
-    return _Batch(ids, weights, layout, inputs_embeds)
-
-
-def _check_shape(name: str, given: ArrayLike, ids: Int[Array, "B T"]) -> None:
-    if jnp.shape(given) != ids.shape:
-        expected = list(ids.shape)
-        got = list(jnp.shape(given))
-        raise ValueError(f"`{name}` must have the shape of `ids`, {expected}, got {got}.")
-
-
-# The optimizer.
-
-
-def make_optimizer(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    kind: str = "adamw",
-    b1: float = 0.9,
-    b2: float = 0.95,  # GPT-3's (arXiv:2005.14165, appendix B); PyTorch's own default is 0.999
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    max_grad_norm: float | None = 1.0,
-) -> optax.GradientTransformation:
-    """Returns GPT's AdamW: clipping by global norm, Adam, decay of matrices and embeddings alone.
-
-    Defaults are nanoGPT's. `learning_rate` is a number or a schedule, such as `warmup_cosine`'s.
-
-    With `kind="muon"` the layers' matrices take Muon's steps (K. Jordan, 2024), scaled to the
-    length that Adam's usually have (arXiv:2502.16982), so that one learning rate serves both;
-    embeddings, biases and LayerNorms take Adam's, undecayed.
-
-    Raises:
-      ValueError: there is no such kind.
-
-    Examples:
-      >>> tx = gpt2_jax.make_optimizer(learning_rate=1.0, weight_decay=0.1)
-      >>> tree = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
-      >>> zeros = jax.tree.map(jnp.zeros_like, tree)
-      >>> updates, _ = tx.update(zeros, tx.init(tree), tree)
-      >>> updates["kernel"].round(3).tolist(), bool(updates["bias"] == 0)  # matrices decay alone
-      ([[-0.1]], True)
-    """
-    if max_grad_norm is None:
-        clip = optax.identity()
-    else:
-        clip = optax.clip_by_global_norm(max_grad_norm)
-    if kind == "adamw":
-        update = optax.adamw(
-            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_decayed
-        )
-    elif kind == "muon":
-        adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=0.0)
-        # By a function of the params, not by their tree: what is trained may be a part of them.
-        update = optax.partition({"adam": adam, "muon": _muon(learning_rate, weight_decay)}, _kinds)
-    else:
-        raise ValueError(f'`kind` must be "adamw" or "muon", got {kind!r}.')
-    # Clipping comes first, as in nanoGPT: behind Adam it would bound the update, not the gradient.
-    return optax.chain(clip, update)
-
-
-def is_decayed(params: Params) -> Any:  # a tree of booleans
-    """Returns which leaves decay: those of two axes; biases and LayerNorms do not."""
-    # By axes, not by names: nanoGPT's rule (`configure_optimizers`), and right for any new layer.
-    return jax.tree.map_with_path(lambda path, leaf: n_axes(path, leaf) >= 2, params)
-
-
-def _muon(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float
-) -> optax.GradientTransformation:
-    """Returns Muon for matrices: momentum, made orthogonal, then decay."""
-    # Not optax.contrib.muon, for which `c_attn` would be one matrix, and no three.
-    return optax.chain(
-        optax.trace(0.95, nesterov=True),
-        optax.stateless(lambda updates, _: jax.tree.map_with_path(_orthogonal_update, updates)),
-        # Behind the direction and before the rate, as in AdamW: decay is none of the momentum's.
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def _kinds(params: Params) -> Any:  # a tree of strings
-    """Returns whose steps each leaf takes: Muon's are for the layers' kernels."""
-
-    def kind(path: tuple[Any, ...], leaf: Array) -> str:
-        del leaf
-        return "muon" if path[-1].key == "kernel" else "adam"
-
-    return jax.tree.map_with_path(kind, params)
-
-
-def _orthogonal_update(path: tuple[Any, ...], update: Float[Array, "I O"]) -> Float[Array, "I O"]:
-    """Returns the direction of a kernel's update, with entries of about 0.2 in the mean square."""
-    if n_axes(path, update) < update.ndim:  # a stack of layers
-        return jax.vmap(partial(_orthogonal_update, path[-2:]))(update)
-    # Queries, keys and values are three matrices that stand side by side.
-    n_matrices = 3 if path[-2].key == "c_attn" else 1
-    directions = []
-    for matrix in jnp.split(update, n_matrices, axis=1):
-        scale = 0.2 * max(matrix.shape) ** 0.5  # arXiv:2502.16982, equation 4
-        directions.append(scale * orthogonalize(matrix))
-    return jnp.concatenate(directions, axis=1)
-
-
-def orthogonalize(matrix: Float[Array, "I O"]) -> Float[Array, "I O"]:
-    """Returns about `U V^T` of a matrix `U S V^T`, with singular values between 0.7 and 1.2.
-
-    Muon's Newton-Schulz iteration with its coefficients: five times
-    `x <- (a + b x x^T + c (x x^T)^2) x`. The steps are multiplied up on the smaller side's square,
-    and reach the matrix once: fewer products than step by step.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
-    a = 3.4445
-    b = -4.7750
-    c = 2.0315
-    # No singular value exceeds the Frobenius norm, and much above 1 the iteration diverges.
-    x = matrix / (jnp.linalg.norm(matrix) + 1e-7)
-    identity = jnp.eye(len(x), dtype=x.dtype)
-    gram = x @ x.T
-    whole = identity
-    for _ in range(5):
-        step = a * identity + b * gram + c * gram @ gram
-        gram = step @ gram @ step
-        whole = step @ whole
-    return whole @ x
-
-
-def warmup_cosine(
-    peak: float,
-    *,
-    steps: int,
-    warmup_steps: int = 0,
-    decay_steps: int | None = None,
-    end: float = 0.0,
-) -> optax.Schedule:
-    """Returns nanoGPT's schedule (`get_lr` in its `train.py`): a linear warmup, then half a cosine.
-
-    With `step` updates made before, the warmup is `peak * (step + 1) / (warmup_steps + 1)`; the
-    cosine falls from `peak` at `warmup_steps` to `end` at `steps`, where the rate stays. With
-    `decay_steps` it takes so many steps, the last ones, and the peak is held until then.
-
-    Raises:
-      ValueError: `warmup_steps` is not less than `steps`, or `decay_steps` does not fit in.
-
-    Examples:
-      >>> schedule = gpt2_jax.warmup_cosine(1.0, steps=100, warmup_steps=9)
-      >>> [round(float(schedule(step)), 2) for step in (0, 4, 9, 100)]
-      [0.1, 0.5, 1.0, 0.0]
-    """
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"`warmup_steps` must be in [0, {steps}) (`steps`), got {warmup_steps}.")
-    n_left = steps - warmup_steps
-    n_decay = n_left if decay_steps is None else decay_steps
-    if not 0 < n_decay <= n_left:
-        expected = f"[1, {n_left}] (`steps` less `warmup_steps`)"
-        raise ValueError(f"`decay_steps` must be in {expected}, got {decay_steps}.")
-    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    held = optax.constant_schedule(peak)
-    decay = optax.cosine_decay_schedule(peak, n_decay, alpha=end / peak)
-    # Each counts its steps from where it begins.
-    schedule = optax.join_schedules([warmup, held, decay], [warmup_steps, steps - n_decay])
-
-    def rate(step: Num[ArrayLike, ""]) -> ArrayLike:
-        # As JAX's default float: of an int32, optax makes float32 even in a float64 model.
-        return schedule(jnp.asarray(step, float))
-
-    return rate

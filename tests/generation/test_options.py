@@ -18,8 +18,9 @@ from transformers.generation import logits_process as hf
 
 import gpt2_jax
 from gpt2_jax import GPT2Config, History, load_generation_config, sampler_from_options
+from gpt2_jax.generation.cuts import Temperature, TopH, Typical
 from gpt2_jax.generation.options import OPTIONS, options_table
-from gpt2_jax.generation.sampling import (
+from gpt2_jax.generation.rules import (
     Force,
     FrequencyPenalty,
     NoRepeatNGram,
@@ -27,9 +28,6 @@ from gpt2_jax.generation.sampling import (
     RepetitionPenalty,
     SequenceBias,
     Suppress,
-    Temperature,
-    TopH,
-    Typical,
 )
 from tests.reference import ROOT
 

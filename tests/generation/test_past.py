@@ -6,7 +6,9 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax import GPT2Config, generate
-from gpt2_jax.generation.sampling import Chain, Greedy, NoRepeatNGram
+from gpt2_jax.generation.rules import NoRepeatNGram
+from gpt2_jax.generation.sampling import Greedy
+from gpt2_jax.generation.transforms import Chain
 from tests.reference import TINY, assert_near
 
 CONFIG = GPT2Config(**TINY).replace(dtype="float64", n_positions=48)

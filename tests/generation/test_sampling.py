@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 
 from gpt2_jax import Categorical, Chain, Greedy, MinP, Temperature, TopK, TopP
 from gpt2_jax.generation.ranges import FINITE, POSITIVE, Range
-from gpt2_jax.generation.sampling import (
+from gpt2_jax.generation.rules import (
     ExponentialDecayLength,
     Force,
     FrequencyPenalty,
@@ -20,10 +20,10 @@ from gpt2_jax.generation.sampling import (
     PresencePenalty,
     RepetitionPenalty,
     SequenceBias,
-    Stateful,
     Suppress,
-    as_sampler,
 )
+from gpt2_jax.generation.sampling import as_sampler
+from gpt2_jax.generation.transforms import Stateful
 from gpt2_jax.kernels import FEW, argmax, smallest_holding
 
 CASES = {

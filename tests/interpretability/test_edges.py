@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax.interpretability.edges import EDGE_SITES, EdgeScores, edge_attribution
+from gpt2_jax.interpretability.edits import add, replace
 from gpt2_jax.interpretability.patching import path_patch
-from gpt2_jax.interpretability.taps import add, find_sites, replace
+from gpt2_jax.interpretability.sites import find_sites
 from tests.interpretability.hooks import near
 
 LAYERS, HEADS = 2, 3

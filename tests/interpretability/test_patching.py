@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax.interpretability import patching
-from gpt2_jax.interpretability.taps import add, at_last_token, axis_masks, patch, replace
+from gpt2_jax.interpretability.edits import add, replace
+from gpt2_jax.interpretability.sites import axis_masks
+from gpt2_jax.interpretability.taps import at_last_token, patch
 from gpt2_jax.model import hidden_states
 from gpt2_jax.modules import no_tap
 from tests.interpretability.hooks import hooked, layer_norm, near, put

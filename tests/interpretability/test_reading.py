@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from gpt2_jax.interpretability import reading
+from gpt2_jax.interpretability.edits import add, replace
 from gpt2_jax.interpretability.patching import patch_each
-from gpt2_jax.interpretability.taps import add, patch, replace
+from gpt2_jax.interpretability.taps import patch
 from tests.interpretability.hooks import layer_norm, near
 
 LAYERS, HEADS = 3, 3

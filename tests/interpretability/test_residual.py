@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from gpt2_jax.interpretability.edits import add
 from gpt2_jax.interpretability.reading import stream_logits
 from gpt2_jax.interpretability.residual import resid_stack
-from gpt2_jax.interpretability.taps import add, make_tap
+from gpt2_jax.interpretability.taps import make_tap
 from gpt2_jax.model import run_layers
 from tests.interpretability.hooks import near
 

@@ -12,21 +12,16 @@ import torch
 
 import gpt2_jax
 from gpt2_jax.generation.decode import advance
-from gpt2_jax.interpretability.taps import (
+from gpt2_jax.interpretability.edits import add, replace
+from gpt2_jax.interpretability.sites import (
     SITES,
-    add,
-    at_last_token,
     axis_masks,
-    by_layer,
-    capture,
     find_site,
     find_sites,
-    make_tap,
-    patch,
-    replace,
     site_axes,
     site_names,
 )
+from gpt2_jax.interpretability.taps import at_last_token, by_layer, capture, make_tap, patch
 from gpt2_jax.modules import LayerNorm, repeated
 from gpt2_jax.pretrained.weights import to_hf
 from tests.interpretability.hooks import hooked, layer_norm, near

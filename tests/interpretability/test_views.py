@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax.interpretability import views
+from gpt2_jax.interpretability.edits import replace
 from gpt2_jax.interpretability.patching import patching_sweep
-from gpt2_jax.interpretability.taps import capture, replace
+from gpt2_jax.interpretability.taps import capture
 from gpt2_jax.interpretability.views import Contrast, SweepPlan
 from tests.interpretability.hooks import near
 

@@ -13,6 +13,8 @@ import torch
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.generation_config import load_generation_config
 from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained.formats import SafetensorsFile
+from gpt2_jax.pretrained.layout import param_shapes
 
 CONFIG = GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=2, n_head=2, eos_token_id=0)
 KINDS = ("flip", "replace", "garbage", "truncate", "extend", "delete")
@@ -22,14 +24,14 @@ LAYOUTS = ("whole", "shards", "bin", "bin shards")
 def make(folder, layout, rng):
     """Writes a checkpoint in one of the layouts."""
     state = {}
-    for name, shape in weights.param_shapes(CONFIG).items():
+    for name, shape in param_shapes(CONFIG).items():
         state[f"transformer.{name}"] = rng.normal(size=shape).astype(np.float32)
     size = 3000 if "shards" in layout else None
     weights.save(folder, weights.from_hf(state, CONFIG), CONFIG, max_shard_size=size)
     if not layout.startswith("bin"):
         return
     for file in folder.glob("model*.safetensors"):
-        tensors = weights.SafetensorsFile(file)
+        tensors = SafetensorsFile(file)
         held = {name: torch.from_numpy(tensors.read(name)) for name in tensors.shapes}
         name = file.name.replace("model", "pytorch_model").replace("safetensors", "bin")
         torch.save(held, folder / name)

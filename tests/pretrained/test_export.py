@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 import gpt2_jax
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.pretrained import hub, weights
+from gpt2_jax.pretrained import hub, params_file
 from gpt2_jax.pretrained.conversion import convert
 from gpt2_jax.pretrained.foreign import export
 from tests.reference import DATA, assert_near, hf_model
@@ -196,7 +196,7 @@ def test_a_model_that_the_tool_has_not_is_refused(tmp_path, changes, name, messa
 
 def test_gguf_needs_a_tokenizer(tmp_path):
     _, config, params = small()
-    weights.save_params(tmp_path / "p.safetensors", params, config)
+    params_file.save_params(tmp_path / "p.safetensors", params, config)
     with pytest.raises(CheckpointError, match="expected a tokenizer beside the weights"):
         convert(tmp_path / "p.safetensors", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()

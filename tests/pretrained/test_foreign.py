@@ -17,7 +17,7 @@ import transformers
 import gpt2_jax
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.pretrained import weights
+from gpt2_jax.pretrained import params_file, weights
 from gpt2_jax.pretrained.foreign import find
 from tests.reference import DATA, assert_near, hf_model
 
@@ -449,7 +449,7 @@ def test_files_instead_of_folders(tmp_path):
     model = reference()
     model.save_pretrained(tmp_path / "hf")
     config, params = assert_same_model(tmp_path / "hf" / "model.safetensors", model)
-    weights.save_params(tmp_path / "ours.safetensors", params, config)
+    params_file.save_params(tmp_path / "ours.safetensors", params, config)
     assert_same_model(tmp_path / "ours.safetensors", model)
     torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
     assert_same_model(tmp_path / "hf" / "pytorch_model.bin", model)

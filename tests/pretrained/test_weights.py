@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 import weights_convert
 from gpt2_jax.config import PRESETS, GPT2Config
 from gpt2_jax.files import CheckpointError
-from gpt2_jax.pretrained import conversion, weights
+from gpt2_jax.pretrained import conversion, layout, params_file, weights
 from gpt2_jax.tokenizer import Tokenizer
 from tests import reference
 from tests.pretrained import damage
@@ -63,7 +63,7 @@ def random_state(config=CONFIG, dtype=np.float32, prefix="transformer."):
         (name if name.startswith("lm_head") else prefix + name): rng.normal(size=shape).astype(
             dtype
         )
-        for name, shape in weights.param_shapes(config).items()
+        for name, shape in layout.param_shapes(config).items()
     }
 
 
@@ -134,7 +134,7 @@ def test_names_of_the_tree():
     ],
 )
 def test_published_sizes(name, count):
-    assert sum(np.prod(shape) for shape in weights.param_shapes(PRESETS[name]).values()) == count
+    assert sum(np.prod(shape) for shape in layout.param_shapes(PRESETS[name]).values()) == count
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -332,7 +332,7 @@ def test_shards_stay_below_the_limit(tmp_path):
     )
     files = [load_file(file) for file in (tmp_path / "out").glob("model-*.safetensors")]
     assert max(sum(array.nbytes for array in file.values()) for file in files) <= 3000
-    assert sum(len(file) for file in files) == len(weights.param_shapes(CONFIG))
+    assert sum(len(file) for file in files) == len(layout.param_shapes(CONFIG))
 
 
 def test_saving_over_the_folder_that_was_loaded(tmp_path):
@@ -412,15 +412,17 @@ def test_params_file_is_bit_exact(tmp_path):
     params = weights.from_hf(random_state(dtype=np.float16), CONFIG)
     params["wpe"]["embedding"] = params["wpe"]["embedding"].at[0, 0].set(jnp.nan)
     tree = {"params": params, "step": jnp.int32(3), "mask": jnp.array([True, False])}
-    weights.save_params(tmp_path / "state.safetensors", tree)
-    assert_same_bits(weights.load_params(tmp_path / "state.safetensors"), tree)
-    assert weights.load_config(tmp_path / "state.safetensors") is None
+    params_file.save_params(tmp_path / "state.safetensors", tree)
+    assert_same_bits(params_file.load_params(tmp_path / "state.safetensors"), tree)
+    assert params_file.load_config(tmp_path / "state.safetensors") is None
 
 
 def test_params_file_holds_its_config(tmp_path):
     config = CONFIG.replace(dtype="bfloat16", eos_token_id=(1, 2))
-    weights.save_params(tmp_path / "p.safetensors", weights.from_hf(random_state(), CONFIG), config)
-    assert weights.load_config(tmp_path / "p.safetensors") == config
+    params_file.save_params(
+        tmp_path / "p.safetensors", weights.from_hf(random_state(), CONFIG), config
+    )
+    assert params_file.load_config(tmp_path / "p.safetensors") == config
     assert "wte.embedding" in load_file(tmp_path / "p.safetensors")
 
 
@@ -554,7 +556,7 @@ def test_garbage_instead_of_a_file(tmp_path):
     with pytest.raises(
         CheckpointError, match="model.safetensors: expected a whole safetensors file"
     ):
-        weights.load_params(file)
+        params_file.load_params(file)
 
 
 def test_missing_shard(tmp_path):
@@ -665,7 +667,7 @@ def test_a_device_in_place_of_weights_is_not_read(tmp_path):
     (hf_folder(tmp_path) / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "p.safetensors")
     with pytest.raises(CheckpointError, match="p.safetensors: expected a file, got a FIFO"):
-        weights.load_params(tmp_path / "p.safetensors")
+        params_file.load_params(tmp_path / "p.safetensors")
 
 
 @pytest.mark.parametrize("n_layer", [10**7, 2**31 - 1])
@@ -746,7 +748,7 @@ def test_a_tensor_larger_than_the_memory_is_named(tmp_path):
     config = CONFIG.replace(vocab_size=2**31 - 1, n_embd=512)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     try:
-        sparse_file(tmp_path / "model.safetensors", weights.param_shapes(config))
+        sparse_file(tmp_path / "model.safetensors", layout.param_shapes(config))
     except OSError:
         pytest.skip("this file system has no sparse files of 4 TB")
     message = "model.safetensors: wte.weight: Expected room for it in memory"
@@ -769,7 +771,7 @@ def test_a_damaged_config_in_a_file_of_params_is_refused_and_the_file_named(tmp_
     file = tmp_path / "p.safetensors"
     save_file({"a": np.ones(1, np.float32)}, file, {"config": config})
     with pytest.raises(CheckpointError, match="p.safetensors: expected a config in its metadata"):
-        weights.load_config(file)
+        params_file.load_config(file)
 
 
 def test_folder_without_a_config(tmp_path):
@@ -905,7 +907,7 @@ def test_convert_keeps_float64(tmp_path):
 
 def test_convert_takes_the_config_from_elsewhere(tmp_path, capsys):
     source = hf_folder(tmp_path / "in")
-    weights.save_params(tmp_path / "p.safetensors", weights.load(source)[1])
+    params_file.save_params(tmp_path / "p.safetensors", weights.load(source)[1])
     assert convert(tmp_path / "p.safetensors", tmp_path / "out") == 2
     assert "holds no config: give one with `--config config.json`" in capsys.readouterr().err
     assert convert(tmp_path / "p.safetensors", tmp_path / "out", "--config", source) == 0

@@ -10,7 +10,8 @@ import pytest
 
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.training.checkpoint import Checkpoints, DamagedError
-from gpt2_jax.training.step import TrainState, init_state, make_optimizer
+from gpt2_jax.training.optimizers import make_optimizer
+from gpt2_jax.training.step import TrainState, init_state
 
 TX = make_optimizer(1e-3)
 

@@ -11,7 +11,7 @@ import pytest
 import gpt2_jax
 from gpt2_jax import init_state, make_optimizer, next_token_loss, train_step
 from gpt2_jax.stack import stack_layers, unstack_layers
-from gpt2_jax.training import step
+from gpt2_jax.training import losses
 from tests.reference import TINY
 
 CONFIG = gpt2_jax.GPT2Config(
@@ -62,7 +62,7 @@ def test_a_loss_by_chunks_is_the_loss_and_so_are_its_derivatives(params, ids, rn
 
     whole = jax.jit(derivatives)(params, direction)
     # 3 of the 11 columns at a time: the last chunk is filled up.
-    monkeypatch.setattr(step, "LARGEST_LOGITS", 3 * 61 * 3)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 3 * 61 * 3)
     in_chunks = jax.jit(lambda *arguments: derivatives(*arguments))(params, direction)
     chex.assert_trees_all_close(in_chunks, whole, rtol=1e-10, atol=1e-12)
 
@@ -75,13 +75,13 @@ def test_by_chunks_all_logits_are_never_there(params, ids, monkeypatch):
         return max(np.prod(shape) for _, shape in results(function, params) if 61 in shape[2:])
 
     assert largest(jax.grad(loss)) >= ids[:, 1:].size * 61
-    monkeypatch.setattr(step, "LARGEST_LOGITS", 3 * 61 * 3)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 3 * 61 * 3)
     assert largest(jax.grad(loss)) <= 3 * 61 * 3
     assert largest(loss) <= 3 * 61 * 3
 
 
 def test_by_chunks_a_frozen_table_costs_no_product(params, ids, monkeypatch):
-    monkeypatch.setattr(step, "LARGEST_LOGITS", 3 * 61 * 3)
+    monkeypatch.setattr(losses, "LARGEST_LOGITS", 3 * 61 * 3)
 
     def loss(trained, frozen):
         return next_token_loss(frozen | {"ln_f": trained}, ids, config=CONFIG)[0]

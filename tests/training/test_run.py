@@ -17,10 +17,12 @@ import gpt2_jax
 from gpt2_jax.files import CheckpointError, lock
 from gpt2_jax.training import corpus as corpus_module
 from gpt2_jax.training import run as run_module
+from gpt2_jax.training import run_folder, validation
 from gpt2_jax.training import step as step_module
 from gpt2_jax.training.data import DataError
 from gpt2_jax.training.log import read_metrics
-from gpt2_jax.training.run import TrainingError, export, fit, read_run
+from gpt2_jax.training.run import TrainingError, export, fit
+from gpt2_jax.training.run_folder import read_run
 from tests.training.runs import (
     SMALL,
     checkpoint_steps,
@@ -227,10 +229,10 @@ def test_a_run_begun_before_a_field_was_there_is_the_same_run(tmp_path):
     now = {"recipe": dataclasses.asdict(SMALL), "data": {}}
     then = {"recipe": now["recipe"] | {"remat": False}, "data": {}}
     del then["recipe"]["stack_layers"]
-    run_module._check_same_run(tmp_path, now, then)
+    run_folder._check_same_run(tmp_path, now, then)
     then["recipe"]["remat"] = True
     with pytest.raises(CheckpointError, match="recipe.remat: 'full' then, 'none' now"):
-        run_module._check_same_run(tmp_path, now, then)
+        run_folder._check_same_run(tmp_path, now, then)
 
 
 def test_resuming_with_other_data_says_so(corpus, finished, tmp_path):
@@ -442,7 +444,7 @@ def test_a_sample_that_fails_is_a_note(corpus, finished, tmp_path, monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run_module, "generate", fails)
+    monkeypatch.setattr(validation, "generate", fails)
     said = []
     assert fit(SMALL, corpus, tmp_path / "run", say=said.append).finished
     notes = ["No sample after step 6: out of memory", "No sample after step 12: out of memory"]

@@ -12,14 +12,9 @@ import torch
 
 import gpt2_jax
 from gpt2_jax.pretrained import weights
-from gpt2_jax.training.step import (
-    init_state,
-    make_optimizer,
-    next_token_loss,
-    orthogonalize,
-    train_step,
-    warmup_cosine,
-)
+from gpt2_jax.training.losses import next_token_loss
+from gpt2_jax.training.optimizers import make_optimizer, orthogonalize, warmup_cosine
+from gpt2_jax.training.step import init_state, train_step
 from tests.reference import TINY, hf_model, ours
 
 CONFIG = gpt2_jax.GPT2Config(

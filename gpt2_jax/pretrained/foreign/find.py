@@ -1,6 +1,6 @@
 """Which format a checkpoint is in, told by what its files hold, and the config that goes with it.
 
-Knows every format; what the tensors must be is `weights.py`'s to say.
+Knows every format; what the tensors must be is `layout.py`'s to say.
 """
 
 import json
