@@ -1,13 +1,14 @@
 """Many words at once: cut from texts, looked up and merged as arrays. Knows bytes, numbers and ids.
 
 Word by word most of the time goes into waiting for memory, for one object after the other; numpy
-asks for many numbers at a time, and makes no objects.
+asks for many numbers at a time, and makes no objects. What was met before is remembered, words and
+the pieces of words.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from itertools import chain
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +17,70 @@ from jaxtyping import Bool, Int, UInt8, UInt64
 
 Ids = tuple[int, ...]  # as they are remembered: joined sooner than lists are
 
-KEY_BYTES = 15  # of a word that is looked up by its bytes; the sixteenth has their number
+REMEMBERED = 2**18  # words, and pieces, at the most
+REMEMBERED_BYTES = 64  # longer ones seldom come twice
 WORDS_AT_ONCE = 2**16  # more do not fit into a processor's cache; fewer bring few new ones
-MOST_COUNT = 2**4  # above the ids of a word with a key: it has at most one for each byte
+PADDING = 24  # bytes behind a text, so that eight can be read from any place on, three times
+
+KEY_BYTES = 15  # of a string that is looked up by its bytes; the sixteenth has their number
+# The second halves of other keys: of strings that a dictionary numbers, for good or for one call.
+# That of no string of 15 bytes is so large.
+LONG = np.uint64(2**63)
+PASSING = np.uint64(2**63 + 1)
+
+SHORT = 32  # bytes of a piece that is merged with others
+FEW = 256  # pieces that are merged sooner one by one
 NO_MERGE = 2**63 - 1  # a rank later than all others
 UNKNOWN = -1
 
 # Multipliers of hashes: odd, with as many ones as zeros, otherwise of no meaning.
 MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], np.uint64)
 
-# By how many bytes of a word are in the key's half, what of eight bytes is kept.
+# By how many bytes of a string are in the key's half, what of eight bytes is kept.
 KEPT = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)
+
+
+class Strings(NamedTuple):
+    """Strings that follow each other in a text in UTF-8, behind which there are PADDING bytes."""
+
+    text: bytes
+    bounds: Int[np.ndarray, " B"]  # where they begin, and where the last one ends
+
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """Returns how many bytes each has."""
+        return np.diff(self.bounds)
+
+    def listed(self, numbers: Int[np.ndarray, " M"]) -> list[bytes]:
+        """Returns some of them."""
+        starts = self.bounds[numbers].tolist()
+        ends = self.bounds[numbers + 1].tolist()
+        return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    def taken(self, numbers: Int[np.ndarray, " M"]) -> "Strings":
+        """Returns some of them, in a text of their own."""
+        lengths = self.lengths()[numbers]
+        codes = np.frombuffer(self.text, np.uint8)[_runs(self.bounds[numbers], lengths)]
+        bounds = np.concatenate([[0], lengths.cumsum()])
+        return Strings(padded(codes.tobytes()), bounds)
+
+
+class Encoded(NamedTuple):
+    """The ids of strings, one after the other, and how many each string has."""
+
+    ids: Int[np.ndarray, " M"]
+    counts: Int[np.ndarray, " N"]
+
+
+def padded(text: bytes) -> bytes:
+    """Returns a text with bytes behind it, and a multiple of eight in all."""
+    return text + b"\0" * (PADDING + -len(text) % 8)
+
+
+def _runs(firsts: Int[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
+    """Returns first, first + 1, ... of each, so many as its count."""
+    places = counts.cumsum() - counts
+    shifts = np.repeat(firsts - places, counts)
+    return shifts + np.arange(len(shifts))
 
 
 class Keys(NamedTuple):
@@ -66,7 +120,7 @@ class Table:
         return numbers
 
     def add(self, keys: Keys, numbers: Int[np.ndarray, " N"]) -> None:
-        """Adds keys, none of which is there or comes twice."""
+        """Adds keys, none of which is there; of equal ones one counts."""
         self.n_keys += len(numbers)
         rows = np.stack([*keys, (numbers + 1).astype(np.uint64)], axis=1)
         if 2 * self.n_keys > len(self._rows):  # half full, few keys are far from their slot
@@ -78,7 +132,7 @@ class Table:
             is_free = self._rows[slots, 2] == 0
             # Of several keys that want the same slot one gets it.
             self._rows[slots[is_free]] = rows[is_free]
-            is_left = (self._rows[slots] != rows).any(axis=1)
+            is_left = (self._rows[slots, :2] != rows[:, :2]).any(axis=1)
             rows = rows[is_left]
             slots = (slots[is_left] + 1) & (len(self._rows) - 1)
 
@@ -88,27 +142,110 @@ class Table:
         return (mixed >> np.uint64(64 - n_bits)).view(np.int64)
 
 
-class Words:
-    """The ids of words, remembered within bounds.
-
-    A word is what stands between two places of `word_starts`, with the space before it.
+class Memory:
+    """The ids of strings, remembered within bounds.
 
     Args:
-      encode: returns the ids of words that were not met before.
-      n_remembered: words at the most.
-      longest: bytes of a word that is remembered.
+      encode: returns the ids of strings that were not met before, each of which comes once.
     """
 
-    def __init__(self, encode: Callable[[list[str]], list[Ids]], n_remembered: int, longest: int):
+    def __init__(self, encode: Callable[[Strings], Encoded]):
         self._encode = encode
-        self._n_remembered = n_remembered
-        self._longest = longest
-        self._table = Table()  # word -> the place of its first id, and how many it has
-        self._ids = np.zeros(2**12, np.int64)  # of all words of the table, one after the other
+        self._table = Table()  # string -> its span among the ids: see `_span`
+        self._ids = np.zeros(2**12, np.int64)
         self._n_ids = 0
-        self._long: dict[bytes, Ids] = {}  # the words that no key has room for
+        self._long: dict[bytes, int] = {}  # numbers of strings that no key has room for
         # Arrays are read and written without Python's lock: another thread may be at work here.
         self._lock = threading.Lock()
+
+    def encode(self, strings: Strings) -> Encoded:
+        """Returns the ids of strings."""
+        with self._lock:
+            keys = self._keys(strings)
+            spans = self._table.find(keys)
+            ids = self._ids[: self._n_ids]
+        unknown = np.flatnonzero(spans == UNKNOWN)
+        if unknown.size:
+            # Each of them once: the table says which of equal ones that is.
+            sought = keys.at(unknown)
+            numbers = np.arange(len(unknown))
+            distinct = Table()
+            distinct.add(sought, numbers)
+            owners = distinct.find(sought)
+            is_first = owners == numbers
+            new = unknown[is_first]
+            encoded = self._encode(strings.taken(new))
+            spans[new] = _spans(encoded.counts, len(ids))
+            spans[unknown] = spans[unknown[owners]]
+            ids = np.concatenate([ids, encoded.ids])
+            with self._lock:
+                self._remember(keys.at(new), encoded)
+        counts = spans & 0xFFFFFFFF
+        return Encoded(ids.take(_runs(spans >> 32, counts)), counts)
+
+    def _keys(self, strings: Strings) -> Keys:
+        """Returns the keys of strings."""
+        lengths = strings.lengths()
+        keys = keys_of(strings.text, strings.bounds[:-1], lengths)
+        long = np.flatnonzero(lengths > KEY_BYTES)
+        passing: dict[bytes, int] = {}
+        for place, string in zip(long.tolist(), strings.listed(long), strict=True):
+            has_room = len(self._long) < REMEMBERED and len(string) <= REMEMBERED_BYTES
+            is_kept = has_room or string in self._long
+            numbers = self._long if is_kept else passing
+            keys.low[place] = numbers.setdefault(string, len(numbers))
+            keys.high[place] = LONG if is_kept else PASSING
+        return keys
+
+    def _remember(self, keys: Keys, encoded: Encoded) -> None:
+        """Adds strings to the table, as long as there is room."""
+        # Another thread may have met them at the same time.
+        is_new = (self._table.find(keys) == UNKNOWN) & (keys.high != PASSING)
+        kept = np.flatnonzero(is_new)[: REMEMBERED - self._table.n_keys]
+        counts = encoded.counts[kept]
+        firsts = encoded.counts.cumsum() - encoded.counts
+        ids = encoded.ids[_runs(firsts[kept], counts)]
+        needed = self._n_ids + len(ids)
+        if needed > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros(2 * needed, np.int64)])
+        self._ids[self._n_ids : needed] = ids
+        self._table.add(keys.at(kept), _spans(counts, self._n_ids))
+        self._n_ids = needed
+
+
+def _spans(counts: Int[np.ndarray, " N"], start: int) -> Int[np.ndarray, " N"]:
+    """Returns the place of each string's first id and, in the lower half, the number of its ids."""
+    return (start + counts.cumsum() - counts) << 32 | counts
+
+
+class Words:
+    """The ids of texts, by way of their words and the pieces of these.
+
+    Args:
+      split: returns the pieces of a word.
+      merge: returns the ids of a piece.
+      merged: the ids of each pair -> its rank and the id of the whole.
+      byte_ids: the id of each byte that has one.
+    """
+
+    def __init__(
+        self,
+        split: Callable[[str], list[str]],
+        merge: Callable[[str], Ids],
+        merged: Mapping[tuple[int, int], tuple[int, int]],
+        byte_ids: Mapping[int, int],
+    ):
+        self._split = split
+        self._merge = merge
+        self._merged = merged
+        self._byte_ids = np.array([byte_ids.get(byte, UNKNOWN) for byte in range(256)], np.int64)
+        self._words = Memory(self._encode_words)
+        self._pieces = Memory(self._encode_pieces)
+
+    @cached_property
+    def _merges(self) -> "Merges":
+        # When it is first needed: by then a text has many new words, and it takes less than these.
+        return Merges(self._merged)
 
     def encode(self, texts: list[bytes]) -> list[list[int]]:
         """Returns the ids of texts in UTF-8."""
@@ -116,98 +253,63 @@ class Words:
         ends = lengths.cumsum()
         begins = ends - lengths
         n_bytes = int(lengths.sum())
-        # Readable eight bytes at a time, from any place on.
-        joined = b"".join([*texts, b"\0" * (24 + -n_bytes % 8)])
-        starts = word_starts(joined, n_bytes, begins[lengths > 0])
+        joined = padded(b"".join(texts))
+        bounds = np.append(word_starts(joined, n_bytes, begins[lengths > 0]), n_bytes)
         all_ids = [np.zeros(0, np.int64)]
         all_counts = [np.zeros(1, np.int64)]
-        for first in range(0, len(starts), WORDS_AT_ONCE):
-            bounds = starts[first : first + WORDS_AT_ONCE + 1]
-            if first + WORDS_AT_ONCE >= len(starts):
-                bounds = np.append(bounds, n_bytes)
-            ids, counts = self._encode_words(joined, bounds)
+        for first in range(0, len(bounds) - 1, WORDS_AT_ONCE):
+            words = Strings(joined, bounds[first : first + WORDS_AT_ONCE + 1])
+            ids, counts = self._words.encode(words)
             all_ids.append(ids)
             all_counts.append(counts)
         ids = np.concatenate(all_ids)
         if len(texts) == 1:
             return [ids.tolist()]
         places = np.concatenate(all_counts).cumsum()  # of each word's first id
-        firsts = places[starts.searchsorted(begins)].tolist()
-        lasts = places[starts.searchsorted(ends)].tolist()
+        firsts = places[bounds.searchsorted(begins)].tolist()
+        lasts = places[bounds.searchsorted(ends)].tolist()
         return [ids[first:last].tolist() for first, last in zip(firsts, lasts, strict=True)]
 
-    def _encode_words(
-        self, text: bytes, bounds: Int[np.ndarray, " B"]
-    ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " N"]]:
-        """Returns the ids of words that follow each other, and how many each has."""
-        lengths = np.diff(bounds)
-        keys = keys_of(text, bounds[:-1], lengths)
-        with self._lock:
-            spans = self._table.find(keys)
-            remembered = self._ids
-        spans[lengths > KEY_BYTES] = UNKNOWN  # whose key is that of their beginning
-        unknown = np.flatnonzero(spans == UNKNOWN)
-        spans[unknown] = 0
-        counts = spans % MOST_COUNT
-        encoded: list[Ids] = []
-        if unknown.size:
-            encoded = self._encode_unknown(text, bounds, keys, unknown)
-            counts[unknown] = list(map(len, encoded))
-        places = counts.cumsum() - counts
-        shifts = np.repeat(spans // MOST_COUNT - places, counts)
-        # Of those that were unknown it takes any ids, to be replaced.
-        ids = remembered.take(shifts + np.arange(len(shifts)), mode="clip")
-        if unknown.size:
-            is_unknown = np.zeros(len(counts), bool)
-            is_unknown[unknown] = True
-            replaced = np.repeat(is_unknown, counts)
-            ids[replaced] = list(chain.from_iterable(encoded))
-        return ids, counts
+    def _encode_words(self, words: Strings) -> Encoded:
+        """Returns the ids of new words."""
+        starts = words.bounds[:-1]
+        is_start, is_odd = piece_starts(words)
+        odd = np.flatnonzero(is_odd)
+        for start, word in zip(starts[odd].tolist(), words.listed(odd), strict=True):
+            is_start[start : start + len(word)] = False
+            lengths = [len(piece.encode()) for piece in self._split(word.decode())]
+            is_start[list(accumulate(lengths[:-1], initial=start))] = True
+        bounds = np.append(np.flatnonzero(is_start), words.bounds[-1])
+        ids, counts = self._pieces.encode(Strings(words.text, bounds))
+        return Encoded(ids, np.add.reduceat(counts, bounds.searchsorted(starts)))
 
-    def _encode_unknown(
-        self,
-        text: bytes,
-        bounds: Int[np.ndarray, " B"],
-        keys: Keys,
-        unknown: Int[np.ndarray, " M"],
-    ) -> list[Ids]:
-        """Returns the ids of some words, and remembers them."""
-        starts = bounds[unknown].tolist()
-        ends = bounds[unknown + 1].tolist()
-        words = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-        places = dict(zip(words, unknown.tolist(), strict=True))  # each word once
-        new = [word for word in places if word not in self._long]
-        encoded = self._encode([word.decode() for word in new])
-        found = dict(zip(new, encoded, strict=True))
-        with self._lock:
-            short = []
-            for word, ids in found.items():
-                if len(word) <= KEY_BYTES:
-                    short.append(word)
-                elif len(word) <= self._longest and len(self._long) < self._n_remembered:
-                    self._long[word] = ids
-            self._remember(
-                keys.at(np.array([places[word] for word in short], np.int64)),
-                [found[word] for word in short],
-            )
-        long = self._long
-        return [found[word] if word in found else long[word] for word in words]
-
-    def _remember(self, keys: Keys, encoded: list[Ids]) -> None:
-        """Adds words to the table, as long as there is room."""
-        # Another thread may have met them at the same time.
-        places = np.flatnonzero(self._table.find(keys) == UNKNOWN)
-        places = places[: self._n_remembered - self._table.n_keys]
-        added = [encoded[place] for place in places.tolist()]
-        counts = np.array(list(map(len, added)), np.int64)
-        ids = np.array(list(chain.from_iterable(added)), np.int64)
-        needed = self._n_ids + len(ids)
-        if needed > len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros(2 * needed, np.int64)])
-        self._ids[self._n_ids : needed] = ids
-        firsts = self._n_ids + counts.cumsum() - counts
-        self._n_ids = needed
-        self._table.add(keys.at(places), MOST_COUNT * firsts + counts)
+    def _encode_pieces(self, pieces: Strings) -> Encoded:
+        """Returns the ids of new pieces."""
+        starts = pieces.bounds[:-1]
+        widths = pieces.lengths()
+        bytes_ = self._byte_ids[np.frombuffer(pieces.text, np.uint8, pieces.bounds[-1])]
+        has_unknown = np.minimum.reduceat(bytes_, starts) == UNKNOWN
+        is_apart = (widths > SHORT) | has_unknown | (len(widths) < FEW)
+        counts = np.zeros(len(widths), np.int64)
+        apart = np.flatnonzero(is_apart)
+        merged = [self._merge(piece.decode()) for piece in pieces.listed(apart)]
+        counts[apart] = list(map(len, merged))
+        groups = []
+        if not is_apart.all():
+            by_width = {}
+            for width in np.unique(widths[~is_apart]).tolist():
+                numbers = np.flatnonzero((widths == width) & ~is_apart)
+                columns = starts[numbers][:, None] + np.arange(width)
+                by_width[width] = Group(numbers, bytes_[columns])
+            groups = self._merges.merge(by_width)
+        for numbers, ids in groups:
+            counts[numbers] = ids.shape[1]
+        firsts = counts.cumsum() - counts
+        all_ids = np.zeros(counts.sum(), np.int64)
+        all_ids[_runs(firsts[apart], counts[apart])] = list(chain.from_iterable(merged))
+        for numbers, ids in groups:
+            all_ids[firsts[numbers][:, None] + np.arange(ids.shape[1])] = ids
+        return Encoded(all_ids, counts)
 
 
 def keys_of(text: bytes, starts: Int[np.ndarray, " N"], lengths: Int[np.ndarray, " N"]) -> Keys:
@@ -229,7 +331,7 @@ def keys_of(text: bytes, starts: Int[np.ndarray, " N"], lengths: Int[np.ndarray,
     return Keys(low, high | n_bytes.view(np.uint64) << np.uint64(8 * KEY_BYTES - 64))
 
 
-# Cutting texts into words.
+# Cutting texts into words, and words into pieces.
 
 
 def word_starts(text: bytes, n_bytes: int, begins: Int[np.ndarray, " B"]) -> Int[np.ndarray, " N"]:
@@ -291,7 +393,50 @@ def _spelled_spaces() -> Int[np.ndarray, " S"]:
     return np.array([int.from_bytes(space, "big") for space in spelled])
 
 
+SPACE, LETTER, DIGIT, OTHER, ODD = range(5)
+
+
+@cache
+def _kinds() -> UInt8[np.ndarray, " 256"]:
+    """Returns what each byte is to the tokenizer's pattern; ODD where that takes a closer look."""
+    kinds = np.full(256, OTHER, np.uint8)
+    for code in range(128):
+        char = chr(code)
+        if char.isalpha():
+            kinds[code] = LETTER
+        elif char.isdigit():
+            kinds[code] = DIGIT
+    kinds[list(b"\t\n\v\f\r ")] = SPACE
+    kinds[ord("'")] = ODD
+    kinds[128:] = ODD
+    return kinds
+
+
+def piece_starts(words: Strings) -> tuple[Bool[np.ndarray, " M"], Bool[np.ndarray, " N"]]:
+    """Returns at which bytes of words pieces begin, and of which words that is not known.
+
+    That is where letters, digits or other signs begin, but a space goes with what follows. Beyond
+    ASCII, and where an apostrophe may make a piece of letters behind it, it is not so simple.
+    """
+    starts = words.bounds[:-1]
+    kinds = _kinds()[np.frombuffer(words.text, np.uint8, words.bounds[-1])]
+    is_start = np.ones(len(kinds), bool)
+    is_start[1:] = kinds[1:] != kinds[:-1]
+    spaced = starts[np.frombuffer(words.text, np.uint8)[starts] == ord(" ")]
+    # Behind the last word there may be no further byte.
+    is_start[np.minimum(spaced + 1, len(kinds) - 1)] = False
+    is_start[starts] = True
+    return is_start, np.maximum.reduceat(kinds, starts) == ODD
+
+
 # Merging.
+
+
+class Group(NamedTuple):
+    """Pieces that have as many ids."""
+
+    numbers: Int[np.ndarray, " N"]  # among all
+    ids: Int[np.ndarray, "N W"]
 
 
 class Merges:
@@ -302,41 +447,43 @@ class Merges:
     """
 
     def __init__(self, merged: Mapping[tuple[int, int], tuple[int, int]]):
-        pairs = np.array(list(merged.keys()), np.int64).reshape(-1, 2)
-        ranks, wholes = np.array(list(merged.values()), np.int64).reshape(-1, 2).T
+        # Not `np.array`, which looks at each pair first: this takes a quarter of the time.
+        pairs = np.fromiter(chain.from_iterable(merged), np.int64).reshape(-1, 2)
+        values = np.fromiter(chain.from_iterable(merged.values()), np.int64).reshape(-1, 2)
+        ranks, wholes = values.T
         self._ranks = Table()
         self._ranks.add(_pairs(pairs[:, 0], pairs[:, 1]), ranks)
         self._wholes = np.zeros(ranks.max(initial=-1) + 1, np.int64)
         self._wholes[ranks] = wholes
 
-    def merge(self, pieces: Iterable[list[int]]) -> list[Ids]:
+    def merge(self, by_width: Mapping[int, Group]) -> list[Group]:
         """Returns the ids of pieces, of each of which the ids of its bytes are given.
 
         Each round makes one merge in each piece that has one left: the earliest, of equal ones the
         leftmost. So all pieces of a round have as many ids, and those that begin with fewer join
         them when it comes to that.
         """
-        merged = [tuple(piece) for piece in pieces]
-        of_width: dict[int, list[int]] = {}
-        for number, piece in enumerate(merged):
-            of_width.setdefault(len(piece), []).append(number)
-        widest = max(of_width, default=0)
+        groups = []
+        widest = max(by_width)
         numbers = np.zeros(0, np.int64)
         ids = np.zeros((0, widest), np.int64)
-        ranks = np.zeros((0, widest - 1), np.int64) if widest else ids  # of each with the next
-        for width in range(widest, 1, -1):
-            if width in of_width:
-                joining = np.array([merged[number] for number in of_width[width]], np.int64)
-                numbers = np.concatenate([numbers, of_width[width]])
-                ids = np.concatenate([ids, joining])
-                ranks = np.concatenate([ranks, self._ranks_of(joining[:, :-1], joining[:, 1:])])
+        ranks = np.zeros((0, widest - 1), np.int64)  # of each with the next
+        for width in range(widest, 0, -1):
+            if width in by_width:
+                joining = by_width[width]
+                numbers = np.concatenate([numbers, joining.numbers])
+                ids = np.concatenate([ids, joining.ids])
+                new_ranks = self._ranks_of(joining.ids[:, :-1], joining.ids[:, 1:])
+                ranks = np.concatenate([ranks, new_ranks])
+            if width == 1:
+                groups.append(Group(numbers, ids))
+                break
             places = ranks.argmin(axis=1)
             has_merge = ranks[np.arange(len(ranks)), places] != NO_MERGE
-            _put(merged, numbers[~has_merge], ids[~has_merge])
+            groups.append(Group(numbers[~has_merge], ids[~has_merge]))
             numbers = numbers[has_merge]
             ids, ranks = self._merge_at(places[has_merge], ids[has_merge], ranks[has_merge])
-        _put(merged, numbers, ids)
-        return merged
+        return groups
 
     def _merge_at(
         self,
@@ -377,8 +524,3 @@ def _without(
     n_rows, width = rows.shape
     is_kept = np.arange(width) != columns[:, None]
     return rows[is_kept].reshape(n_rows, width - 1)
-
-
-def _put(merged: list[Ids], numbers: Int[np.ndarray, " N"], ids: Int[np.ndarray, "N W"]) -> None:
-    for number, row in zip(numbers.tolist(), ids.tolist(), strict=True):
-        merged[number] = tuple(row)

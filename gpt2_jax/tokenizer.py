@@ -22,7 +22,7 @@ import regex
 from gpt2_jax import tokenizer_files
 from gpt2_jax.added_tokens import AddedToken, Finder, Part
 from gpt2_jax.byte_spelling import byte_chars, spelled_bytes
-from gpt2_jax.many_words import Ids, Merges, Words
+from gpt2_jax.many_words import Ids, Words
 from gpt2_jax.tokenizer_files import Pair, TokenizerFiles
 from gpt2_jax.tokenizer_settings import END_OF_TEXT, Vocab
 from gpt2_jax.tokenizer_template import NO_TEMPLATE, Template
@@ -37,7 +37,6 @@ REMEMBERED_TEXTS = 2**18
 REMEMBERED_LENGTH = 64  # characters; longer pieces seldom come twice
 
 MANY_CHARACTERS = 2**11  # from here on words are looked up all at once
-MANY_PIECES = 64  # from here on they are merged all at once
 
 MISSING_BYTES = ("error", "drop")  # what may become of bytes that a vocabulary lacks
 
@@ -114,8 +113,7 @@ class Tokenizer:
         self._merged = _merged(self.merges, self.vocab)
         self._pieces = _Remembered(self._merge)
         self._words = _Remembered(self._encode_word)
-        self._many_words = Words(self._encode_words_apart, REMEMBERED_TEXTS, REMEMBERED_LENGTH)
-        self._many_merges: Merges | None = None  # made when they are first needed
+        self._many_words = Words(split, self._merge, self._merged, self._byte_ids)
 
     def _set_special(
         self, added_tokens: Sequence[AddedToken], roles: dict[str, str], template: Template
@@ -515,29 +513,10 @@ class Tokenizer:
 
     def _encode_pieces(self, text: str) -> Ids:
         """Returns the ids of the pieces that the pattern cuts a text into."""
-        pieces = splitter(text).findall(text)
+        pieces = split(text)
         if len(pieces) == 1:
             return self._pieces[text]  # the same object: it is remembered by either name
         return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
-
-    def _encode_words_apart(self, words: list[str]) -> list[Ids]:
-        """Returns the ids of new words, spaces included, of which there may be many."""
-        cut = [splitter(word).findall(word) for word in words]
-        pieces = self._pieces
-        distinct = dict.fromkeys(chain.from_iterable(cut))
-        new = [piece for piece in distinct if piece not in pieces]
-        if len(new) >= MANY_PIECES:
-            short = [piece for piece in new if len(piece) <= SHORT]
-            if self._many_merges is None:
-                self._many_merges = Merges(self._merged)
-            merged = self._many_merges.merge(map(self._ids_of_bytes, short))
-            for piece, ids in zip(short, merged, strict=True):
-                pieces.remember(piece, ids)
-        encoded = []
-        for parts in cut:
-            ids = map(pieces.__getitem__, parts)
-            encoded.append(next(ids) if len(parts) == 1 else tuple(chain.from_iterable(ids)))
-        return encoded
 
     def _merge(self, piece: str) -> Ids:
         """Returns the ids of a piece: merges its bytes, the earliest merge first, left to right."""
@@ -650,14 +629,10 @@ class _Remembered(dict[str, Ids]):
 
     def __missing__(self, text: str) -> Ids:
         ids = self._encode(text)
-        self.remember(text, ids)
-        return ids
-
-    def remember(self, text: str, ids: Ids) -> None:
-        """Keeps ids, unless a text is too long, or this is full."""
         # Full, it stays as it is: what is frequent has come long before.
         if len(text) <= REMEMBERED_LENGTH and len(self) < REMEMBERED_TEXTS:
             self[text] = ids
+        return ids
 
 
 class _Bytes(dict[int, bytes]):
@@ -803,6 +778,11 @@ def check_no_surrogates(text: str) -> None:
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # White space of which not only the last is a piece of its own, or begins one.
 LONG_RUN = re.compile(rf"[{SPACES}]{{2,}}(?:(?=[{SPACES}][^{SPACES}])|\Z)")
+
+
+def split(text: str) -> list[str]:
+    """Returns the pieces that the pattern cuts a text into."""
+    return splitter(text).findall(text)
 
 
 def splitter(text: str) -> re.Pattern[str] | regex.Pattern[str]:

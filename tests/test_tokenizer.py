@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax import Tokenizer, load_tokenizer, many_words, tokenizer
 from gpt2_jax.added_tokens import AddedToken
-from gpt2_jax.many_words import Keys, Merges, Table, Words
+from gpt2_jax.many_words import Group, Keys, Merges, Table, Words
 from tests.reference import DATA
 
 ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
@@ -115,15 +115,17 @@ def test_words_are_cut_where_pieces_are(text):
     assert gpt2.encode(text) == [id for piece in pieces for id in gpt2._merge(piece)]
 
 
-@given(st.lists(TEXTS | st.text(), max_size=4), st.integers(1, 4))
-def test_many_words_have_hfs_ids(texts, at_once):
+@given(st.lists(TEXTS | st.text(), max_size=4), st.integers(1, 4), st.sampled_from([0, 256]))
+def test_many_words_have_hfs_ids(texts, at_once, few):
     gpt2 = Tokenizer.gpt2()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "MANY_CHARACTERS", 0)
-        patch.setattr(tokenizer, "MANY_PIECES", 0)
+        patch.setattr(many_words, "FEW", few)
+        patch.setattr(many_words, "REMEMBERED", 8)
         patch.setattr(many_words, "WORDS_AT_ONCE", at_once)
-        patch.setattr(gpt2, "_many_words", Words(gpt2._encode_words_apart, 8, 64))
-        patch.setattr(gpt2, "_pieces", type(gpt2._pieces)(gpt2._merge))
+        words = Words(tokenizer.split, gpt2._merge, gpt2._merged, gpt2._byte_ids)
+        words._merges = merges()
+        patch.setattr(gpt2, "_many_words", words)
         for _ in range(2):  # words that are new, and the same words again
             assert gpt2.encode_batch(texts) == [HF.encode(text).ids for text in texts]
 
@@ -164,7 +166,10 @@ def test_short_and_long_pieces_are_merged_alike(text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "SHORT", 64)
         assert gpt2._merge(text) == gpt2._merge_long([*spelled])
-    assert merges().merge([spelled, [], spelled[1:]])[:2] == [gpt2._merge(text), ()]
+    ids = np.array([spelled] * 2, np.int64)
+    groups = merges().merge({len(spelled): Group(np.arange(2), ids)}) if spelled else []
+    found = [row for group in groups for row in group.ids.tolist()]
+    assert found == [list(gpt2._merge(text))] * 2 * bool(spelled)
 
 
 @cache
