@@ -29,7 +29,7 @@ LONG = np.uint64(2**63)
 PASSING = np.uint64(2**63 + 1)
 
 SHORT = 32  # bytes of a piece that is merged with others
-FEW = 256  # pieces that are merged sooner one by one
+FEW = 2**10  # pieces that are merged sooner one by one
 NO_MERGE = 2**63 - 1  # a rank later than all others
 UNKNOWN = -1
 
@@ -125,7 +125,7 @@ class Table:
         rows = np.stack([*keys, (numbers + 1).astype(np.uint64)], axis=1)
         if 2 * self.n_keys > len(self._rows):  # half full, few keys are far from their slot
             rows = np.concatenate([self._rows[self._rows[:, 2] != 0], rows])
-            n_slots = 2 ** (4 * self.n_keys - 1).bit_length()
+            n_slots = 2 ** (2 * self.n_keys).bit_length()
             self._rows = np.zeros((n_slots, 3), np.uint64)
         slots = self._slots(Keys(rows[:, 0], rows[:, 1]))
         while len(rows):
@@ -275,10 +275,12 @@ class Words:
         starts = words.bounds[:-1]
         is_start, is_odd = piece_starts(words)
         odd = np.flatnonzero(is_odd)
+        is_start[_runs(starts[odd], words.lengths()[odd])] = False
+        found: list[int] = []
         for start, word in zip(starts[odd].tolist(), words.listed(odd), strict=True):
-            is_start[start : start + len(word)] = False
-            lengths = [len(piece.encode()) for piece in self._split(word.decode())]
-            is_start[list(accumulate(lengths[:-1], initial=start))] = True
+            *lengths, _ = [len(piece.encode()) for piece in self._split(word.decode())]
+            found += accumulate(lengths, initial=start)
+        is_start[found] = True
         bounds = np.append(np.flatnonzero(is_start), words.bounds[-1])
         ids, counts = self._pieces.encode(Strings(words.text, bounds))
         return Encoded(ids, np.add.reduceat(counts, bounds.searchsorted(starts)))
