@@ -299,7 +299,7 @@ class Words:
         groups = []
         if not is_apart.all():
             by_width = {}
-            for width in np.unique(widths[~is_apart]).tolist():
+            for width in np.flatnonzero(np.bincount(widths[~is_apart])).tolist():
                 numbers = np.flatnonzero((widths == width) & ~is_apart)
                 columns = starts[numbers][:, None] + np.arange(width)
                 by_width[width] = Group(numbers, bytes_[columns])
@@ -382,17 +382,21 @@ def _wide_spaces(
     spelled = codes[leads].astype(np.int64) << 16
     spelled |= codes[leads + 1].astype(np.int64) << 8
     spelled |= codes[leads + 2] * (codes[leads] >= 0xE0)
-    is_space = np.isin(spelled, _spelled_spaces())
+    spaces = _spelled_spaces()
+    is_space = spaces[spaces.searchsorted(spelled)] == spelled
     wide = leads[is_space]
     return wide, np.where(codes[wide] >= 0xE0, 3, 2)
 
 
 @cache
 def _spelled_spaces() -> Int[np.ndarray, " S"]:
-    """Returns white space beyond ASCII as `regex` knows it, each in three bytes of UTF-8."""
+    """Returns white space beyond ASCII as `regex` knows it, each in three bytes of UTF-8.
+
+    Behind it stands a number above all of these.
+    """
     plane = "".join(map(chr, range(0x80, 0xD800)))
     spelled = [space.encode().ljust(3, b"\0") for space in regex.findall(r"\s", plane)]
-    return np.array([int.from_bytes(space, "big") for space in spelled])
+    return np.array([*(int.from_bytes(space, "big") for space in spelled), 2**24])
 
 
 SPACE, LETTER, DIGIT, OTHER, ODD = range(5)

@@ -36,7 +36,7 @@ PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 REMEMBERED_TEXTS = 2**18
 REMEMBERED_LENGTH = 64  # characters; longer pieces seldom come twice
 
-MANY_CHARACTERS = 2**11  # from here on words are looked up all at once
+MANY_CHARACTERS = 2**13  # from here on words are looked up all at once
 
 MISSING_BYTES = ("error", "drop")  # what may become of bytes that a vocabulary lacks
 
