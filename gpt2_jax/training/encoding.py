@@ -45,6 +45,8 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str], n_workers: int) -> Iterat
     Raises:
       ChildProcessError: a worker has ended before its work.
     """
+    before = np.array(tokenizer.template.before, np.uint32)
+    after = np.array(tokenizer.template.after, np.uint32)
     unread = iter(texts)
     first = _first(unread, MIN_CHARACTERS_FOR_WORKERS)
     is_short = sum(len(text) for text in first) < MIN_CHARACTERS_FOR_WORKERS
@@ -65,9 +67,9 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str], n_workers: int) -> Iterat
             encoded = _encoded_by(pool, pieces, PIECES_AHEAD * n_workers)
         for ids, piece in encoded:
             if piece.start == 0:
-                ids = _joined(tokenizer.template.before, ids)
+                ids = np.concatenate([before, ids])
             if piece.end == len(piece.text):
-                ids = _joined(ids, tokenizer.template.after)
+                ids = np.concatenate([ids, after])
             yield Piece(ids, piece)
 
 
@@ -105,10 +107,6 @@ def _encoded_by(pool: Executor, pieces: Iterable[Span], n_ahead: int) -> Iterato
 def _ids_of(tokenizer: Tokenizer, text: str) -> UInt32[np.ndarray, " N"]:
     # As an array it goes from process to process whole: a list would be taken apart, id by id.
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
-
-
-def _joined(*parts: Iterable[int]) -> UInt32[np.ndarray, " N"]:
-    return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 
 
 # What a worker does. It gets the tokenizer once, when its process starts, not with each piece.
