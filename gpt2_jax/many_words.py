@@ -29,7 +29,7 @@ LONG = np.uint64(2**63)
 PASSING = np.uint64(2**63 + 1)
 
 SHORT = 32  # bytes of a piece that is merged with others
-FEW = 2**10  # pieces that are merged sooner one by one
+FEW = 2**9  # pieces that are merged sooner one by one
 NO_MERGE = 2**63 - 1  # a rank later than all others
 UNKNOWN = -1
 
@@ -132,7 +132,8 @@ class Table:
             is_free = self._rows[slots, 2] == 0
             # Of several keys that want the same slot one gets it.
             self._rows[slots[is_free]] = rows[is_free]
-            is_left = (self._rows[slots, :2] != rows[:, :2]).any(axis=1)
+            there = self._rows.take(slots, axis=0)
+            is_left = (there[:, 0] != rows[:, 0]) | (there[:, 1] != rows[:, 1])
             rows = rows[is_left]
             slots = (slots[is_left] + 1) & (len(self._rows) - 1)
 
