@@ -6,6 +6,7 @@ extra; `tokenizer.py` imports this module where it meets such a file.
 
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -19,6 +20,7 @@ from gpt2_jax.tokenizer import (
     as_list,
     check_no_surrogates,
     check_not_negative,
+    one_by_one,
     without_surrogates,
 )
 from gpt2_jax.tokenizer_files import TokenizerFiles
@@ -168,6 +170,23 @@ class HFTokenizer(Tokenizer):
         check_no_surrogates(text)
         encoded = self._encoded(text, allowed_special, add_special_tokens)
         return EncodedText(encoded.ids, encoded.offsets)
+
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        allowed_special: Collection[str] = (),
+        *,
+        disallowed_special: Collection[str] = (),
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
+        """Returns the ids of each text: see `Tokenizer.encode_batch`."""
+        encode = partial(
+            self.encode,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            add_special_tokens=add_special_tokens,
+        )
+        return one_by_one(encode, texts)
 
     def _encoded(
         self, text: str, allowed_special: Collection[str], add_special_tokens: bool

@@ -11,7 +11,7 @@ import codecs
 import heapq
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, pairwise
 from operator import add, index
 from pathlib import Path
@@ -22,6 +22,7 @@ import regex
 from gpt2_jax import tokenizer_files
 from gpt2_jax.added_tokens import AddedToken, Finder, Part
 from gpt2_jax.byte_spelling import byte_chars, spelled_bytes
+from gpt2_jax.many_words import Ids, Words
 from gpt2_jax.tokenizer_files import Pair, TokenizerFiles
 from gpt2_jax.tokenizer_settings import END_OF_TEXT, Vocab
 from gpt2_jax.tokenizer_template import NO_TEMPLATE, Template
@@ -35,16 +36,13 @@ PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 REMEMBERED_TEXTS = 2**18
 REMEMBERED_LENGTH = 64  # characters; longer pieces seldom come twice
 
-BLOCK = 2**15  # characters that are cut into words at once
+MANY_CHARACTERS = 2**13  # from here on words are looked up all at once
 
 MISSING_BYTES = ("error", "drop")  # what may become of bytes that a vocabulary lacks
 
 SHORT = 32  # bytes of a piece whose pairs are looked through for each merge
 GONE = -1  # no id: the place of a token that was merged into the one before it
 NO_MERGE = (2**63, GONE)  # later than all others
-
-
-Ids = tuple[int, ...]  # as they are remembered: joined sooner than lists are
 
 
 class EncodedText(NamedTuple):
@@ -115,6 +113,7 @@ class Tokenizer:
         self._merged = _merged(self.merges, self.vocab)
         self._pieces = _Remembered(self._merge)
         self._words = _Remembered(self._encode_word)
+        self._many_words = Words(split, self._merge, self._merged, self._byte_ids)
 
     def _set_special(
         self, added_tokens: Sequence[AddedToken], roles: dict[str, str], template: Template
@@ -241,9 +240,7 @@ class Tokenizer:
         if finder is None:
             ids = self._encode_ordinary(text)
         else:
-            ids = []
-            for part in finder.parts(text):
-                ids += self._encode_part(text, part)
+            (ids,) = self._encode_parts([text], finder)
         # GPT-2's own template is empty, and then the ids need not be copied.
         if not add_special_tokens or self.template == NO_TEMPLATE:
             return ids
@@ -290,17 +287,33 @@ class Tokenizer:
         disallowed_special: Collection[str] = (),
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
-        """Returns the ids of each text: see `encode`."""
-        encoded = []
-        for text in texts:
-            ids = self.encode(
-                text,
-                allowed_special,
-                disallowed_special=disallowed_special,
-                add_special_tokens=add_special_tokens,
-            )
-            encoded.append(ids)
-        return encoded
+        """Returns the ids of each text: see `encode`.
+
+        Words of all texts are looked up at once, so that many short texts take no longer than a
+        long one.
+
+        Raises:
+          ValueError: as `encode`, with the number of the text.
+        """
+        texts = list(texts)
+        encode = partial(
+            self.encode,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            add_special_tokens=add_special_tokens,
+        )
+        try:
+            if allowed_special or disallowed_special:
+                for text in texts:
+                    self._check_special(text, allowed_special, disallowed_special)
+            finder = self._finder(allowed_special) or Finder(())
+            batch = self._encode_parts(texts, finder)
+        except ValueError:
+            return one_by_one(encode, texts)  # which knows the text
+        if not add_special_tokens or self.template == NO_TEMPLATE:
+            return batch
+        before, after = self.template
+        return [[*before, *ids, *after] for ids in batch]
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Returns the bytes that ids (Python's, numpy's or JAX's integers) stand for.
@@ -434,7 +447,35 @@ class Tokenizer:
             done += len(self._bytes[id])
             yield owners[first], owners[done - 1] + 1
 
+    def _encode_parts(self, texts: list[str], finder: Finder) -> list[list[int]]:
+        """Returns the ids of texts that are parted at added tokens."""
+        parted = [finder.parts(text) for text in texts]
+        ordinary = []
+        for text, parts in zip(texts, parted, strict=True):
+            ordinary += [text[part.start : part.end] for part in parts if part.id is None]
+        if sum(map(len, ordinary)) < MANY_CHARACTERS:
+            encoded = iter([self._encode_ordinary(text) for text in ordinary])
+        else:
+            encoded = iter(self._many_words.encode(list(map(self._spelled, ordinary))))
+        batch = []
+        for parts in parted:
+            ids = [next(encoded) if part.id is None else [part.id] for part in parts]
+            batch.append(ids[0] if len(ids) == 1 else list(chain.from_iterable(ids)))
+        return batch
+
+    def _spelled(self, text: str) -> bytes:
+        """Returns the UTF-8 of ordinary text."""
+        if self.add_prefix_space and not text.startswith(" "):
+            text = f" {text}"
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # of surrogates: nothing else fails so
+            return without_surrogates(text).encode()
+
     def _encode_ordinary(self, text: str) -> list[int]:
+        if len(text) >= MANY_CHARACTERS:
+            (ids,) = self._many_words.encode([self._spelled(text)])
+            return ids
         if self.add_prefix_space and not text.startswith(" "):
             text = f" {text}"
         try:
@@ -448,7 +489,7 @@ class Tokenizer:
                 done = run.end()
             ids += self._encode_words(text[done:])
             return ids
-        except UnicodeEncodeError:  # of surrogates: nothing else fails so
+        except UnicodeEncodeError:
             return self._encode_ordinary(without_surrogates(text))
 
     def _encode_words(self, text: str) -> list[int]:
@@ -458,14 +499,12 @@ class Tokenizer:
         a piece of its own. So a word with all that is written onto it is looked up at once, which
         takes a third of the time of matching its pieces.
         """
-        ids: list[int] = []
-        for block in _blocks(text):
-            # A word loses the space before it, and what begins a line has none to lose.
-            words = block.replace("\n", " \n").split(" ")
-            ids += self._encode_pieces(words[0])
-            # `__getitem__` itself, mapped in C: this line takes most of the time of a text whose
-            # words are remembered. Those that are not go through `_Remembered.__missing__`.
-            ids.extend(chain.from_iterable(map(self._words.__getitem__, words[1:])))
+        # A word loses the space before it, and what begins a line has none to lose.
+        words = text.replace("\n", " \n").split(" ")
+        ids = [*self._encode_pieces(words[0])]
+        # `__getitem__` itself, mapped in C: this line takes most of the time of a text whose words
+        # are remembered. Those that are not go through `_Remembered.__missing__`.
+        ids.extend(chain.from_iterable(map(self._words.__getitem__, words[1:])))
         return ids
 
     def _encode_word(self, word: str) -> Ids:
@@ -474,7 +513,7 @@ class Tokenizer:
 
     def _encode_pieces(self, text: str) -> Ids:
         """Returns the ids of the pieces that the pattern cuts a text into."""
-        pieces = splitter(text).findall(text)
+        pieces = split(text)
         if len(pieces) == 1:
             return self._pieces[text]  # the same object: it is remembered by either name
         return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
@@ -658,6 +697,21 @@ def _checked_missing_bytes(missing_bytes: str) -> str:
     return missing_bytes
 
 
+def one_by_one(encode: Callable[[str], list[int]], texts: Iterable[str]) -> list[list[int]]:
+    """Returns the ids of each text.
+
+    Raises:
+      ValueError: as `encode`, with the number of the text.
+    """
+    encoded = []
+    for number, text in enumerate(texts):
+        try:
+            encoded.append(encode(text))
+        except ValueError as error:
+            raise ValueError(f"`texts[{number}]`: {error}") from error
+    return encoded
+
+
 def as_list(ids: Iterable[SupportsIndex]) -> list[SupportsIndex]:
     """Returns ids as a list."""
     # An array becomes one at once: to iterate over JAX's would fetch id after id.
@@ -726,17 +780,9 @@ SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_RUN = re.compile(rf"[{SPACES}]{{2,}}(?:(?=[{SPACES}][^{SPACES}])|\Z)")
 
 
-# Behind which a text may be cut.
-END_OF_WORD = re.compile(rf"[^{SPACES}](?=[ \n])")
-
-
-def _blocks(text: str) -> Iterator[str]:
-    """Yields parts of a text, cut where words end, whose words fit into a processor's cache."""
-    start = 0
-    while cut := END_OF_WORD.search(text, start + BLOCK):
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]
+def split(text: str) -> list[str]:
+    """Returns the pieces that the pattern cuts a text into."""
+    return splitter(text).findall(text)
 
 
 def splitter(text: str) -> re.Pattern[str] | regex.Pattern[str]:

@@ -263,7 +263,8 @@ def model_ids(folder: Folder) -> ModelIds:
     for role in ("bos_token", "eos_token"):
         found = folder.model_config.get(f"{role}_id")
         if role not in folder.named:
-            ids[role] = found if isinstance(found, list) else [found]
+            listed = found if isinstance(found, list) else [found]
+            ids[role] = [id for id in listed if id is not None]
     return ids
 
 

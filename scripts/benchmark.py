@@ -338,7 +338,7 @@ def bench_patch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bench_tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Encoding a text, on one thread."""
+    """Encoding a text on one thread, its words met before or new, and a batch on all cores."""
     text = args.text
     if text is None:
         text = folder / "text.txt"
@@ -347,11 +347,14 @@ def bench_tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             encoding="utf-8",
         )
     names = ["ours", "tokenizers"] + (["tiktoken"] if importlib.util.find_spec("tiktoken") else [])
-    spec = {"text": str(text), "vocabulary": str(VOCABULARY)}
-    result = race("tokenizer", spec, names, args.rounds, 0)
-    title = f"tokenizer, {Path(text).name}"
-    show(title, "MB/s", result)
-    return {title: result}
+    results = {}
+    for case in ("known words", "new words", "batch"):
+        spec = {"text": str(text), "vocabulary": str(VOCABULARY), "case": case}
+        result = race("tokenizer", spec, names, args.rounds, 0)
+        title = f"tokenizer, {Path(text).name}, {case}"
+        show(title, "MB/s", result)
+        results[title] = result
+    return results
 
 
 def bench_cold(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

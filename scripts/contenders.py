@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -433,29 +433,46 @@ def hf_patch(spec: Spec) -> Once:
     return once
 
 
-# The tokenizer: ids of a text.
+# The tokenizer: ids of a text, whose words were met before or are new, or of a batch of texts.
+
+
+class Encoder(NamedTuple):
+    """A contender's two functions."""
+
+    one: Callable[[str], Sequence[int]]  # on one thread
+    batch: Callable[[list[str]], list[Sequence[int]]]  # on all cores, if it can
 
 
 def ours_tokenizer(spec: Spec) -> Once:
     """`gpt2_jax.Tokenizer`."""
     import gpt2_jax
 
-    return encoding(spec, gpt2_jax.Tokenizer.gpt2().encode)
+    def make():
+        tokenizer = gpt2_jax.Tokenizer.load(spec["vocabulary"])
+        return Encoder(tokenizer.encode, tokenizer.encode_batch)
+
+    return encoding(spec, make)
 
 
 def hf_tokenizer(spec: Spec) -> Once:
-    """`tokenizers`, on one thread."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """`tokenizers`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if spec["case"] == "batch" else "false"
     from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = ByteLevelBPETokenizer(
-        f"{spec['vocabulary']}/vocab.json", f"{spec['vocabulary']}/merges.txt"
-    )
-    return encoding(spec, lambda text: tokenizer.encode(text).ids)
+    def make():
+        tokenizer = ByteLevelBPETokenizer(
+            f"{spec['vocabulary']}/vocab.json", f"{spec['vocabulary']}/merges.txt"
+        )
+        return Encoder(
+            lambda text: tokenizer.encode(text).ids,
+            lambda texts: [encoded.ids for encoded in tokenizer.encode_batch(texts)],
+        )
+
+    return encoding(spec, make)
 
 
 def tiktoken_tokenizer(spec: Spec) -> Once:
-    """`tiktoken`, on one thread."""
+    """`tiktoken`, which remembers no words."""
     import tiktoken
 
     from gpt2_jax import Tokenizer
@@ -464,19 +481,36 @@ def tiktoken_tokenizer(spec: Spec) -> Once:
     ranks = {known.decode_bytes([id]): id for id in range(50256)}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     encoding_ = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return encoding(spec, encoding_.encode_ordinary)
+    batch = partial(encoding_.encode_ordinary_batch, num_threads=os.cpu_count())
+    return encoding(spec, lambda: Encoder(encoding_.encode_ordinary, batch))
 
 
-def encoding(spec: Spec, encode: Callable[[str], list[int]]) -> Once:
+def encoding(spec: Spec, make: Callable[[], Encoder]) -> Once:
     """Returns a turn of encoding the text of a file; in megabytes."""
     text = Path(spec["text"]).read_text(encoding="utf-8")
+    texts = documents(text)
     size = len(text.encode()) / 1e6
+    encoders = [make()]
 
     def once():
-        ids = encode(text)
-        return Done(size, [len(ids), *ids[:1000]])
+        encoder = make() if spec["case"] == "new words" else encoders[0]
+        start = time.perf_counter()
+        encoded = encoder.batch(texts) if spec["case"] == "batch" else [encoder.one(text)]
+        seconds = time.perf_counter() - start
+        numbers = [sum(map(len, encoded)), *map(len, encoded[:1000]), *encoded[0][:1000]]
+        return Done(size, numbers, seconds)
 
     return once
+
+
+def documents(text: str) -> list[str]:
+    """Returns a text in parts of 2,000 characters or more, cut behind paragraphs."""
+    parts = [""]
+    for paragraph in text.split("\n\n"):
+        if len(parts[-1]) >= 2000:
+            parts.append("")
+        parts[-1] += f"{paragraph}\n\n"
+    return parts
 
 
 # The command line, from its start to its end; `folder` has the compiled programs of earlier runs,

@@ -47,6 +47,8 @@ state = gpt2_jax.init_state(params, tx)
 gpt2_jax.train_step(state, ids, key, config=config, tx=tx, micro_batches=2)
 tap = gpt2_jax.make_tap({"h.*.resid_pre": gpt2_jax.add(np.ones(24), at=[1, 3])}, config=config)
 gpt2_jax.score(params, [([1, 2, 3], 2)], config=config, tap=tap)
+many = [f"wor{i} l\xe9tters{i}\u3000don't" for i in range(2000)]  # words, cut and merged at once
+gpt2_jax.Tokenizer.gpt2().encode_batch(many)
 next(gpt2_jax.capture_stream(params, ids.ravel(), config=config, sites="embed", length=5))
 
 

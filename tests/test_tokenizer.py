@@ -1,5 +1,6 @@
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import regex
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax import Tokenizer, load_tokenizer, tokenizer
+from gpt2_jax import Tokenizer, load_tokenizer, many_words, tokenizer
 from gpt2_jax.added_tokens import AddedToken
+from gpt2_jax.many_words import Group, Keys, Merges, Table, Words
 from tests.reference import DATA
 
 ASSETS = Path(tokenizer.__file__).parent / "assets" / "gpt2"
@@ -88,12 +90,14 @@ SPACED = [
     "\n",
     "\t",
     "\r",
+    "\0",
     "\x1c",
     "\x85",
     "\xa0",
     "\u3000",
     "a",
     "the",
+    "fifteen, letters",
     "'s",
     "1",
     "!",
@@ -101,23 +105,77 @@ SPACED = [
 ]
 
 
-@given(st.lists(st.sampled_from(SPACED), max_size=12).map("".join), st.integers(1, 4))
-def test_words_are_cut_where_pieces_are(text, block):
+TEXTS = st.lists(st.sampled_from(SPACED), max_size=12).map("".join)
+
+
+@given(TEXTS)
+def test_words_are_cut_where_pieces_are(text):
     gpt2 = Tokenizer.gpt2()
     pieces = regex.findall(tokenizer.PATTERN, text)
-    expected = [id for piece in pieces for id in gpt2._merge(piece)]
+    assert gpt2.encode(text) == [id for piece in pieces for id in gpt2._merge(piece)]
+
+
+@settings(max_examples=40)
+@given(st.lists(TEXTS | st.text(), max_size=3), st.sampled_from([2, 8]), st.sampled_from([0, 99]))
+def test_many_words_have_hfs_ids(texts, at_once, few):
+    gpt2 = Tokenizer.gpt2()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "BLOCK", block)
-        assert gpt2.encode(text) == expected
+        patch.setattr(tokenizer, "MANY_CHARACTERS", 0)
+        patch.setattr(many_words, "FEW", few)
+        patch.setattr(many_words, "REMEMBERED", 8)
+        patch.setattr(many_words, "WORDS_AT_ONCE", at_once)
+        words = Words(tokenizer.split, gpt2._merge, gpt2._merged, gpt2._byte_ids)
+        words._merges = merges()
+        patch.setattr(gpt2, "_many_words", words)
+        for _ in range(2):  # words that are new, and the same words again
+            assert gpt2.encode_batch(texts) == [HF.encode(text).ids for text in texts]
+
+
+def test_a_batch_has_the_ids_of_its_texts(gpt2):
+    plain = [case for case in cases("stress.jsonl") if not case.get("allow_special")]
+    ids = gpt2.encode_batch([case["text"] for case in plain])
+    assert ids == [case["ids"] for case in plain]
+    marked = ["a<|endoftext|>" * 200, "", "<|endoftext|>"]
+    assert gpt2.encode_batch(marked, "all") == [[64, 50256] * 200, [], [50256]]
+
+
+def test_the_text_that_a_batch_cannot_have_is_named(gpt2, toy):
+    with pytest.raises(ValueError, match=r"`texts\[1\]`: .* no token for byte 120"):
+        toy.encode_batch(["low " * 1000, "x", "low"])
+    with pytest.raises(ValueError, match=r"`texts\[2\]`: `text` must hold no special token"):
+        gpt2.encode_batch(["a", "b", "<|endoftext|>"], disallowed_special="all")
+
+
+def test_a_table_has_the_numbers_of_its_keys():
+    low, high = np.random.default_rng(0).integers(0, 100, (2, 20_000)).astype(np.uint64)
+    expected = dict(zip(zip(low.tolist(), high.tolist(), strict=True), range(20_000), strict=True))
+    keys = Keys(*np.array(list(expected), np.uint64).T)
+    numbers = np.array(list(expected.values()))
+    table = Table()
+    for first in range(0, len(numbers), 3000):  # it grows more than once
+        part = slice(first, first + 3000)
+        table.add(Keys(keys.low[part], keys.high[part]), numbers[part])
+    assert np.array_equal(table.find(keys), numbers)
+    others = Keys(keys.low, keys.high + np.uint64(100))
+    assert (table.find(others) == many_words.UNKNOWN).all()
 
 
 @given(st.text("ab ", max_size=64))
 def test_short_and_long_pieces_are_merged_alike(text):
     gpt2 = Tokenizer.gpt2()
-    ids = gpt2._ids_of_bytes(text)
+    spelled = gpt2._ids_of_bytes(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "SHORT", 64)
-        assert gpt2._merge(text) == gpt2._merge_long(ids)
+        assert gpt2._merge(text) == gpt2._merge_long([*spelled])
+    ids = np.array([spelled] * 2, np.int64)
+    groups = merges().merge({len(spelled): Group(np.arange(2), ids)}) if spelled else []
+    found = [row for group in groups for row in group.ids.tolist()]
+    assert found == [list(gpt2._merge(text))] * 2 * bool(spelled)
+
+
+@cache
+def merges():
+    return Merges(Tokenizer.gpt2()._merged)
 
 
 def test_every_character_is_of_one_class_in_both_patterns():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from gpt2_jax.files import local_path, replacing, write_json
@@ -67,7 +68,7 @@ class Encoding(NamedTuple):
     """How documents become ids on disk."""
 
     tokenizer: Tokenizer
-    separator: list[int]  # what is written after each document
+    separator: Integer[np.ndarray, " S"]  # what is written after each document
     dtype: np.dtype
     n_workers: int
 
@@ -132,6 +133,7 @@ def prepare(
         `reading.field` is none of theirs; or an argument is out of range.
       CheckpointError: `out` is in use, or there is no such tokenizer.
       ImportError: an input is one for `pyarrow`, which is not installed.
+      ChildProcessError: a worker has ended before its work, killed for want of memory, say.
 
     Examples:
       >>> from gpt2_jax.training.prepare import prepare
@@ -301,11 +303,11 @@ def _settings_of(task: Task, sources: list[Source]) -> dict[str, Any]:
 
 def _make_encoding(tokenizer: Tokenizer, n_workers: int, *, has_several: bool) -> Encoding:
     """Returns how documents are written with a tokenizer."""
-    separator = []
+    separator = np.zeros(0, np.uint32)
     # A single text gets no mark, as in nanoGPT: nothing follows that it would be parted from.
     is_marked = tokenizer.template != NO_TEMPLATE  # by the tokenizer
     if has_several and tokenizer.eot_id is not None and not is_marked:
-        separator = [tokenizer.eot_id]
+        separator = np.array([tokenizer.eot_id], np.uint32)
     # `vocab_size` is the largest id plus one, so that 2^16 itself still fits.
     fits_16_bits = tokenizer.vocab_size <= 2**16
     dtype = np.dtype("uint16" if fits_16_bits else "uint32")
@@ -324,7 +326,7 @@ def _write(
     for piece in encode(encoding.tokenizer, texts, encoding.n_workers):
         if piece.starts_text or writer is None:
             writer = writer_of(piece.span.text)
-        ids = piece.ids + encoding.separator if piece.ends_text else piece.ids
+        ids = np.append(piece.ids, encoding.separator) if piece.ends_text else piece.ids
         # Piece by piece: the corpus as bytes would be one more corpus in memory. Half a character,
         # as JSON may spell it, is read as the three bytes of one.
         n_bytes = len(piece.span.cut().encode("utf-8", "surrogatepass"))

@@ -54,12 +54,12 @@ class PartWriter:
         self.n_documents = 0
         self._file: Opened | None = None
 
-    def write(self, ids: list[int], *, n_bytes: int, starts_document: bool) -> None:
+    def write(self, ids: Integer[np.ndarray, " N"], *, n_bytes: int, starts_document: bool) -> None:
         """Writes the ids of a document or of a part of one, which has so many bytes of text."""
         self.n_bytes += n_bytes
         self.n_documents += starts_document
         n_begun = int(starts_document)
-        array = np.array(ids, self.dtype)
+        array = ids.astype(self.dtype)
         while array.size:
             file = self._file or self._begin()
             room = array.size if self.max_tokens is None else self.max_tokens - file.n_ids

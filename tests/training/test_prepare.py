@@ -203,7 +203,7 @@ def test_pieces_and_workers_change_no_id(monkeypatch, workers):
     ids = []
     ids_of_texts = []
     for piece in pieces:
-        ids += piece.ids
+        ids += piece.ids.tolist()
         if piece.ends_text:
             ids_of_texts.append(ids)
             ids = []
@@ -214,7 +214,7 @@ def test_pieces_and_workers_change_no_id(monkeypatch, workers):
 
 def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
     def fails(*args):
-        yield Piece([1], Span("two", 0, 1))
+        yield Piece(np.array([1], np.uint32), Span("two", 0, 1))
         raise OSError("disk full")
 
     monkeypatch.setattr(prepare_module, "encode", fails)

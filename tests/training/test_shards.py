@@ -1,8 +1,11 @@
 """Shards: together they are the corpus, whoever wrote them, and nothing else is taken for it."""
 
 import json
+import multiprocessing
+import os
 import shutil
-from multiprocessing.pool import ThreadPool
+import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -258,12 +261,25 @@ def test_about_the_fraction_that_was_asked_for_is_for_validation():
     assert not any(part_of(text, 0) == "val" for text in numbers)
 
 
-def test_workers_are_given_no_more_than_they_can_do_soon():
+def test_workers_are_given_no_more_than_they_can_do_soon(monkeypatch):
     read = []
     spans = (read.append(i) or Span(f"a{i}", 0, 2) for i in range(100))
     letters = char_tokenizer(["a0123456789"])
-    with ThreadPool(2, encoding._start_worker, (letters,)) as pool:
+    monkeypatch.setattr(encoding, "_worker_tokenizer", letters, raising=False)
+    with ThreadPoolExecutor(2) as pool:
         encoded = encoding._encoded_by(pool, spans, 8)
         assert letters.decode(next(encoded).ids) == "a0"
         assert len(read) == 8
         assert len(list(encoded)) == 99
+
+
+def test_a_worker_that_is_killed_is_told():
+    context = multiprocessing.get_context("spawn")
+    letters = char_tokenizer(["a"])
+    with ProcessPoolExecutor(1, context, encoding._start_worker, (letters,)) as pool:
+        encoded = encoding._encoded_by(pool, iter([Span("aa", 0, 2)] * 3), 1)
+        assert next(encoded).ids.tolist() == [0, 0]
+        (worker,) = pool._processes
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="encodes has ended before its work"):
+            list(encoded)
