@@ -25,10 +25,13 @@ from gpt2_jax.generation.growing import AHEAD, Ahead
 from gpt2_jax.generation.request import Past, Request, Rules, fold_rows, for_copies
 from gpt2_jax.generation.sampling import pick
 from gpt2_jax.generation.transforms import History, select_state, update_state
+from gpt2_jax.memory import give_back_after_compiling
 from gpt2_jax.model import decode_step, prefill, read_on, token_logprobs_of, unembed
 from gpt2_jax.modules import Params, Tap, no_tap, placed, wants
 from gpt2_jax.sharding import automatic, constrain
 from gpt2_jax.summary import spec_of_fields
+
+give_back_after_compiling()
 
 
 class Generation(NamedTuple):

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.inputs import Layout
+from gpt2_jax.memory import give_back_after_compiling
 from gpt2_jax.modules import Params, checked_remat
 from gpt2_jax.quantised import refuse_quantised
 from gpt2_jax.rebuilt import Watch
@@ -40,6 +41,8 @@ from gpt2_jax.sharding import (
     together,
 )
 from gpt2_jax.training.losses import Metrics, TextBatch, make_batch, predicted_weight, share_of_loss
+
+give_back_after_compiling()
 
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
