@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +79,7 @@ QUANTISED = "int8"  # the name that asks for matrices of 8 bits
 LOADED = (*DTYPES, QUANTISED)  # what checkpoints may be loaded in
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # in the files of older versions
 ROWS_AT_ONCE = 8192  # of two tables that are compared
+CHECKED_AT_ONCE = 2**18  # numbers, whose answers take no memory from the system and stay in cache
 QUANTISED_AT_ONCE = 1024  # rows of a matrix that is brought to 8 bits: few stay in the CPU's cache
 MAX_DEPTH = 100  # of a tree in a file of params; a model's is 5
 MAX_MISSING_LAYERS = 1000  # that are listed one by one before the report is cut
@@ -96,6 +97,11 @@ class Target(NamedTuple):
     dtype: np.dtype | None
     mesh: Mesh | None = None  # None for JAX's default device
     rules: Rules | None = None  # of where params lie on the mesh
+
+
+# Takes params, as `jax.ShapeDtypeStruct`s, and their config. It is not called where a reader, which
+# knows shapes alone, cannot tell what they will be: in the file's own dtype, and with other heads.
+Known = Callable[[Params, GPT2Config], None]
 
 
 # Folders in HF's layout.
@@ -143,20 +149,42 @@ def load(
       >>> config.n_layer, params["wte"]["embedding"].shape
       (3, (4096, 256))
     """
-    if rules is not None and mesh is None:
-        raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
     # Before a download of gigabytes, not after it.
-    target = Target(asked_dtype(name_or_path, dtype), mesh, rules)
+    target = checked_target(name_or_path, dtype, mesh, rules)
     path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    return load_from(path, config, target, heads=heads)
+
+
+def checked_target(
+    name_or_path: str | Path, dtype: DTypeLike | None, mesh: Mesh | None, rules: Rules | None
+) -> Target:
+    """Returns what is to become of the weights; raises what `load` does for its arguments."""
+    if rules is not None and mesh is None:
+        raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+    return Target(asked_dtype(name_or_path, dtype), mesh, rules)
+
+
+def load_from(
+    path: Path,
+    config: GPT2Config | None,
+    target: Target,
+    *,
+    heads: bool = False,
+    known: Known | None = None,
+) -> tuple[GPT2Config, Params]:
+    """Returns what `load` does, of a checkpoint that lies at `path`.
+
+    `known` is called when names and shapes are known to fit, and before any weight is read.
+    """
     with naming_download(path):
         # The config with the file: it says what the tensors must be called, and how large they are.
         checkpoint, config = open_checkpoint(path, config)
         config_file = path / CONFIG
         what = str(config_file) if config_file.is_file() else "the config"
         try:
-            params = _from_reader(checkpoint.reader, config, target, what, heads=heads)
+            params = _from_reader(checkpoint.reader, config, target, what, heads=heads, known=known)
         except CheckpointError as error:
             reason = str(error)
             file = checkpoint.reader.file or path
@@ -514,6 +542,7 @@ def _from_reader(
     what: str = "the config",
     *,
     heads: bool = False,
+    known: Known | None = None,
 ) -> Params:
     """Returns the params that a reader's tensors are.
 
@@ -544,11 +573,14 @@ def _from_reader(
                 f"A GPT-2 with other heads, which are left out: {left_out}.", stacklevel=4
             )
 
+    shapes = {}
+    for bare, shape in expected.items():
+        shapes[_our_path(bare)] = _shaped(_our_path(bare), shape, target)
     if target.mesh is not None:
-        shapes = {}
-        for bare, shape in expected.items():
-            shapes[_our_path(bare)] = _shaped(_our_path(bare), shape, target)
         shardings(shapes, target.mesh, target.rules)  # raises where they do not fit
+    elif known is not None and target.dtype is not None and not heads:
+        tree = unflatten_dict(shapes, sep=".")
+        known(tree, config.replace(dtype=_dtype_of(tree)))
     # Before the weights, as these are small: one that is no zero is told soon.
     zeros = [bare for bare in allowed if bare.endswith(".bias") and bare not in expected]
     for bare in zeros:
@@ -775,7 +807,8 @@ def _is_quantised(path: str, target: Target) -> bool:
 def _shaped(path: str, shape: Shape, target: Target) -> Any:
     """Returns what a weight will be, without its numbers."""
     if not _is_quantised(path, target):
-        return jax.ShapeDtypeStruct(shape, np.float32)
+        is_float32 = target.dtype in (None, QUANTISED)  # None: its size is not what is asked for
+        return jax.ShapeDtypeStruct(shape, np.float32 if is_float32 else target.dtype)
     made = of_kernel if path.endswith(".kernel") else of_rows
     return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, np.float32))
 
@@ -865,9 +898,12 @@ def _checked(array: Tensor, name: str, target: np.dtype | None) -> Tensor:
 
 
 def _check_finite(array: Tensor, name: str) -> None:
-    is_finite = np.isfinite(array)
-    if not is_finite.all():
-        n_bad = array.size - np.count_nonzero(is_finite)
+    flat = array.ravel(order="K")  # no copy, whatever the order
+    n_bad = 0
+    for start in range(0, flat.size, CHECKED_AT_ONCE):
+        part = flat[start : start + CHECKED_AT_ONCE]
+        n_bad += part.size - np.count_nonzero(np.isfinite(part))
+    if n_bad:
         got = f"{n_bad} NaN or infinite of {array.size}"
         raise CheckpointError(f"{name}: expected finite weights, got {got}.")
 
