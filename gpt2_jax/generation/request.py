@@ -115,7 +115,7 @@ def read_prompts(
     n_rows, width = checked.shape
     real = _check_lengths(lengths, n_rows, width)
     if is_traced((checked, real)):
-        return _traced_prompts(checked, jnp.asarray(real), padding_side, config=config)
+        return _traced_prompts(jnp.asarray(checked), jnp.asarray(real), padding_side, config=config)
     given = np.asarray(checked)
     if padding_side == "left":
         # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
