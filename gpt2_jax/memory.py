@@ -30,6 +30,6 @@ def give_back_after_compiling() -> None:
     jax.monitoring.register_event_duration_secs_listener(_after)
 
 
-def _after(event: str, seconds: float, **_: Any) -> None:
-    if event == COMPILED and seconds >= LONG:
+def _after(event: str, duration_secs: float, **_: Any) -> None:
+    if event == COMPILED and duration_secs >= LONG:
         give_back()

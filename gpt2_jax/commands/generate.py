@@ -9,8 +9,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,11 @@ from gpt2_jax.commands.interactive import converse
 from gpt2_jax.config import DTYPES
 from gpt2_jax.files import decode_text, lines_of, read_json_object
 from gpt2_jax.generation import ranges
+from gpt2_jax.generation.generate import compile_first_token
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
+from gpt2_jax.memory import give_back
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
 from gpt2_jax.quantised import n_weights
 from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
@@ -344,24 +347,26 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     # Before the first array, with which JAX chooses its device for good.
     set_up_jax(args, report)
-    model = load_model(args)
+    # Without draws there is no use for one, and to make it loads three programs.
+    key = jax.random.key(seed) if args.do_sample else None
+    model = load_model(args, partial(compile_ahead, args=args, prompts=prompts, key=key))
     report(describe(model, args, seed, time.perf_counter() - started))
     # Only now, as ids in options are checked against the vocabulary.
     sampler = make_sampler(args, model)
-    # Without draws there is no use for one, and to make it loads three programs.
-    key = jax.random.key(seed) if args.do_sample else None
     session = Session(args, model, sampler, key, report)
     if args.interactive:
         talk(session)
-    elif args.num_beams > 1 or args.assistant_model or args.prompt_lookup_num_tokens:
+    elif is_search(args):
         search(session, prompts)
     else:
         stream(session, prompts)
     return 0
 
 
-def load_model(args: argparse.Namespace) -> Pretrained:
+def load_model(args: argparse.Namespace, meanwhile: Callable[[Pretrained], object]) -> Pretrained:
     """Returns the model that is asked for; of none, GPT-2, or without a network the demo.
+
+    `meanwhile` is called while its weights are read: see `load_pretrained`.
 
     Raises:
       ConnectionError: a model that was asked for is on the hub, which cannot be reached.
@@ -372,17 +377,17 @@ def load_model(args: argparse.Namespace) -> Pretrained:
     if args.from_pretrained is None:
         args.from_pretrained = DEFAULT_MODEL
     try:
-        return _load(args)
+        return _load(args, meanwhile)
     except ConnectionError:
         if not may_fall_back:
             raise
     # Even with --quiet: the text of another model than expected must not pass for GPT-2's.
     print(FALLBACK, file=sys.stderr, flush=True)
     args.from_pretrained = "demo"
-    return _load(args)
+    return _load(args, meanwhile)
 
 
-def _load(args: argparse.Namespace) -> Pretrained:
+def _load(args: argparse.Namespace, meanwhile: Callable[[Pretrained], object]) -> Pretrained:
     return load_pretrained(
         args.from_pretrained,
         dtype=args.dtype,
@@ -390,6 +395,50 @@ def _load(args: argparse.Namespace) -> Pretrained:
         tokenizer_name=args.model_name,
         revision=args.revision,
         missing_bytes=args.missing_bytes,
+        meanwhile=meanwhile,
+    )
+
+
+def compile_ahead(
+    model: Pretrained,
+    *,
+    args: argparse.Namespace,
+    prompts: list[str],
+    key: PRNGKeyArray | None,
+) -> None:
+    """Compiles the program of the first token, or loads it, while the model's weights are read."""
+    # Searches have programs of their own; a form takes long to make, and is made later, once.
+    if is_search(args) or args.interactive or args.regex or args.json_schema:
+        return
+    ids, lengths = encode_prompts(args, model.tokenizer, prompts)
+    compile_first_token(
+        model.params,
+        ids,
+        lengths,
+        key,
+        config=model.config,
+        max_new_tokens=args.max_tokens,
+        num_return_sequences=args.num_samples,
+        overflow=args.overflow,
+        sampler=make_sampler(args, model),
+    )
+    give_back()
+
+
+def is_search(args: argparse.Namespace) -> bool:
+    """Returns whether texts come from a search, which shows none before it ends."""
+    return bool(args.num_beams > 1 or args.assistant_model or args.prompt_lookup_num_tokens)
+
+
+def encode_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer, prompts: list[str]
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Returns the prompts' ids and lengths."""
+    return gpt2_jax.encode_batch(
+        tokenizer,
+        prompts,
+        allow_special=args.allow_special,
+        add_special_tokens=not args.no_special_tokens,
     )
 
 
@@ -571,12 +620,7 @@ def search(session: Session, prompts: list[str]) -> None:
     begun = time.perf_counter()
     tokenizer = session.model.tokenizer
     # Outside of `unwinding`, as nothing is begun yet.
-    ids, lengths = gpt2_jax.encode_batch(
-        tokenizer,
-        prompts,
-        allow_special=args.allow_special,
-        add_special_tokens=not args.no_special_tokens,
-    )
+    ids, lengths = encode_prompts(args, tokenizer, prompts)
     find = find_beams if args.num_beams > 1 else speculate
     with unwinding():
         texts = find(session, ids, lengths)

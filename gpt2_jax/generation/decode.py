@@ -483,6 +483,36 @@ def check_numbers(logprobs: Float[ArrayLike, "..."], *, config: GPT2Config) -> N
         )
 
 
+def compile_first(params: Params, request: Request, plan: Plan, *, config: GPT2Config) -> None:
+    """Compiles the program of the first piece, which `pieces` then finds. Params may be shapes."""
+    slots = _slots_for(request, plan, None)
+    begin.lower(
+        params,
+        request,
+        BEGINNING,
+        config=config,
+        cache_len=slots.at_first,
+        num_return_sequences=plan.num_return_sequences,
+    ).compile()
+
+
+class _Slots(NamedTuple):
+    """How many slots of a cache some texts need."""
+
+    used: int  # when their prompts are read
+    most: int  # when they are finished
+    at_first: int  # that the cache begins with
+
+
+def _slots_for(request: Request, plan: Plan, past: Past | None) -> _Slots:
+    """Returns how large the cache of some texts is to be."""
+    used = int(np.max(np.asarray(request.lengths), initial=1)) if past is None else past.used
+    most = used + plan.max_new_tokens - 1  # the last token is never read
+    # No fewer than the columns of the prompts: their padding is read, and so written, as well.
+    columns = request.ids.shape[1] if past is None else past.at_slots.shape[1]
+    return _Slots(used, most, max(columns, cache_slots(used, most)))
+
+
 def pieces(
     params: Params,
     request: Request,
@@ -496,25 +526,20 @@ def pieces(
 
     The context must have room. What a `past` knows of the prompts is not read again.
     """
-    # Slots in use.
-    used = int(np.max(request.lengths, initial=1)) if past is None else past.used
-    most = used + plan.max_new_tokens - 1  # the last token is never read
-    # No fewer than the columns of the prompts: their padding is read, and so written, as well.
-    columns = request.ids.shape[1] if past is None else past.at_slots.shape[1]
-    slots = max(columns, cache_slots(used, most))
+    slots = _slots_for(request, plan, past)
     if past is None:
         state, made = begin(
             params,
             request,
             start,
             config=config,
-            cache_len=slots,
+            cache_len=slots.at_first,
             num_return_sequences=plan.num_return_sequences,
         )
     else:
         state, made = resume(
             params,
-            _with_slots(past, slots),
+            _with_slots(past, slots.at_first),
             request.rules,
             request.memory,
             config=config,
@@ -529,8 +554,8 @@ def pieces(
         for_copies(request.rules, plan.num_return_sequences),
         plan,
         config=config,
-        used=used,
-        most=most,
+        used=slots.used,
+        most=slots.most,
     )
 
 

@@ -16,7 +16,15 @@ from jaxtyping import Array, Int
 from gpt2_jax import cache as kv_cache
 from gpt2_jax.cache import KVCache, bucket
 from gpt2_jax.config import GPT2Config, as_count
-from gpt2_jax.generation.decode import Generation, Plan, Start, each_token, in_one, pieces
+from gpt2_jax.generation.decode import (
+    Generation,
+    Plan,
+    Start,
+    compile_first,
+    each_token,
+    in_one,
+    pieces,
+)
 from gpt2_jax.generation.request import (
     Keys,
     Past,
@@ -46,17 +54,17 @@ class _Wishes(NamedTuple):
     """The arguments of `generate` and `stream` beside the prompts, as they came."""
 
     max_new_tokens: int
-    chunk: int
-    num_return_sequences: int
-    sampler: Any
-    stop_ids: Sequence[int] | None
-    pad_id: int | None
-    padding_side: str
-    overflow: str
-    keep: int | None
-    tap: Tap | None
-    cache: KVCache | None
-    outputs: str | Sequence[str]
+    chunk: int = CHUNK
+    num_return_sequences: int = 1
+    sampler: Any = None
+    stop_ids: Sequence[int] | None = None
+    pad_id: int | None = None
+    padding_side: str = "right"
+    overflow: str = "error"
+    keep: int | None = None
+    tap: Tap | None = None
+    cache: KVCache | None = None
+    outputs: str | Sequence[str] = ()
 
 
 class _Job(NamedTuple):
@@ -240,6 +248,28 @@ def stream(
             " `jax.vmap`: `generate` can, and so can a loop of `prefill` and `decode_step`."
         )
     return _made(params, job, config=config)
+
+
+def compile_first_token(
+    params: Params,
+    ids: Int[ArrayLike, "B P"],
+    lengths: Int[ArrayLike, " B"] | None = None,
+    key: Keys | None = None,
+    *,
+    config: GPT2Config,
+    **options: Any,
+) -> None:
+    """Compiles the program that `stream` and `generate` begin with, which they then find.
+
+    Takes their arguments but `cache`, and of params their shapes: `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: as `generate`.
+    """
+    job = _read_job(params, ids, lengths, key, _Wishes(**options), config=config)
+    # One text after the other, of lengths that are known when they come.
+    if not job.slides:
+        compile_first(params, job.request, job.plan, config=config)
 
 
 def join(

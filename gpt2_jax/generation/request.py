@@ -22,7 +22,7 @@ from gpt2_jax.cache import KVCache, bucket, device_memory, row_bytes
 from gpt2_jax.config import GPT2Config, as_count, as_integer, ids_within
 from gpt2_jax.generation.sampling import as_sampler
 from gpt2_jax.generation.transforms import Room, init_state, is_stateful
-from gpt2_jax.inputs import check_ids, check_side, pad_rows
+from gpt2_jax.inputs import check_side, checked_ids, pad_rows
 from gpt2_jax.model import apply, init
 from gpt2_jax.modules import Tap, repeated
 from gpt2_jax.pytrees import classes_of, dataclass, static
@@ -111,12 +111,12 @@ def read_prompts(
     Raises:
       ValueError: see `generate`.
     """
-    checked = check_ids(ids, config)
+    checked = checked_ids(ids, config)
     check_side(padding_side)
     n_rows, width = checked.shape
     real = _check_lengths(lengths, n_rows, width)
     if is_traced((checked, real)):
-        return _traced_prompts(checked, jnp.asarray(real), padding_side, config=config)
+        return _traced_prompts(jnp.asarray(checked), jnp.asarray(real), padding_side, config=config)
     given = np.asarray(checked)
     if padding_side == "left":
         # Moved to the right side, a prompt's slots are its positions, and one mask serves all rows.
@@ -296,12 +296,13 @@ def make_request(
         keys=None if key is None else row_keys(key, n_rows),
         sampler=sampler,
         # An array, and so no part of the program: other stop ids, if as many, compile nothing.
-        stop_ids=jnp.asarray(endings.stop_ids, jnp.int32),
-        pad_id=jnp.int32(endings.pad_id),
+        # By `device_put`, here and below, where `jnp.asarray` would load a program for each.
+        stop_ids=jax.device_put(np.asarray(endings.stop_ids, np.int32)),
+        pad_id=jax.device_put(np.int32(endings.pad_id)),
         tap=as_pytree(tap),
         outputs=outputs,
     )
-    return Request(jnp.asarray(prompts.ids), jnp.asarray(prompts.lengths), rules)
+    return Request(jax.device_put(prompts.ids), jax.device_put(prompts.lengths), rules)
 
 
 def remember(request: Request, room: Room) -> Request:

@@ -3,7 +3,8 @@
 Knows which tokenizer goes with a checkpoint; names, formats and places are its neighbours'.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ def load_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     missing_bytes: str = "error",
+    meanwhile: Callable[[Pretrained], object] | None = None,
 ) -> Pretrained:
     """Returns a checkpoint's config, params and tokenizer: what `load` and `load_tokenizer` return.
 
@@ -78,6 +80,10 @@ def load_pretrained(
       cache_dir: where downloads are kept; by default the hub's own cache.
       local_files_only: never touch the network.
       missing_bytes: see `load_tokenizer`.
+      meanwhile: is called while the weights are read, in a thread of its own, with the model as it
+        will be, whose params are `jax.ShapeDtypeStruct`s: programs can be lowered and compiled for
+        it. What it raises is raised here. It is not called without `dtype`, as only the file knows
+        it then, nor with `mesh` or `heads`.
 
     Raises:
       CheckpointError: a `ValueError`; what was found is not a sound GPT-2 checkpoint.
@@ -92,11 +98,22 @@ def load_pretrained(
       >>> model.config.n_layer, model.tokenizer.vocab_size
       (3, 4096)
       >>> config, params, tokenizer = model  # it unpacks, the config first
+
+      A program that is compiled while the weights are read:
+
+      >>> forward = jax.jit(gpt2_jax.apply)
+      >>> def compile_it(model):
+      ...     forward.lower(model.params, ids, config=model.config).compile()
+      >>> model = gpt2_jax.load_pretrained("demo", meanwhile=compile_it)
+      >>> forward(model.params, ids, config=model.config).shape
+      (1, 4, 4096)
     """
-    dtype = reading.asked_dtype(name_or_path, dtype)  # before a download of gigabytes, not after it
+    # Before a download of gigabytes, not after it.
+    target = reading.checked_target(name_or_path, dtype, mesh, rules)
     folder = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    name = f"{tokenizer_name or name_or_path}"
     # The vocabulary is parsed in the thread and the weights are read in this one, not the other way
     # round: `with jax.enable_x64(True):` and the like hold for the thread that says it.
     with ThreadPoolExecutor(1) as pool:
@@ -108,12 +125,24 @@ def load_pretrained(
             local_files_only=local_files_only,
             missing_bytes=missing_bytes,
         )
-        config, params = weights.load(
-            folder, dtype=dtype, config=config, heads=heads, mesh=mesh, rules=rules
-        )
+        called: list[Future] = []
+
+        def known(shapes: Params, of_shapes: GPT2Config) -> None:
+            def call() -> None:
+                tokenizer = parsing.result()
+                # First: with ids that the model lacks, what is called would fail in its own way.
+                check_fits(tokenizer, of_shapes, name)
+                if meanwhile is not None:
+                    meanwhile(Pretrained(of_shapes, shapes, tokenizer))
+
+            called.append(pool.submit(call))
+
+        config, params = weights.load_from(folder, config, target, heads=heads, known=known)
         # After the weights: where both fail, theirs is the error that is told.
         tokenizer = parsing.result()
-    check_fits(tokenizer, config, f"{tokenizer_name or name_or_path}")
+        check_fits(tokenizer, config, name)
+        for future in called:
+            future.result()
     return Pretrained(config, params, tokenizer)
 
 

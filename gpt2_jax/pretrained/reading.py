@@ -7,7 +7,7 @@ names are `layout`'s.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from gpt2_jax.sharding import Rules, leaf_sharding, shardings
 QUANTISED = "int8"  # the name that asks for matrices of 8 bits
 LOADED = (*DTYPES, QUANTISED)  # what checkpoints may be loaded in
 ROWS_AT_ONCE = 8192  # of two tables that are compared
+CHECKED_AT_ONCE = 2**18  # numbers, whose answers take no memory from the system and stay in cache
 QUANTISED_AT_ONCE = 1024  # rows of a matrix that is brought to 8 bits: few stay in the CPU's cache
 
 
@@ -57,12 +58,30 @@ class Target(NamedTuple):
     rules: Rules | None = None  # of where params lie on the mesh
 
 
+# Takes params, as `jax.ShapeDtypeStruct`s, and their config.
+Known = Callable[[Params, GPT2Config], None]
+
+
 class _Named(NamedTuple):
     """A tensor to be read."""
 
     name: str  # HF's, without a prefix
     path: str  # in the tree of params
     shape: Shape
+
+
+def checked_target(
+    name_or_path: str | Path, dtype: DTypeLike | None, mesh: Mesh | None, rules: Rules | None
+) -> Target:
+    """Returns what is to become of a checkpoint's tensors.
+
+    Raises:
+      CheckpointError: as `checked_dtype`.
+      ValueError: `rules` come without a mesh.
+    """
+    if rules is not None and mesh is None:
+        raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
+    return Target(asked_dtype(name_or_path, dtype), mesh, rules)
 
 
 def asked_dtype(name_or_path: str | Path, dtype: DTypeLike | None) -> np.dtype | None:
@@ -115,10 +134,13 @@ def from_tensors(
     what: str = "the config",
     *,
     heads: bool = False,
+    known: Known | None = None,
 ) -> Params:
     """Returns the params that a reader's tensors are.
 
-    `what` is what messages call the config, which may be to blame as well as the weights.
+    `what` is what messages call the config, which may be to blame as well as the weights. `known`
+    is called when names and shapes are known to fit, and before any weight is read; not where they
+    do not tell what params will be: in the file's own dtype, with other heads, on a mesh.
     """
     # By names and shapes alone: what does not fit is refused before any tensor is read.
     with naming(reader.file):
@@ -128,7 +150,12 @@ def from_tensors(
             warnings.warn(
                 f"A GPT-2 with other heads, which are left out: {left_out}.", stacklevel=4
             )
-    _check_mesh(fit.expected, target)
+    shapes = _shapes_of_params(fit.expected, target)
+    if target.mesh is not None:
+        shardings(shapes, target.mesh, target.rules)  # raises where they do not divide
+    elif known is not None and target.dtype is not None and not heads:
+        dtype = _float_dtype(target).name
+        known(unflatten_dict(shapes, sep="."), config.replace(dtype=dtype))
     # Before the weights, as these are small: one that is no zero is told soon.
     for bare in fit.zeros:
         own_name = fit.names[bare]
@@ -173,14 +200,12 @@ def _fit(shapes: Mapping[str, Shape], config: GPT2Config, what: str) -> _Fit:
     )
 
 
-def _check_mesh(expected: Mapping[str, Shape], target: Target) -> None:
-    """Raises `ValueError` where parameters do not divide by the devices of a mesh."""
-    if target.mesh is None:
-        return
+def _shapes_of_params(expected: Mapping[str, Shape], target: Target) -> dict[str, Any]:
+    """Returns a model's parameters without their numbers, by their paths."""
     shapes = {}
     for bare, shape in expected.items():
         shapes[our_path(bare)] = _shaped(our_path(bare), shape, target)
-    shardings(shapes, target.mesh, target.rules)
+    return shapes
 
 
 def _read_all(reader: TensorReader, fit: _Fit, target: Target) -> dict[str, Any]:
@@ -274,9 +299,16 @@ def _is_quantised(path: str, target: Target) -> bool:
 def _shaped(path: str, shape: Shape, target: Target) -> Any:
     """Returns what a weight will be, without its numbers."""
     if not _is_quantised(path, target):
-        return jax.ShapeDtypeStruct(shape, np.float32)
+        return jax.ShapeDtypeStruct(shape, _float_dtype(target))
     made = of_kernel if path.endswith(".kernel") else of_rows
     return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, np.float32))
+
+
+def _float_dtype(target: Target) -> np.dtype:
+    """Returns the dtype of what is no matrix of 8 bits; float32 where only the file knows it."""
+    if target.dtype is None or target.dtype == QUANTISED:
+        return np.dtype(np.float32)
+    return target.dtype
 
 
 def _quantised(read_part: ReadPart, named: _Named) -> Quantised:
@@ -351,9 +383,12 @@ def _checked(array: Tensor, name: str, target: np.dtype | None) -> Tensor:
 
 
 def _check_finite(array: Tensor, name: str) -> None:
-    is_finite = np.isfinite(array)
-    if not is_finite.all():
-        n_bad = array.size - np.count_nonzero(is_finite)
+    flat = array.ravel(order="K")  # no copy, whatever the order
+    n_bad = 0
+    for start in range(0, flat.size, CHECKED_AT_ONCE):
+        part = flat[start : start + CHECKED_AT_ONCE]
+        n_bad += part.size - np.count_nonzero(np.isfinite(part))
+    if n_bad:
         got = f"{n_bad} NaN or infinite of {array.size}"
         raise CheckpointError(f"{name}: expected finite weights, got {got}.")
 

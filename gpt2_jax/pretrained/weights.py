@@ -37,9 +37,10 @@ from gpt2_jax.pretrained.hub import naming_download, resolve
 from gpt2_jax.pretrained.layout import PREFIX, by_hf_name, check_depth, check_names, param_shapes
 from gpt2_jax.pretrained.reading import (
     LOADED,
+    Known,
     Target,
-    asked_dtype,
     checked_dtype,
+    checked_target,
     from_tensors,
 )
 from gpt2_jax.quantised import Quantised, refuse_quantised
@@ -96,20 +97,30 @@ def load(
       >>> config.n_layer, params["wte"]["embedding"].shape
       (3, (4096, 256))
     """
-    if rules is not None and mesh is None:
-        raise ValueError("`rules` say where params lie on a mesh: give `mesh`, too.")
     # Before a download of gigabytes, not after it.
-    target = Target(asked_dtype(name_or_path, dtype), mesh, rules)
+    target = checked_target(name_or_path, dtype, mesh, rules)
     path = resolve(
         name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    return load_from(path, config, target, heads=heads)
+
+
+def load_from(
+    path: Path,
+    config: GPT2Config | None,
+    target: Target,
+    *,
+    heads: bool = False,
+    known: Known | None = None,
+) -> tuple[GPT2Config, Params]:
+    """Returns what `load` does, of a checkpoint at a path; `known` is that of `from_tensors`."""
     with naming_download(path):
         # The config with the file: it says what the tensors must be called, and how large they are.
         checkpoint, config = open_checkpoint(path, config)
         config_file = path / CONFIG
         what = str(config_file) if config_file.is_file() else "the config"
         try:
-            params = from_tensors(checkpoint.reader, config, target, what, heads=heads)
+            params = from_tensors(checkpoint.reader, config, target, what, heads=heads, known=known)
         except CheckpointError as error:
             reason = str(error)
             file = checkpoint.reader.file or path

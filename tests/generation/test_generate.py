@@ -18,6 +18,7 @@ from gpt2_jax import (
 )
 from gpt2_jax.cache import bucket, cache_slots
 from gpt2_jax.generation.decode import Start, advance, begin
+from gpt2_jax.generation.generate import compile_first_token
 from gpt2_jax.generation.request import make_request, read_endings, read_prompts
 
 TINY = GPT2Config(
@@ -244,6 +245,22 @@ def test_a_cache_that_grows_changes_nothing_and_is_compiled_for_ahead(rng, caplo
         np.testing.assert_array_equal(
             np.concatenate([piece.ids for piece in pieces], axis=1), out.ids
         )
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), SAMPLER])
+def test_a_program_is_compiled_for_shapes_and_then_found(sampler, params, prompts, caplog):
+    ids, lengths = prompts
+    key = jax.random.key(1)
+    options = {"config": TINY, "max_new_tokens": 1, "sampler": sampler}
+    shapes = jax.eval_shape(lambda: params)
+    begin.clear_cache()
+    with jax.log_compiles():
+        compile_first_token(shapes, ids, lengths, key, **options)
+        ahead = [record.message for record in caplog.records if "jit(begin)" in record.message]
+        caplog.clear()
+        generate(params, ids, lengths, key, **options)
+    assert any(message.startswith("Compiling jit(begin)") for message in ahead)
+    assert "begin" not in caplog.text
 
 
 def test_a_cache_grows_under_settings_of_one_thread_too(rng):

@@ -12,6 +12,7 @@ import gpt2_jax
 from gpt2_jax.config import PRESETS
 from gpt2_jax.files import CheckpointError
 from gpt2_jax.pretrained import hub, loading, weights
+from gpt2_jax.pretrained.formats import SafetensorsFile
 from gpt2_jax.tokenizer_files import FILES, TokenizerKindError
 
 ADVICE = "Name the tokenizer that the model was trained with, as in `--model_name gpt2`"
@@ -85,7 +86,7 @@ def test_weights_are_read_while_the_vocabulary_is_parsed(monkeypatch):
     parsing = threading.Event()
     reading = threading.Event()
 
-    def load(folder, **options):
+    def load_from(*args, **options):
         reading.set()
         assert parsing.wait(timeout=60)
         return PRESETS["gpt2"], {}
@@ -95,9 +96,41 @@ def test_weights_are_read_while_the_vocabulary_is_parsed(monkeypatch):
         assert reading.wait(timeout=60)
         return gpt2_jax.Tokenizer.gpt2()
 
-    monkeypatch.setattr(weights, "load", load)
+    monkeypatch.setattr(weights, "load_from", load_from)
     monkeypatch.setattr(loading, "load_tokenizer", load_tokenizer)
     gpt2_jax.load_pretrained("demo")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_model_is_known_while_its_weights_are_read(dtype, monkeypatch):
+    known = threading.Event()
+    seen = []
+
+    def meanwhile(model):
+        seen.append(model)
+        known.set()
+
+    def parts(file, name, read=SafetensorsFile.parts):
+        assert known.wait(timeout=60)  # before the first of its weights
+        return read(file, name)
+
+    monkeypatch.setattr(SafetensorsFile, "parts", parts)
+    loaded = gpt2_jax.load_pretrained("demo", dtype=dtype, meanwhile=meanwhile)
+    (model,) = seen
+    assert model.config == loaded.config
+    assert model.params == jax.eval_shape(lambda: loaded.params)
+    assert model.tokenizer is loaded.tokenizer
+
+
+def test_what_fails_while_weights_are_read_is_told():
+    def meanwhile(model):
+        raise ValueError(f"not for {model.config.n_layer} layers")
+
+    with pytest.raises(ValueError, match="not for 3 layers"):
+        gpt2_jax.load_pretrained("demo", meanwhile=meanwhile)
+    # That of the weights, or of a tokenizer that does not fit, explains more.
+    with pytest.raises(ValueError, match="ids below 4096"):
+        gpt2_jax.load_pretrained("demo", tokenizer_name="gpt2", meanwhile=meanwhile)
 
 
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
