@@ -4,8 +4,6 @@ Text goes to standard output, everything else to standard error.
 """
 
 import argparse
-import contextlib
-import ctypes
 import math
 import os
 import secrets
@@ -423,7 +421,6 @@ def compile_ahead(
         overflow=args.overflow,
         sampler=make_sampler(args, model),
     )
-    give_back_memory()
 
 
 def is_search(args: argparse.Namespace) -> bool:
@@ -441,15 +438,6 @@ def encode_prompts(
         allow_special=args.allow_special,
         add_special_tokens=not args.no_special_tokens,
     )
-
-
-def give_back_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library can: glibc's.
-
-    Making a program frees as much as it keeps, some 40 MB, in pieces between those that are kept.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
