@@ -40,7 +40,6 @@ from gpt2_jax.generation.generate import compile_first_token
 from gpt2_jax.generation.options import DRAWS, OPTIONS, RULES, SEARCHES, Option
 from gpt2_jax.generation.ranges import Range
 from gpt2_jax.generation.text import Continuation
-from gpt2_jax.memory import give_back
 from gpt2_jax.pretrained.loading import Pretrained, load_pretrained
 from gpt2_jax.quantised import n_weights
 from gpt2_jax.tokenizer import Tokenizer, check_no_surrogates
@@ -422,7 +421,6 @@ def compile_ahead(
         overflow=args.overflow,
         sampler=make_sampler(args, model),
     )
-    give_back()
 
 
 def is_search(args: argparse.Namespace) -> bool:
