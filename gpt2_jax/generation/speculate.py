@@ -478,6 +478,7 @@ def _judge_draws(
 
     Each holds with the probability `min(1, wanted / guessed)`.
     """
+    assert guess.probs is not None
     guessed = guess.tokens
     n_guesses = guessed.shape[1]
     wanted = _softmax(scores)
@@ -510,6 +511,7 @@ def _own_token(
     After a refusal it is a draw from what `wanted` has more than was guessed; behind guesses that
     all hold nothing was guessed, and it is a plain draw.
     """
+    assert guess.probs is not None
     at = n_accepted[:, None, None]
     whole = jnp.take_along_axis(wanted, at, axis=1)[:, 0]
     guessed = jnp.pad(guess.probs, ((0, 0), (0, 1), (0, 0)))  # [B, E, V]
