@@ -100,6 +100,8 @@ def write(
     dtype = layer.keys.dtype
     new = _layer_of(k.astype(dtype), v.astype(dtype), layer.groups)
     n_heads = k.shape[2]
+    if jnp.shape(slot) == (1,):
+        slot = slot[0]  # of the one row
     if jnp.ndim(slot):
         # Rows and heads share an axis: all heads of a row are written at the slot of the row.
         slot = jnp.repeat(slot, n_heads // layer.groups)
@@ -369,6 +371,8 @@ def put(old: Array, new: Array, start: Int[Array, ""] | Int[Array, " N"], axis: 
     # stands there, without a word: whoever writes has seen to the room.
     if jnp.ndim(start) == 0:
         return lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
+    if jnp.shape(start) == (1,):  # a slice as well: several starts make it a scatter
+        return lax.dynamic_update_slice_in_dim(old, new, start[0], axis=axis)
     put_row = partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
     return jax.vmap(put_row)(old, new, start)
 

@@ -416,10 +416,12 @@ def bench_speculate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results = {}
     for model in ("demo", *(args.models or ["gpt2"])):
         path = str(DEMO) if model == "demo" else make_checkpoint(model, folder)
-        draft = make_draft(path, folder / f"draft of {model}")
-        print(f"\nspeculate {model}, greedy, 5 guesses to a pass, float32")
+        draft = args.draft if model == "demo" else None
+        draft = draft or make_draft(path, folder / f"draft of {model}")
+        print(f"\nspeculate {model}, greedy, {args.guesses} guesses to a pass, float32")
         for batch in args.batches or (1, 8):
             spec = {"folder": path, "draft": draft, "batch": batch, "length": 32, "new": 96}
+            spec |= {"guesses": args.guesses, "dtype": "float32"}
             names = ["generate", "lookup", "draft"]
             contenders = {name: Contender("speculate", name, spec) for name in names}
             turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -596,6 +598,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--rounds", type=int, default=7, help="times that each contender works (default: 7)"
+    )
+    parser.add_argument(
+        "--draft", metavar="FOLDER", help="speculate: the draft of the model in the package"
+    )
+    parser.add_argument(
+        "--guesses", type=int, default=5, help="speculate: guesses to a pass (default: 5)"
     )
     parser.add_argument("--compile", action="store_true", help="let torch.compile take part too")
     parser.add_argument(

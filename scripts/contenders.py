@@ -729,10 +729,10 @@ def lookup_speculate(spec: Spec) -> Once:
 
 
 def draft_speculate(spec: Spec) -> Once:
-    """`gpt2_jax.speculate`, guesses of the model's own first layers."""
+    """`gpt2_jax.speculate`, guesses of a smaller model."""
     import gpt2_jax
 
-    draft_config, draft_params = gpt2_jax.load(spec["draft"])
+    draft_config, draft_params = gpt2_jax.load(spec["draft"], dtype=spec["dtype"])
     return speculating(spec, {"draft_params": draft_params, "draft_config": draft_config})
 
 
@@ -742,9 +742,10 @@ def speculating(spec: Spec, draft: dict[str, Any]) -> Once:
 
     import gpt2_jax
 
-    config, params = gpt2_jax.load(spec["folder"])
+    config, params = gpt2_jax.load(spec["folder"], dtype=spec["dtype"])
     ids = tokens_of(spec, config.vocab_size)
     options = {"config": config, "max_new_tokens": spec["new"], "stop_ids": ()}
+    options |= {"num_draft_tokens": spec["guesses"]}
 
     def once():
         made = gpt2_jax.speculate(params, ids, **options, **draft)

@@ -34,7 +34,7 @@ from gpt2_jax.generation.request import (
 )
 from gpt2_jax.generation.sampling import Categorical, History
 from gpt2_jax.kernels import argmax
-from gpt2_jax.model import extend, prefill
+from gpt2_jax.model import extend, prefill, read_on, token_logprobs_of
 from gpt2_jax.modules import Params, Tap, no_tap
 from gpt2_jax.sharding import automatic, constrain
 
@@ -99,8 +99,10 @@ class _Guess(NamedTuple):
     """What may come next."""
 
     ids: Int[Array, "B S"]  # the text, with the guesses written behind it
-    probs: Float[Array, "B D V"]  # the distributions that the guesses were drawn from
+    tokens: Int[Array, "B D"]  # the guesses
     n_guessed: Int[Array, " B"]
+    # The distributions that they were drawn from; None where nothing is drawn.
+    probs: Float[Array, "B D V"] | None
     cache: KVCache | None  # the draft model's, if there is one
 
 
@@ -287,7 +289,7 @@ def _round(
     if draft is not None:
         guess = _guess_by_model(state, keys, draft, request, sizes)
         return _emit(state, guess, verify(guess), request, sizes)
-    guess = _guess_by_lookup(state, sizes, config.vocab_size)
+    guess = _guess_by_lookup(state, request, sizes, config.vocab_size)
     # Without any guess it is a step of plain decoding, at a half of the cost.
     verdict = jax.lax.cond(
         ((guess.n_guessed > 0) & ~state.done).any(),
@@ -326,10 +328,13 @@ def _begin(
     # From here on a slot is a position, so that each row can go back behind a refused guess.
     room = sizes.max_new_tokens + sizes.num_draft_tokens
     ids = jnp.pad(request.ids, ((0, 0), (0, room)))
-    probs = _distribution(logits, ids, lengths, request)
-    # Round 0: those of the loop count from 1, so that no key serves twice.
-    first = _draw(fold_rows(request.rules.keys, 0), 0, probs)
-    logprob = jnp.take_along_axis(_log_softmax(logits), first[:, None], axis=1)
+    scores = _scores(logits, ids, lengths, request)
+    if request.rules.sampler.draws:
+        # Round 0: those of the loop count from 1, so that no key serves twice.
+        first = _draw(fold_rows(request.rules.keys, 0), 0, _softmax(scores))
+    else:
+        first = argmax(scores)
+    logprob = token_logprobs_of(logits, first).astype(jnp.float32)[:, None]
     ones = jnp.ones(n_rows, jnp.int32)
     return _State(
         ids=kv_cache.put(ids, first[:, None], lengths),
@@ -352,33 +357,35 @@ def _guess_by_model(
     """Returns guesses of the draft model, and the distributions that they are drawn from."""
     count = state.count
     n_guesses = sizes.num_draft_tokens
+    draws = request.rules.sampler.draws
     assert state.draft_cache is not None
 
-    def guess(number, logits, ids):
-        """Draws the `number`-th guess; returns the text with it, itself, and its distribution."""
-        probs = _distribution(logits[:, -1], ids, count + number, request)
-        token = _draw(keys, DRAW_GUESS + number, probs)[:, None]
-        return kv_cache.put(ids, token, count + number), token, probs
-
     def step(carry, number):
+        """Reads a token, and guesses the one behind it."""
         ids, token, cache = carry
-        logits, cache = extend(draft.params, token, cache, config=draft.config)
-        ids, token, probs = guess(number, logits, ids)
-        return (ids, token, cache), probs
+        logits, cache = extend(draft.params, token[:, None], cache, config=draft.config)
+        scores = _scores(logits[:, 0], ids, count + number, request)
+        probs = _softmax(scores) if draws else None
+        token = argmax(scores) if probs is None else _draw(keys, DRAW_GUESS + number, probs)
+        return (kv_cache.put(ids, token[:, None], count + number), token, cache), (token, probs)
 
-    # Of a round whose guesses all held, the draft model has not read the last: it reads the last
-    # two tokens.
-    last_two = jnp.take_along_axis(state.ids, count[:, None] - jnp.array([[2, 1]]), axis=1)
-    cache = kv_cache.keep_first(state.draft_cache, count - 2)
-    logits, cache = extend(draft.params, last_two, cache, config=draft.config)
-    ids, token, first_probs = guess(0, logits, state.ids)
-    later = jnp.arange(1, n_guesses, dtype=jnp.int32)
-    (ids, _, cache), later_probs = jax.lax.scan(step, (ids, token, cache), later)
-    probs = jnp.concatenate([first_probs[None], later_probs]).swapaxes(0, 1)  # [B, D, V]
-    return _Guess(ids, probs, jnp.full(len(ids), n_guesses, jnp.int32), cache)
+    # The draft model has read all but the last token, or its own guesses in the place of some.
+    cache = kv_cache.keep_first(state.draft_cache, count - 1)
+    numbers = jnp.arange(n_guesses, dtype=jnp.int32)
+    start = (state.ids, _last_token(state), cache)
+    (ids, token, cache), (tokens, probs) = jax.lax.scan(step, start, numbers)
+    # The last guess is read as well: if all of them hold, the next round begins behind it.
+    _, cache = read_on(draft.params, token[:, None], cache, 1, config=draft.config)
+    return _Guess(
+        ids=ids,
+        tokens=tokens.T,
+        n_guessed=jnp.full(len(ids), n_guesses, jnp.int32),
+        probs=None if probs is None else probs.swapaxes(0, 1),
+        cache=cache,
+    )
 
 
-def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
+def _guess_by_lookup(state: _State, request: Request, sizes: _Sizes, vocab_size: int) -> _Guess:
     """Returns what followed when the last tokens stood in the text before; if never, no guess."""
     n_rows, slots = state.ids.shape
     count = state.count[:, None]  # [B, 1]
@@ -396,17 +403,24 @@ def _guess_by_lookup(state: _State, sizes: _Sizes, vocab_size: int) -> _Guess:
     # What is clipped, or not written yet, is no guess: `n_guessed` leaves it out.
     tokens = jnp.take_along_axis(state.ids, begins[:, None] + offsets, axis=1, mode="clip")
     n_guessed = jnp.clip(state.count - begins, 0, sizes.num_draft_tokens).astype(jnp.int32)
+    draws = request.rules.sampler.draws
     return _Guess(
         ids=kv_cache.put(state.ids, tokens, state.count),
-        probs=jax.nn.one_hot(tokens, vocab_size),  # what is looked up is certain
+        tokens=tokens,
         n_guessed=n_guessed,
+        # What is looked up is certain.
+        probs=jax.nn.one_hot(tokens, vocab_size) if draws else None,
         cache=None,
     )
 
 
 def _none_of(guess: _Guess) -> _Guess:
     """Returns a guess of no token."""
-    return guess._replace(probs=guess.probs[:, :0], n_guessed=jnp.zeros_like(guess.n_guessed))
+    return guess._replace(
+        tokens=guess.tokens[:, :0],
+        n_guessed=jnp.zeros_like(guess.n_guessed),
+        probs=None if guess.probs is None else guess.probs[:, :0],
+    )
 
 
 def _filled(verdict: _Verdict, sizes: _Sizes) -> _Verdict:
@@ -427,54 +441,63 @@ def _verify(
     config: GPT2Config,
 ) -> _Verdict:
     """Reads the last token and the guesses in one pass; returns what the model makes of them."""
-    n_rows, n_guesses, vocab_size = guess.probs.shape
-    positions = state.count[:, None] - 1 + jnp.arange(n_guesses + 1)[None]  # [B, D + 1]
-    tokens = jnp.take_along_axis(guess.ids, positions, axis=1)
+    n_rows, n_guesses = guess.tokens.shape
+    tokens = jnp.concatenate([_last_token(state)[:, None], guess.tokens], axis=1)  # [B, E]
     cache = kv_cache.keep_first(state.cache, state.count - 1)
     tap = request.rules.tap or no_tap
-    logits, cache = extend(params, tokens, cache, config=config, tap=tap)  # [B, D + 1, V]
+    logits, cache = extend(params, tokens, cache, config=config, tap=tap)  # [B, E, V]
 
     # Each guess is judged as if it were the last token of a text of its own.
-    wanted = _distribution(
-        logits.reshape(-1, vocab_size),
+    counts = state.count[:, None] + jnp.arange(n_guesses + 1)[None]
+    scores = _scores(
+        logits.reshape(-1, logits.shape[-1]),
         jnp.repeat(guess.ids, n_guesses + 1, axis=0),
-        (positions + 1).ravel(),
+        counts.ravel(),
         request,
     )
-    wanted = wanted.reshape(n_rows, n_guesses + 1, vocab_size)
-    guessed = tokens[:, 1:]
-    n_accepted = _count_accepted(keys, guessed, guess, wanted, request.rules.sampler.draws)
-    own = _own_token(keys, guess, wanted, n_accepted)
-
-    is_own = jnp.arange(n_guesses + 1)[None] == n_accepted[:, None]
-    chosen = jnp.where(is_own, own[:, None], jnp.pad(guessed, ((0, 0), (0, 1))))
-    logprobs = jnp.take_along_axis(_log_softmax(logits), chosen[..., None], axis=-1)[..., 0]
+    scores = scores.reshape(n_rows, n_guesses + 1, -1)
+    judge = _judge_choices if guess.probs is None else partial(_judge_draws, keys)
+    chosen, n_accepted = judge(guess, scores)
+    # Of a float64 model, too, as in `generate`.
+    logprobs = token_logprobs_of(logits, chosen).astype(jnp.float32)
     return _Verdict(chosen, n_accepted, logprobs, cache)
 
 
-def _count_accepted(
-    keys: Any,
-    guessed: Int[Array, "B D"],
-    guess: _Guess,
-    wanted: Float[Array, "B E V"],
-    draws: bool,
-) -> Int[Array, " B"]:
-    """Returns how many guesses hold, from the first on.
+def _judge_choices(
+    guess: _Guess, scores: Float[Array, "B E V"]
+) -> tuple[Int[Array, "B E"], Int[Array, " B"]]:
+    """Returns the model's choices, and how many guesses are the same, from the first on."""
+    chosen = argmax(scores)
+    return chosen, _count_from_first(guess, guess.tokens == chosen[:, :-1])
+
+
+def _judge_draws(
+    keys: Any, guess: _Guess, scores: Float[Array, "B E V"]
+) -> tuple[Int[Array, "B E"], Int[Array, " B"]]:
+    """Returns guesses with a token of the model's own behind those that hold, and their number.
 
     Each holds with the probability `min(1, wanted / guessed)`.
     """
+    assert guess.probs is not None
+    guessed = guess.tokens
     n_guesses = guessed.shape[1]
-    exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
+    wanted = _softmax(scores)
     p = jnp.take_along_axis(wanted[:, :n_guesses], guessed[..., None], axis=-1)[..., 0]
     q = jnp.take_along_axis(guess.probs, guessed[..., None], axis=-1)[..., 0]
-    if draws:
-        accept_keys = fold_rows(keys, DRAW_ACCEPT)
-        u = jax.vmap(lambda key: jax.random.uniform(key, (n_guesses,)))(accept_keys)
-        holds = exists & (u * q < p)  # u < p / q, without dividing by 0
-    else:
-        holds = exists & (p > 0)  # the distribution is all on the largest logit
+    accept_keys = fold_rows(keys, DRAW_ACCEPT)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (n_guesses,)))(accept_keys)
+    n_accepted = _count_from_first(guess, u * q < p)  # u < p / q, without dividing by 0
+    own = _own_token(keys, guess, wanted, n_accepted)
+    is_own = jnp.arange(n_guesses + 1)[None] == n_accepted[:, None]
+    chosen = jnp.where(is_own, own[:, None], jnp.pad(guessed, ((0, 0), (0, 1))))
+    return chosen, n_accepted
+
+
+def _count_from_first(guess: _Guess, holds: Bool[Array, "B D"]) -> Int[Array, " B"]:
+    """Returns how many guesses hold before the first that does not, or is none."""
+    exists = jnp.arange(holds.shape[1])[None] < guess.n_guessed[:, None]
     # The product is 1 up to the first refusal, and 0 from there on.
-    return jnp.cumprod(holds, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
+    return jnp.cumprod(exists & holds, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
 
 
 def _own_token(
@@ -488,15 +511,15 @@ def _own_token(
     After a refusal it is a draw from what `wanted` has more than was guessed; behind guesses that
     all hold nothing was guessed, and it is a plain draw.
     """
-    n_guesses = guess.probs.shape[1]
-    exists = jnp.arange(n_guesses)[None] < guess.n_guessed[:, None]
-    guessed = jnp.where(exists[..., None], guess.probs, 0.0)
-    guessed = jnp.pad(guessed, ((0, 0), (0, 1), (0, 0)))  # [B, D + 1, V]
+    assert guess.probs is not None
     at = n_accepted[:, None, None]
-    residual = jnp.take_along_axis(jnp.maximum(wanted - guessed, 0.0), at, axis=1)[:, 0]
     whole = jnp.take_along_axis(wanted, at, axis=1)[:, 0]
-    # Where nothing is left, both distributions are equal up to rounding.
+    guessed = jnp.pad(guess.probs, ((0, 0), (0, 1), (0, 0)))  # [B, E, V]
+    guessed = jnp.take_along_axis(guessed, at, axis=1)[:, 0]
+    is_refusal = (n_accepted < guess.n_guessed)[:, None]
+    residual = jnp.maximum(whole - jnp.where(is_refusal, guessed, 0.0), 0.0)
     something_left = residual.sum(axis=-1, keepdims=True) > 0
+    # Where nothing is left, both distributions are equal up to rounding.
     return _draw(keys, DRAW_OWN, jnp.where(something_left, residual, whole))
 
 
@@ -552,32 +575,31 @@ def _collect(state: _State, request: Request, *, sizes: _Sizes) -> Speculation:
     return jax.tree.map(constrain, made)
 
 
-def _distribution(
+def _last_token(state: _State) -> Int[Array, " B"]:
+    """Returns the last token of each row, which the model has not read."""
+    return jnp.take_along_axis(state.ids, state.count[:, None] - 1, axis=1)[:, 0]
+
+
+def _scores(
     logits: Float[Array, "R V"], ids: Int[Array, "R S"], count: Int[Array, " R"], request: Request
 ) -> Float[Array, "R V"]:
-    """Returns the probabilities of the token after the first `count` of `ids`.
+    """Returns what the token after the first `count` of `ids` is chosen by.
 
     Each prompt may stand in several rows, one after the other.
     """
-    sampler = request.rules.sampler
     n_rows, slots = ids.shape
     copies = n_rows // request.lengths.shape[0]
     n_generated = count - jnp.repeat(request.lengths, copies)
     valid = jnp.arange(slots)[None] < count[:, None]
-    logits = transform_of(sampler)(logits, History(ids, valid, n_generated))
-    if sampler.draws:
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return jax.nn.one_hot(argmax(logits), logits.shape[-1])
+    history = History(ids, valid, n_generated)
+    return transform_of(request.rules.sampler)(logits, history)
+
+
+def _softmax(scores: Float[Array, "... V"]) -> Float[Array, "... V"]:
+    """Returns probabilities in float32."""
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
 
 
 def _draw(keys: Any, number: int | Int[Array, ""], probs: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Draws with the `number`-th key of each row, or without keys takes the likeliest."""
-    draw_keys = fold_rows(keys, number)
-    if draw_keys is None:
-        return argmax(probs)
-    return Categorical()(draw_keys, jnp.log(probs))
-
-
-def _log_softmax(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
-    """Returns log-probabilities in float32."""
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    """Draws with the `number`-th key of each row."""
+    return Categorical()(fold_rows(keys, number), jnp.log(probs))
