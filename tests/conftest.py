@@ -8,9 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The workers of a run use all cores: one compilation must not try to, too. Programs are the same.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1"
     # For meshes; what is placed nowhere lies on the first, as if there were one.
     " --xla_force_host_platform_device_count=8"
+    # Nearly all programs of the tests are tiny and run once: LLVM's optimisations take several
+    # times as long as they save, where XLA's older emitters leave it less to do. `.ci/run` also
+    # tests parity in the programs that users get.
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    f" {os.environ.get('XLA_FLAGS', '')}"  # the caller's come last, and hold
 )
 
 import jax
