@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import gpt2_jax
-from gpt2_jax import PRESETS, GPT2Config
+from gpt2_jax import PRESETS, GPT2Config, products
 from gpt2_jax.interpretability.sites import site_names
 from gpt2_jax.modules import dropout
 from gpt2_jax.products import FEW_ROWS
@@ -259,6 +259,35 @@ def test_every_product_carries_the_precision_asked_for(params):
             f"precision = [{precision.upper()}, {precision.upper()}]" in line for line in products
         ]
         assert all(wanted), products
+
+
+@pytest.mark.parametrize(
+    "flags, n_turned",
+    [("fma avx2 bmi2", 2 * 4), ("avx2 avx512f", 0), (None, 0)],  # None: no Linux, no file
+)
+def test_a_few_rows_go_as_columns_where_that_is_faster_and_give_the_same(
+    params, rng, monkeypatch, tmp_path, flags, n_turned
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor : 0\nflags : {flags}\nbugs :\n")
+    monkeypatch.setattr(products, "Path", lambda path: cpuinfo)
+    products._has_avx2_alone.cache_clear()
+    config = TINY.replace(dtype="float64")
+    params = jax.tree.map(lambda x: x.astype(np.float64), params)
+    ids = rng.integers(0, 61, (2, 5))
+
+    def loss(params):
+        return jnp.tanh(gpt2_jax.apply(params, ids, config=config)).sum()
+
+    text = jax.jit(loss).lower(params).as_text()
+    assert text.count("optimization_barrier") == n_turned + 1  # and the head's
+    found = jax.jit(jax.value_and_grad(loss))(params)
+    # Of a batch too large for it.
+    monkeypatch.setattr(products, "FEW_ROWS", 1)
+    expected = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
+    products._has_avx2_alone.cache_clear()
+    chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
