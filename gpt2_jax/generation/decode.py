@@ -31,8 +31,6 @@ from gpt2_jax.modules import Params, Tap, no_tap, placed, wants
 from gpt2_jax.sharding import automatic, constrain
 from gpt2_jax.summary import spec_of_fields
 
-give_back_after_compiling()
-
 
 class Generation(NamedTuple):
     """Generated tokens, without the prompts.
@@ -485,6 +483,7 @@ def check_numbers(logprobs: Float[ArrayLike, "..."], *, config: GPT2Config) -> N
 
 def compile_first(params: Params, request: Request, plan: Plan, *, config: GPT2Config) -> None:
     """Compiles the program of the first piece, which `pieces` then finds. Params may be shapes."""
+    give_back_after_compiling()
     slots = _slots_for(request, plan, None)
     begin.lower(
         params,
@@ -526,6 +525,7 @@ def pieces(
 
     The context must have room. What a `past` knows of the prompts is not read again.
     """
+    give_back_after_compiling()
     slots = _slots_for(request, plan, past)
     if past is None:
         state, made = begin(

@@ -127,15 +127,15 @@ def load_pretrained(
         )
         called: list[Future] = []
 
-        def known(shapes: Params, of_shapes: GPT2Config) -> None:
-            def call() -> None:
-                tokenizer = parsing.result()
-                # First: with ids that the model lacks, what is called would fail in its own way.
-                check_fits(tokenizer, of_shapes, name)
-                if meanwhile is not None:
-                    meanwhile(Pretrained(of_shapes, shapes, tokenizer))
+        def call(function: Callable, shapes: Params, of_shapes: GPT2Config) -> None:
+            tokenizer = parsing.result()
+            # First: with ids that the model lacks, what is called would fail in its own way.
+            check_fits(tokenizer, of_shapes, name)
+            function(Pretrained(of_shapes, shapes, tokenizer))
 
-            called.append(pool.submit(call))
+        def known(shapes: Params, of_shapes: GPT2Config) -> None:
+            if meanwhile is not None:
+                called.append(pool.submit(call, meanwhile, shapes, of_shapes))
 
         config, params = weights.load_from(folder, config, target, heads=heads, known=known)
         # After the weights: where both fail, theirs is the error that is told.

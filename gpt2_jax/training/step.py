@@ -42,8 +42,6 @@ from gpt2_jax.sharding import (
 )
 from gpt2_jax.training.losses import Metrics, TextBatch, make_batch, predicted_weight, share_of_loss
 
-give_back_after_compiling()
-
 _OPTIMIZERS = Watch(
     "`tx` is a new optimizer at each step, and each compiles its own: make it once, and give the"
     " learning rate as a schedule where it is to change."
@@ -230,6 +228,7 @@ def train_step(
       >>> losses[2] < losses[1] < losses[0], int(state.step)
       (True, 3)
     """
+    give_back_after_compiling()
     # Everything is checked before the compiled step, which takes the state's memory away.
     remat = checked_remat(remat)
     if loss_fn is None:
